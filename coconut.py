@@ -1,0 +1,137 @@
+"""The Coconut model: thoughts fed back as input embeddings, and batched greedy generation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import DynamicCache
+
+
+@dataclass
+class CoconutOutput:
+    """What `Coconut.forward` returns.
+
+    loss: mean cross entropy over the supervised positions, a scalar; None without labels.
+    logits: (batch, length, vocabulary); None with labels.
+    inputs_embeds: (batch, length, hidden), the embeddings that went in, thoughts in their places.
+    """
+
+    loss: Tensor | None
+    logits: Tensor | None
+    inputs_embeds: Tensor
+
+
+class Coconut(nn.Module):
+    """A causal language model whose latent tokens are continuous thoughts (paper, section 3).
+
+    At a latent token the input embedding is the model's last hidden state (after its final norm) at the position
+    before, instead of a token's embedding. Rows without latents pass through as in the plain model.
+
+    The columns up to the first thought are computed in one pass, then every stretch from one column with thoughts to
+    the next (a single column where thoughts follow each other), all with a key-value cache. So a thought costs one
+    column, whatever the alignment of the rows, and gradients flow through all of them.
+
+    Args: any causal language model of transformers, and the ids of the tokens that the sequences are made of.
+    """
+
+    def __init__(
+        self, base_causallm, latent_token_id: int, start_latent_id: int, end_latent_id: int, eos_token_id: int
+    ):
+        super().__init__()
+        self.base_causallm = base_causallm
+        self.latent_token_id = latent_token_id
+        self.start_latent_id = start_latent_id
+        self.end_latent_id = end_latent_id
+        self.eos_token_id = eos_token_id
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None, position_ids=None, **_
+    ) -> CoconutOutput:
+        """One training pass.
+
+        Args: input_ids, attention_mask, labels and position_ids, all (batch, length); labels are -100 where nothing is
+        supervised; position_ids default to counting each row's real tokens.
+        With labels, the vocabulary projection is computed only where it is supervised. Raises ValueError for a thought
+        in the first column, which has no hidden state before it.
+        """
+        hidden, embeds, _ = self.think(input_ids, attention_mask, position_ids)
+        project = self.base_causallm.get_output_embeddings()
+        if labels is None:
+            return CoconutOutput(None, project(hidden), embeds)
+        rows, columns = (labels[:, 1:] != -100).nonzero(as_tuple=True)  # (supervised,) each
+        logits = project(hidden[rows, columns])  # (supervised, vocabulary)
+        total = F.cross_entropy(logits.float(), labels[rows, columns + 1], reduction="sum")
+        return CoconutOutput(total / max(len(rows), 1), None, embeds)
+
+    def think(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, DynamicCache]:
+        """Runs the model over (batch, length) sequences and fills in their thoughts.
+
+        Returns the last hidden states and the input embeddings, both (batch, length, hidden), and the cache.
+        """
+        if position_ids is None:
+            position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)  # (batch, length)
+        is_latent = input_ids == self.latent_token_id  # (batch, length)
+        latent_columns = is_latent.any(0).nonzero().flatten().tolist()
+        if latent_columns and latent_columns[0] == 0:
+            raise ValueError("a latent token in the first column has no hidden state before it to take")
+        embeds = self.base_causallm.get_input_embeddings()(input_ids)  # (batch, length, hidden)
+        cache = DynamicCache(config=self.base_causallm.config)
+        hidden, inputs = [], []
+        for start, end in pairwise([0, *latent_columns, input_ids.shape[1]]):
+            stretch = embeds[:, start:end]
+            if start > 0:
+                thought = hidden[-1][:, -1:]  # (batch, 1, hidden)
+                first = torch.where(is_latent[:, start, None, None], thought, stretch[:, :1])
+                stretch = torch.cat([first, stretch[:, 1:]], dim=1)
+            inputs.append(stretch)
+            hidden.append(self.hidden_states(stretch, attention_mask[:, :end], position_ids[:, start:end], cache))
+        return torch.cat(hidden, dim=1), torch.cat(inputs, dim=1), cache
+
+    def hidden_states(self, inputs_embeds: Tensor, attention_mask: Tensor, position_ids: Tensor, cache) -> Tensor:
+        """Last hidden states (batch, columns, hidden) of the columns that follow those in the cache."""
+        return self.base_causallm.base_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+
+    @torch.no_grad()
+    def generate(self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int = 16) -> Tensor:
+        """Greedy continuation of a batch of prompts, padded on either side as the collator pads.
+
+        Args: input_ids and attention_mask (batch, length), the number of new tokens at most.
+        Returns (batch, <= length + max_new_tokens) token ids: the padded prompts, then the new tokens. A row stops
+        before its first eos, or where it fills the model's last position; eos follows there while other rows go on.
+        """
+        hidden, _, cache = self.think(input_ids, attention_mask)
+        columns = torch.arange(input_ids.shape[1], device=input_ids.device)
+        last_column = (columns * attention_mask).argmax(1)  # (batch,)
+        last_hidden = hidden[torch.arange(len(hidden), device=hidden.device), last_column]  # (batch, hidden)
+        position = attention_mask.sum(1)  # (batch,) where each row's next token goes
+        limit = getattr(self.base_causallm.config, "max_position_embeddings", None) or torch.inf
+        finished = torch.zeros_like(position, dtype=torch.bool)  # (batch,)
+        sequences = [input_ids]
+        for _ in range(max_new_tokens):
+            tokens = self.base_causallm.get_output_embeddings()(last_hidden).argmax(-1)  # (batch,)
+            finished |= (tokens == self.eos_token_id) | (position >= limit)
+            if finished.all():
+                break
+            tokens = tokens.masked_fill(finished, self.eos_token_id)[:, None]  # (batch, 1)
+            sequences.append(tokens)
+            if len(sequences) > max_new_tokens:
+                break
+            attention_mask = torch.cat([attention_mask, torch.ones_like(tokens)], dim=1)
+            embeds = self.base_causallm.get_input_embeddings()(tokens)  # (batch, 1, hidden)
+            # A finished row may be past the last position; what it computes is never read.
+            positions = position.masked_fill(finished, 0)[:, None]  # (batch, 1)
+            last_hidden = self.hidden_states(embeds, attention_mask, positions, cache)[:, 0]
+            position = position + 1
+        return torch.cat(sequences, dim=1)
