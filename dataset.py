@@ -108,7 +108,13 @@ class SequenceDataset(torch.utils.data.Dataset):
 
 
 def get_question_latent_dataset(
-    scheduled_stage: int, base_dataset, configs, start_id: int, latent_id: int, end_id: int, no_special_marker=False
+    scheduled_stage: int,
+    base_dataset,
+    configs,
+    start_id: int,
+    latent_id: int,
+    end_id: int,
+    no_special_marker=False,
 ) -> SequenceDataset:
     """Prompts for generation at a stage: question, start marker, thoughts, end marker; no steps, no labels."""
 

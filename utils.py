@@ -18,7 +18,12 @@ import yaml
 
 from curriculum import METHODS
 
-OFFICIAL_METHODS = ("coconut", "cot", "no_thoughts", "no_cot")  # the official code names a method by four booleans
+OFFICIAL_METHODS = (
+    "coconut",
+    "cot",
+    "no_thoughts",
+    "no_cot",
+)  # the official code names a method by four booleans
 SPLIT_PATHS = ("train_path", "val_path")
 
 
@@ -70,7 +75,9 @@ class Config:
     # training
     seed: int = option(0, "random seed of weights, order, dropout and stage mixing", low=0)
     num_epochs: int = option(1, "number of epochs", low=1)
-    resume: int = option(0, "finished epochs to skip at the start; for only_eval, the epoch that fixes the stage", low=0)
+    resume: int = option(
+        0, "finished epochs to skip at the start; for only_eval, the epoch that fixes the stage", low=0
+    )
     batch_size_training: int = option(32, "problems per process and forward pass", low=1)
     gradient_accumulation_steps: int = option(1, "forward passes per optimizer step", low=1)
     lr: float = option(1e-4, "AdamW's learning rate", low=0)
@@ -78,7 +85,9 @@ class Config:
     warmup_steps: int = option(0, "optimizer steps of linear warm-up", low=0)
     max_grad_norm: float | None = option(None, "clip the gradient to this norm (None: never)", low=0)
     reset_optimizer: bool | str = option(
-        False, "forget AdamW's moments at a stage switch; every_epoch: always", choices=(False, True, "every_epoch")
+        False,
+        "forget AdamW's moments at a stage switch; every_epoch: always",
+        choices=(False, True, "every_epoch"),
     )
     bf16: bool = option(False, "bfloat16 autocast over float32 weights")
     # validation and checkpoints
@@ -224,8 +233,10 @@ REMEDIES = {
 }
 
 
-def set_seed(seed: int) -> None:
-    """Seeds Python's and torch's generators, on the CPU and every GPU."""
+def set_seed(seed: int, rank: int | None = None) -> None:
+    """Seeds Python's and torch's generators, on the CPU and every GPU; with a rank, a stream of its own for each."""
+    if rank is not None:
+        seed = random.Random(f"{seed} {rank}").getrandbits(32)
     random.seed(seed)
     torch.manual_seed(seed)
 
@@ -236,7 +247,7 @@ class Processes:
 
     rank: int = 0
     world_size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def is_main(self) -> bool:
@@ -344,7 +355,10 @@ def start_wandb(directory: Path, config: Config, run_id: str):
     settings = {"project": config.project, "name": config.name, "id": run_id, "dir": str(directory)}
     settings |= {"config": config.resolved(), "resume": "allow"}
     if os.environ.get("WANDB_MODE") is None and not wandb.login(prompt=False):
-        print("wandb: no account is set up, so this run is logged offline; `wandb sync` uploads it later", flush=True)
+        print(
+            "wandb: no account is set up, so this run is logged offline; `wandb sync` uploads it later",
+            flush=True,
+        )
         return wandb.init(mode="offline", **settings)
     try:
         return wandb.init(**settings)

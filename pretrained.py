@@ -1,0 +1,166 @@
+"""From a hub name, a folder, one of our checkpoints or an official file to a model and its tokenizer."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from coconut import Coconut
+from curriculum import END, LATENT, METHODS, PAUSE, START
+from utils import Config, UserError
+
+DESCRIPTION = "coconut.json"  # beside a checkpoint's weights: method, c_thought, stage, token_ids
+
+
+@dataclass
+class Pretrained:
+    """A language model ready for a method, its tokenizer, and what its checkpoint says of itself (or {})."""
+
+    lm: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    description: dict
+
+    def token_id(self, token: str) -> int:
+        """The id of an added token."""
+        return self.tokenizer.convert_tokens_to_ids(token)
+
+    def coconut(self) -> Coconut:
+        """The model as a Coconut module."""
+        ids = (self.token_id(token) for token in (LATENT, START, END))
+        return Coconut(self.lm, *ids, self.tokenizer.eos_token_id)
+
+
+def load_pretrained(config: Config, load_path: str | Path | None) -> Pretrained:
+    """Loads load_path, or what the config's model_id names, or builds the latter from scratch.
+
+    A checkpoint directory brings its architecture and tokenizer; an official file brings weights for model_id's.
+    The markers are added to the tokenizer, and for methods that use them the model gets the rows it lacks. Weights are
+    float32. Raises UserError for whatever cannot be loaded.
+    """
+    path = Path(load_path) if load_path else None
+    folder = str(path) if path and path.is_dir() else config.model_id
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+        lm = load_model(folder, config, is_checkpoint=folder != config.model_id)
+        state = load_state_file(path) if path and path.is_file() else None
+    except UserError:
+        raise
+    except Exception as error:  # the libraries raise all kinds for a missing, damaged or unreachable model
+        key = "model_id" if folder == config.model_id else "load_model_path"
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{key}: {folder!r} cannot be loaded: {reason}") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"model_id: the tokenizer of {folder!r} has no eos token, which ends every answer")
+    known = {token for token in (START, END, LATENT, PAUSE) if token in tokenizer.get_vocab()}
+    description = read_description(folder)
+    known = set(description.get("token_ids", known))
+    add_tokens(tokenizer, config.method)
+    if state is not None:
+        load_state(lm, state, str(path))
+        rows = lm.get_input_embeddings().weight.shape[0]
+        known |= {token for token in (START, END, LATENT, PAUSE) if tokenizer.get_vocab().get(token, rows) < rows}
+    if METHODS[config.method].markers:
+        add_rows(lm, tokenizer, known, config.new_token_init)
+    return Pretrained(lm, tokenizer, description)
+
+
+def load_model(folder: str, config: Config, is_checkpoint: bool) -> PreTrainedModel:
+    """The causal language model of a folder or hub name in float32, with random weights if from_scratch asks for them."""
+    trust = {"trust_remote_code": config.trust_remote_code}
+    if config.from_scratch and not is_checkpoint:
+        architecture = AutoConfig.from_pretrained(folder, **trust)
+        return AutoModelForCausalLM.from_config(architecture, **trust).float()
+    lm, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **trust)
+    lost = [*info["missing_keys"], *info["mismatched_keys"]]
+    if is_checkpoint:  # must fit exactly; hub models may bring heads that are not used
+        lost += info["unexpected_keys"]
+    if lost:
+        raise UserError(f"{folder}: weights are missing or unexpected: {name_some(lost)}")
+    return lm
+
+
+def load_state_file(path: Path) -> dict[str, Tensor]:
+    """The weights in an official checkpoint file, under the language model's own names.
+
+    The official Coconut module puts base_causallm. before every name and holds the input embedding once more. Files
+    are read with weights_only, so that a file with code in it is refused.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(
+            f"load_model_path: {str(path)!r} is no file of plain weights (a torch state dict), or it is damaged. Other "
+            f"pickles are refused, since they can run code. {str(error).strip().splitlines()[0]:.200}"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"load_model_path: {str(path)!r} holds no state dict, a mapping from names to tensors")
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    prefix = "base_causallm."
+    if any(name.startswith(prefix) for name in state):
+        state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    return state
+
+
+def load_state(lm: PreTrainedModel, state: dict[str, Tensor], path: str) -> None:
+    """Loads a state dict into the model, whose vocabulary takes on the number of rows in it; nothing may be left over."""
+    table = lm.get_input_embeddings()
+    name = next(name for name, value in lm.named_parameters() if value is table.weight)
+    if name in state and len(state[name]) != len(table.weight):
+        lm.resize_token_embeddings(len(state[name]), mean_resizing=False)
+    try:
+        result = lm.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise UserError(f"load_model_path: {path!r} does not fit the model: {error}") from error
+    own = lm.state_dict()
+    loaded = {own[name].data_ptr() for name in state if name in own}  # a tied weight is there under its other name
+    lost = [name for name in result.missing_keys if own[name].data_ptr() not in loaded] + result.unexpected_keys
+    if lost:
+        raise UserError(f"load_model_path: {path!r} does not fit the model; missing or unexpected: {name_some(lost)}")
+
+
+def name_some(names: list) -> str:
+    """The first few names of a list, and how many there are."""
+    return ", ".join(str(name) for name in names[:4]) + (f" ... ({len(names)})" if len(names) > 4 else "")
+
+
+def read_description(folder: str) -> dict:
+    """The coconut.json of a checkpoint directory; {} for other models."""
+    path = Path(folder) / DESCRIPTION
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def add_tokens(tokenizer: PreTrainedTokenizerBase, method: str) -> None:
+    """Adds the markers, and <|pause|> for the methods that use it; the pad token is eos where there is none."""
+    pause = [PAUSE] if PAUSE in METHODS[method].tokens else []
+    tokenizer.add_tokens([START, END, LATENT, *pause])
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+def add_rows(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, known: set[str], init: str) -> None:
+    """Gives the model rows (embedding and head) for the added tokens that are not `known` to it.
+
+    A new row is the row of the token `init`, or the mean row where `init` is not one token. Other rows stay as they are.
+    """
+    old = lm.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > old:
+        lm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    added = {token: tokenizer.get_vocab().get(token) for token in (START, END, LATENT, PAUSE)}
+    new = [id for token, id in added.items() if id is not None and (token not in known or id >= old)]
+    source = tokenizer(init, add_special_tokens=False)["input_ids"]
+    one = len(source) == 1 and source[0] not in (tokenizer.unk_token_id, *new)
+    with torch.no_grad():
+        for table in (lm.get_input_embeddings(), lm.get_output_embeddings()):
+            row = table.weight[source[0]] if one else table.weight[:old].mean(0)  # (hidden,)
+            table.weight[new] = row.expand(len(new), -1).clone()  # (new, hidden)
