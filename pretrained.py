@@ -76,7 +76,7 @@ def load_pretrained(config: Config, load_path: str | Path | None) -> Pretrained:
 
 
 def load_model(folder: str, config: Config, is_checkpoint: bool) -> PreTrainedModel:
-    """The causal language model of a folder or hub name in float32, with random weights if from_scratch asks for them."""
+    """The causal language model of a folder or hub name in float32; from_scratch asks for random weights."""
     trust = {"trust_remote_code": config.trust_remote_code}
     if config.from_scratch and not is_checkpoint:
         architecture = AutoConfig.from_pretrained(folder, **trust)
@@ -113,7 +113,7 @@ def load_state_file(path: Path) -> dict[str, Tensor]:
 
 
 def load_state(lm: PreTrainedModel, state: dict[str, Tensor], path: str) -> None:
-    """Loads a state dict into the model, whose vocabulary takes on the number of rows in it; nothing may be left over."""
+    """Loads a state dict into the model, whose vocabulary takes on its number of rows; every name must fit."""
     table = lm.get_input_embeddings()
     name = next(name for name, value in lm.named_parameters() if value is table.weight)
     if name in state and len(state[name]) != len(table.weight):
@@ -151,7 +151,7 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, method: str) -> None:
 def add_rows(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, known: set[str], init: str) -> None:
     """Gives the model rows (embedding and head) for the added tokens that are not `known` to it.
 
-    A new row is the row of the token `init`, or the mean row where `init` is not one token. Other rows stay as they are.
+    A new row is the row of the token `init`, or the mean row where `init` is not one token. Other rows stay.
     """
     old = lm.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > old:

@@ -68,7 +68,7 @@ class NotFiniteError(Exception):
 
 @dataclass
 class Run:
-    """What the parts of a run share: config, processes, model, tokenized problems, and the checkpoint it goes on from."""
+    """What the parts of a run share; `checkpoint` is the one that the run goes on from."""
 
     config: Config
     processes: Processes

@@ -174,10 +174,13 @@ def load_config(path: str, overrides: list[str] = ()) -> Config:
     return config
 
 
-def read_yaml(path: str) -> dict:
-    """The mapping in a YAML file."""
+def read_yaml(path: str | Path, inside: tuple[Path, ...] = ()) -> dict:
+    """The mapping in a YAML file, on top of that in the file which its `base` key names (relative to the file)."""
+    path = Path(path)
+    if path in inside:
+        raise UserError(f"{path}: the base keys lead back to this file: {' -> '.join(map(str, (*inside, path)))}")
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot read the config: {error.strerror}. args/ holds ready ones.") from error
     except UnicodeDecodeError as error:
@@ -186,7 +189,10 @@ def read_yaml(path: str) -> dict:
         raise UserError(f"{path}: the config is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: the config must be lines of 'key: value', this is {type(values).__name__}")
-    return values
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    return read_yaml(path.parent / str(base), (*inside, path)) | values
 
 
 def run_problems(config: Config, given: dict) -> list[str]:

@@ -1,0 +1,17 @@
+# Sourced by quickstart.bash and tests/run.bash: makes the virtual environment .venv with the packages of the
+# requirements file in $1 and activates it. Set PYTHON to choose the interpreter (3.11 to 3.13).
+set -euo pipefail
+
+python=${PYTHON:-python3}
+"$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || {
+    echo "error: $("$python" --version) found, but 3.11 to 3.13 is needed; set PYTHON=/path/to/python3.12" >&2
+    exit 2
+}
+stamp=.venv/installed-$(cat "$1" requirements.txt | cksum | cut -d' ' -f1)
+if [ ! -e "$stamp" ]; then
+    echo "setting up .venv (a few minutes, once)"
+    "$python" -m venv .venv
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$1"
+    touch "$stamp"
+fi
+source .venv/bin/activate
