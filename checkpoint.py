@@ -12,9 +12,11 @@ from pathlib import Path
 
 import torch
 
+from coconut import Coconut
 from curriculum import METHODS
+from parallel import Processes, collect_state, spread_optimizer_state
 from pretrained import DESCRIPTION, Pretrained
-from utils import Config, Processes, UserError
+from utils import Config, UserError
 
 STATE = "training_state.pt"
 MANIFEST = "manifest.json"
@@ -24,21 +26,28 @@ MANIFEST = "manifest.json"
 class TrainState:
     """Where a run stands, besides weights, optimizer and random streams.
 
-    epoch: finished epochs; step: finished optimizer steps of the whole run; best_accuracy: of the stage best_stage;
-    metrics_bytes: the size of metrics.jsonl; run_id: the logger's name for the run, kept when it is continued.
+    run_id: the logger's name for the run, kept when it is continued; epoch: finished epochs; examples: those done of
+    the epoch in progress; step: finished optimizer steps of the whole run; best_accuracy: that of the stage
+    best_stage; metrics_bytes: the size of metrics.jsonl.
     """
 
     run_id: str
     epoch: int = 0
+    examples: int = 0
     step: int = 0
     best_accuracy: float = -1.0
     best_stage: int = -1
     metrics_bytes: int = 0
 
 
+class SaveError(Exception):
+    """A checkpoint could not be saved; every earlier one is as it was."""
+
+
 def save_checkpoint(
     directory: Path,
     pretrained: Pretrained,
+    model: Coconut,
     optimizer: torch.optim.Optimizer,
     state: TrainState,
     description: dict,
@@ -47,29 +56,41 @@ def save_checkpoint(
     """Saves everything that the run needs to go on as if it had never stopped; every process calls it.
 
     The files are written beside their place and synced; a manifest with their sizes and checksums comes last, then the
-    directory is renamed. So a directory that is there is complete, unless the disk fails.
+    directory is renamed. So a directory that is there is complete, unless the disk fails. Raises SaveError in every
+    process if the main one cannot write.
     """
+    weights, optimizer_state = collect_state(model, optimizer)
     random_states = processes.gather(random_state(processes.device))
+    problem = None
     if processes.is_main:
-        partial = directory.with_name(directory.name + ".partial")
-        for leftover in (partial, directory):
-            shutil.rmtree(leftover, ignore_errors=True)
-        pretrained.lm.save_pretrained(partial)
-        pretrained.tokenizer.save_pretrained(partial)
-        (partial / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
-        training = {
-            "state": asdict(state),
-            "optimizer": optimizer.state_dict(),
-            "random_states": random_states,
-        }
-        torch.save(training, partial / STATE)
-        manifest = {path.name: fingerprint(path) for path in sorted(partial.iterdir())}
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        for path in (*partial.iterdir(), partial):
-            sync(path)
-        os.replace(partial, directory)
-        sync(directory.parent)
-    processes.barrier()
+        training = {"state": asdict(state), "optimizer": optimizer_state, "random_states": random_states}
+        try:
+            write_checkpoint(directory, pretrained, weights, description, training)
+        except Exception as error:  # besides OSError, the libraries have errors of their own for a full disk
+            problem = f"{directory} could not be saved: {error}; earlier checkpoints are as they were"
+    problem = processes.gather(problem)[0]
+    if problem is not None:
+        raise SaveError(problem)
+
+
+def write_checkpoint(directory: Path, pretrained: Pretrained, weights: dict, description: dict, training: dict) -> None:
+    """Writes the files of a checkpoint beside its place, and moves them there when they are complete."""
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    lm, tied = pretrained.lm, {name for name, _ in pretrained.lm.named_parameters(remove_duplicate=False)}
+    tied -= {name for name, _ in lm.named_parameters()}
+    weights = {name.removeprefix("base_causallm."): value for name, value in weights.items()}
+    lm.save_pretrained(partial, state_dict={name: value for name, value in weights.items() if name not in tied})
+    pretrained.tokenizer.save_pretrained(partial)
+    (partial / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+    torch.save(training, partial / STATE)
+    manifest = {path.name: fingerprint(path) for path in sorted(partial.iterdir())}
+    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    for path in (*partial.iterdir(), partial):
+        sync(path)
+    shutil.rmtree(directory, ignore_errors=True)  # a damaged one, or one of a run that went back before it
+    os.replace(partial, directory)
+    sync(directory.parent)
 
 
 def describe(config: Config, stage: int, epoch: int, pretrained: Pretrained) -> dict:
@@ -85,13 +106,15 @@ def random_state(device: torch.device) -> dict:
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
-def load_training_state(checkpoint: Path, optimizer: torch.optim.Optimizer, processes: Processes) -> TrainState:
+def load_training_state(
+    checkpoint: Path, model: Coconut, optimizer: torch.optim.Optimizer, processes: Processes
+) -> TrainState:
     """Brings the optimizer and this process's random streams back, and returns where the run stands.
 
     With another number of processes than the checkpoint was written by, all streams stay as they were seeded.
     """
     training = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(training["optimizer"])
+    spread_optimizer_state(model, optimizer, training["optimizer"])
     streams = training["random_states"]
     if len(streams) == processes.world_size:
         torch.set_rng_state(streams[processes.rank]["cpu"])
@@ -102,17 +125,35 @@ def load_training_state(checkpoint: Path, optimizer: torch.optim.Optimizer, proc
     return TrainState(**training["state"])
 
 
+NAME = re.compile(r"checkpoint_(\d+)(?:_step_(\d+))?")  # finished epochs; within an epoch, finished steps of the run
+
+
+def checkpoints(run_directory: Path) -> list[Path]:
+    """The checkpoints of a run, the newest first."""
+    named = [(match, path) for path in run_directory.glob("checkpoint_*") if (match := NAME.fullmatch(path.name))]
+    named.sort(key=lambda pair: (int(pair[0][1]), int(pair[0][2] or 0)), reverse=True)
+    return [path for _, path in named]
+
+
 def latest_checkpoint(run_directory: Path) -> Path | None:
     """The newest complete checkpoint of a run; a damaged one is named and passed over. None where there is none."""
-    numbered = [(int(m[1]), path) for path in run_directory.glob("checkpoint_*") if (m := NAME.fullmatch(path.name))]
-    for _, path in sorted(numbered, reverse=True):
+    for path in checkpoints(run_directory):
         if (complaint := damage(path)) is None:
             return path
         print(f"warning: {path} is damaged ({complaint}), so an earlier checkpoint is used", flush=True)
     return None
 
 
-NAME = re.compile(r"checkpoint_(\d+)")
+def prune(run_directory: Path, keep: int | None) -> None:
+    """Removes all but the newest `keep` checkpoints (None: none), and those within an epoch but for the newest two.
+
+    What best and last point to stays in any case.
+    """
+    linked = {(run_directory / name).resolve() for name in ("best", "last")}
+    for age, path in enumerate(checkpoints(run_directory)):
+        old = (keep is not None and age >= keep) or (age >= 2 and "_step_" in path.name)
+        if old and path.resolve() not in linked:
+            shutil.rmtree(path)
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -165,7 +206,8 @@ FREE_KEYS = {
     "resume",
     "val_path",
 }
-FREE_KEYS |= {"batch_size_eval", "max_new_tokens", "save_only_improve", "trust_remote_code"}
+FREE_KEYS |= {"batch_size_eval", "max_new_tokens", "save_only_improve", "save_every_steps", "keep_checkpoints"}
+FREE_KEYS |= {"parallel", "trust_remote_code"}
 
 
 def check_same_training(saved: dict, config: Config, run_directory: Path) -> None:

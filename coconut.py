@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -49,16 +49,22 @@ class Coconut(nn.Module):
         self.eos_token_id = eos_token_id
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None, position_ids=None, **_
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        min_passes: int = 1,
     ) -> CoconutOutput:
         """One training pass.
 
         Args: input_ids, attention_mask, labels and position_ids, all (batch, length); labels are -100 where nothing is
         supervised; position_ids default to counting each row's real tokens.
         With labels, the vocabulary projection is computed only where it is supervised. Raises ValueError for a thought
-        in the first column, which has no hidden state before it.
+        in the first column, which has no hidden state before it. min_passes cuts the columns into more stretches than
+        the thoughts need, to the same effect: processes that shard the weights must make equally many passes.
         """
-        hidden, embeds, _ = self.think(input_ids, attention_mask, position_ids)
+        hidden, embeds, _ = self.think(input_ids, attention_mask, position_ids, min_passes)
         project = self.base_causallm.get_output_embeddings()
         if labels is None:
             return CoconutOutput(None, project(hidden), embeds)
@@ -68,7 +74,7 @@ class Coconut(nn.Module):
         return CoconutOutput(total / max(len(rows), 1), None, embeds)
 
     def think(
-        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None, min_passes: int = 1
     ) -> tuple[Tensor, Tensor, DynamicCache]:
         """Runs the model over (batch, length) sequences and fills in their thoughts.
 
@@ -77,13 +83,10 @@ class Coconut(nn.Module):
         if position_ids is None:
             position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)  # (batch, length)
         is_latent = input_ids == self.latent_token_id  # (batch, length)
-        latent_columns = is_latent.any(0).nonzero().flatten().tolist()
-        if latent_columns and latent_columns[0] == 0:
-            raise ValueError("a latent token in the first column has no hidden state before it to take")
         embeds = self.base_causallm.get_input_embeddings()(input_ids)  # (batch, length, hidden)
         cache = DynamicCache(config=self.base_causallm.config)
         hidden, inputs = [], []
-        for start, end in pairwise([0, *latent_columns, input_ids.shape[1]]):
+        for start, end in pairwise([0, *self.cuts(is_latent, min_passes), input_ids.shape[1]]):
             stretch = embeds[:, start:end]
             if start > 0:
                 thought = hidden[-1][:, -1:]  # (batch, 1, hidden)
@@ -92,6 +95,15 @@ class Coconut(nn.Module):
             inputs.append(stretch)
             hidden.append(self.hidden_states(stretch, attention_mask[:, :end], position_ids[:, start:end], cache))
         return torch.cat(hidden, dim=1), torch.cat(inputs, dim=1), cache
+
+    @staticmethod
+    def cuts(is_latent: Tensor, min_passes: int = 1) -> list[int]:
+        """The columns at which a new pass begins: those with thoughts, and the last columns to make up min_passes."""
+        columns = is_latent.any(0).nonzero().flatten().tolist()
+        if columns and columns[0] == 0:
+            raise ValueError("a latent token in the first column has no hidden state before it to take")
+        others = (column for column in range(is_latent.shape[1] - 1, 0, -1) if column not in columns)
+        return sorted([*columns, *islice(others, max(min_passes - 1 - len(columns), 0))])
 
     def hidden_states(self, inputs_embeds: Tensor, attention_mask: Tensor, position_ids: Tensor, cache) -> Tensor:
         """Last hidden states (batch, columns, hidden) of the columns that follow those in the cache."""
@@ -104,14 +116,16 @@ class Coconut(nn.Module):
         ).last_hidden_state
 
     @torch.no_grad()
-    def generate(self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int = 16) -> Tensor:
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int = 16, position_ids: Tensor | None = None
+    ) -> Tensor:
         """Greedy continuation of a batch of prompts, padded on either side as the collator pads.
 
         Args: input_ids and attention_mask (batch, length), the number of new tokens at most.
         Returns (batch, <= length + max_new_tokens) token ids: the padded prompts, then the new tokens. A row stops
         before its first eos, or where it fills the model's last position; eos follows there while other rows go on.
         """
-        hidden, _, cache = self.think(input_ids, attention_mask)
+        hidden, _, cache = self.think(input_ids, attention_mask, position_ids)
         columns = torch.arange(input_ids.shape[1], device=input_ids.device)
         last_column = (columns * attention_mask).argmax(1)  # (batch,)
         last_hidden = hidden[torch.arange(len(hidden), device=hidden.device), last_column]  # (batch, hidden)

@@ -235,17 +235,19 @@ def check_lengths(examples: list[dict], stages: set[int], configs, limit: int, p
                 )
 
 
-def step_batches(n: int, per_pass: int, passes: int, rank: int, world_size: int) -> list[list[list[int]]]:
-    """Splits n examples into optimizer steps, and this rank's share of each step into forward passes.
+def step_batches(
+    examples: range, per_pass: int, passes: int, rank: int, world_size: int
+) -> list[tuple[int, list[list[int]]]]:
+    """Splits examples into optimizer steps, and this rank's share of each step into forward passes.
 
     A step takes the next per_pass * passes * world_size examples, whoever computes them, so the steps are the same for
     any division of labour. Every rank makes equally many passes; a pass is empty where too few examples are left.
+    Returns for each step the number of its examples, and the examples of each of this rank's passes.
     """
     size = per_pass * passes * world_size
     steps = []
-    for start in range(0, n, size):
-        count = min(size, n - start)
-        mine = range(start + rank, start + count, world_size)
-        needed = math.ceil(count / (per_pass * world_size))
-        steps.append([list(mine[i::needed]) for i in range(needed)])
+    for start in range(0, len(examples), size):
+        step = examples[start : start + size]
+        mine, needed = step[rank::world_size], math.ceil(len(step) / (per_pass * world_size))
+        steps.append((len(step), [list(mine[i::needed]) for i in range(needed)]))
     return steps

@@ -12,10 +12,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from coconut import Coconut
+from build import Run
 from curriculum import METHODS
-from dataset import MyCollator, SequenceDataset
-from utils import Config, Processes
+from dataset import SequenceDataset, get_cot_latent_dataset, get_question_latent_dataset
+from parallel import whole_weights
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; all processes raise it together."""
+
+    def __init__(self, signal: int):
+        super().__init__(f"signal {signal}")
+        self.signal = signal
 
 
 @dataclass
@@ -46,40 +54,41 @@ class Evaluation:
             named["cot_em"] = self.cot_match
         return {f"eval/{name}": value for name, value in named.items()}
 
+    def summary(self, count: int = 3) -> str:
+        """The result with the first few predictions, for the terminal."""
+        cot = "" if self.cot_match is None else f", CoT match {self.cot_match:.1%}"
+        lines = [
+            f"validation: accuracy {self.accuracy:.1%}{cot}, loss {self.loss:.4f}, "
+            f"{self.new_tokens:.1f} tokens and {self.seconds:.4f} s per problem"
+        ]
+        for p in self.predictions[:count]:
+            lines.append(f"  [{'right' if p['correct'] else 'wrong'}] ...{p['question'][-60:]}")
+            lines.append(f"    expected {p['expected']!r}, generated {p['generated']!r}")
+        return "\n".join(lines)
 
-def evaluate(
-    model: Coconut,
-    sequences: SequenceDataset,
-    prompts: SequenceDataset,
-    problems: list[dict],
-    collator: MyCollator,
-    tokenizer,
-    config: Config,
-    processes: Processes,
-) -> Evaluation:
-    """Validates the model on problems, given as training sequences (for the loss) and as prompts (for answers).
 
-    Every problem counts once, on any number of processes; all of them return the same result.
+def validate(run: Run, stage: int) -> Evaluation:
+    """Validates the run's model at a stage, and prints the result with a few examples.
+
+    Every problem counts once, on any number of processes; all of them return the same result. Raises Interrupted
+    where a signal asks for an end, as soon as all processes know.
     """
-    model.eval()
-    loss = mean_loss(model, sequences, collator, config, processes)
-    started = time.perf_counter()
-    predictions = []
-    for batch, tokens in generate_all(model, prompts, collator, config, processes):
-        thoughts = (batch["input_ids"] == model.latent_token_id).sum(1).tolist()
-        for idx, new, count in zip(batch["idx"].tolist(), tokens, thoughts, strict=True):
-            predictions.append(predict(problems[idx], idx, new, count, tokenizer, config.method))
-    seconds = max(processes.gather(time.perf_counter() - started)) / len(problems)
-    predictions = sorted((p for part in processes.gather(predictions) for p in part), key=lambda p: p["idx"])
-    writes_steps = METHODS[config.method].steps == "kept"
-    return Evaluation(
+    run.model.eval()
+    with torch.no_grad(), whole_weights(run.model):
+        loss = mean_loss(run, run.sequences(get_cot_latent_dataset, stage, run.valid_examples, mix_stages=False))
+        started = time.perf_counter()
+        predictions = answers(run, run.sequences(get_question_latent_dataset, stage, run.valid_examples))
+        [seconds] = run.processes.max([time.perf_counter() - started])
+    evaluation = Evaluation(
         loss,
         mean(p["correct"] for p in predictions),
-        mean(p["cot_match"] for p in predictions) if writes_steps else None,
+        mean(p["cot_match"] for p in predictions) if METHODS[run.config.method].steps == "kept" else None,
         mean(p["new_tokens"] for p in predictions),
-        seconds,
+        seconds / len(predictions),
         predictions,
     )
+    run.processes.print(evaluation.summary())
+    return evaluation
 
 
 def mean(values) -> float:
@@ -88,32 +97,42 @@ def mean(values) -> float:
     return sum(values) / len(values)
 
 
-def mean_loss(
-    model: Coconut, sequences: SequenceDataset, collator: MyCollator, config: Config, processes: Processes
-) -> float:
+def mean_loss(run: Run, sequences: SequenceDataset) -> float:
     """The mean cross entropy over all supervised tokens of a data set."""
-    total = torch.zeros(2, dtype=torch.float64, device=processes.device)  # loss, supervised tokens
-    for batch in batches(sequences, collator, config, processes, "validation loss"):
-        batch.pop("idx")
-        count = (batch["labels"][:, 1:] != -100).sum().to(processes.device)
-        with torch.no_grad(), autocast(config, processes):
-            loss = model(**to_device(batch, processes)).loss
-        total += torch.stack([loss.double() * count, count.double()])
-    loss, count = processes.sum(total.tolist())
+    total = torch.zeros(2, dtype=torch.float64, device=run.processes.device)  # loss, supervised tokens
+    for batch in batches(run, sequences, "validation loss"):
+        count = (batch["labels"][:, 1:] != -100).sum().to(total)
+        with autocast(run):
+            loss = run.model(**inputs(run, batch)).loss
+        total += torch.stack([loss.double() * count, count])
+    loss, count = run.processes.sum(total.tolist())
+    stop_together(run)
     return loss / count
 
 
-def generate_all(
-    model: Coconut, prompts: SequenceDataset, collator: MyCollator, config: Config, processes: Processes
-) -> Iterator[tuple[dict, list[list[int]]]]:
-    """Yields each batch of this process's prompts with its rows' new tokens, up to and including their first eos."""
-    limit = config.max_new_tokens or (64 if "gsm" in config.val_path else 128)
-    for batch in batches(prompts, collator, config, processes, "validation answers"):
-        inputs = to_device({key: batch[key] for key in ("input_ids", "attention_mask")}, processes)
-        with autocast(config, processes):
-            output = model.generate(**inputs, max_new_tokens=limit)
-        new = output[:, inputs["input_ids"].shape[1] :].tolist()
-        yield batch, [until_eos(row, model.eos_token_id, limit) for row in new]
+def answers(run: Run, prompts: SequenceDataset) -> list[dict]:
+    """The predictions for all prompts of a data set, in its order."""
+    limit = run.config.max_new_tokens or (64 if "gsm" in run.config.val_path else 128)
+    predictions = []
+    for batch in batches(run, prompts, "validation answers"):
+        with autocast(run):
+            output = run.model.generate(**inputs(run, batch), max_new_tokens=limit)  # (batch, length + new)
+        thoughts = (batch["input_ids"] == run.model.latent_token_id).sum(1).tolist()
+        new = output[:, batch["input_ids"].shape[1] :].tolist()
+        for idx, tokens, count in zip(batch["idx"].tolist(), new, thoughts, strict=True):
+            tokens = until_eos(tokens, run.model.eos_token_id, limit)
+            tokenizer, problem = run.pretrained.tokenizer, run.valid_problems[idx]
+            predictions.append(predict(problem, idx, tokens, count, tokenizer, run.config.method))
+    parts = run.processes.gather(predictions)
+    stop_together(run)
+    return sorted((prediction for part in parts for prediction in part), key=lambda p: p["idx"])
+
+
+def stop_together(run: Run) -> None:
+    """Raises Interrupted in every process if a signal reached any of them."""
+    [signal] = run.processes.max([run.stop.signal])
+    if signal:
+        raise Interrupted(int(signal))
 
 
 def until_eos(tokens: list[int], eos: int, limit: int) -> list[int]:
@@ -123,26 +142,26 @@ def until_eos(tokens: list[int], eos: int, limit: int) -> list[int]:
     return tokens if len(tokens) == limit else [*tokens, eos]
 
 
-def batches(
-    dataset: SequenceDataset, collator: MyCollator, config: Config, processes: Processes, title: str
-) -> Iterator[dict[str, Tensor]]:
-    """Yields this process's share of a data set in batches of sequences of similar length, with a progress bar."""
-    size = config.batch_size_eval or config.batch_size_training
-    mine = range(processes.rank, len(dataset), processes.world_size)
+def batches(run: Run, dataset: SequenceDataset, title: str) -> Iterator[dict[str, Tensor]]:
+    """Yields this process's share of a data set in batches of sequences of similar length, until a signal comes."""
+    size = run.config.batch_size_eval or run.config.batch_size_training
+    mine = range(run.processes.rank, len(dataset), run.processes.world_size)
     order = sorted(mine, key=lambda i: len(dataset[i]["input_ids"]))
     starts = range(0, len(order), size)
-    for start in tqdm(starts, desc=title, leave=False, disable=not processes.is_main):
-        yield collator([dataset[i] for i in order[start : start + size]])
+    for start in tqdm(starts, desc=title, leave=False, disable=not run.processes.is_main):
+        if run.stop.signal:
+            return
+        yield run.collate([dataset[i] for i in order[start : start + size]])
 
 
-def to_device(batch: dict[str, Tensor], processes: Processes) -> dict[str, Tensor]:
-    """The batch on this process's device."""
-    return {key: value.to(processes.device, non_blocking=True) for key, value in batch.items()}
+def inputs(run: Run, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the model takes of a batch, on this process's device."""
+    return {key: value.to(run.processes.device, non_blocking=True) for key, value in batch.items() if key != "idx"}
 
 
-def autocast(config: Config, processes: Processes):
+def autocast(run: Run):
     """bfloat16 arithmetic over float32 weights, where the config asks for it."""
-    return torch.autocast(processes.device.type, dtype=torch.bfloat16, enabled=config.bf16)
+    return torch.autocast(run.processes.device.type, dtype=torch.bfloat16, enabled=run.config.bf16)
 
 
 def predict(problem: dict, idx: int, new: list[int], thoughts: int, tokenizer, method: str) -> dict:
@@ -177,12 +196,3 @@ def write_predictions(predictions: list[dict], path: Path) -> None:
     """Writes one JSON line per problem."""
     lines = [json.dumps(prediction, ensure_ascii=False) for prediction in predictions]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def show_examples(predictions: list[dict], count: int = 3) -> str:
-    """A few predictions as text for the terminal."""
-    return "\n".join(
-        f"  [{'right' if p['correct'] else 'wrong'}] ...{p['question'][-60:]}\n"
-        f"    expected {p['expected']!r}, generated {p['generated']!r}"
-        for p in predictions[:count]
-    )

@@ -1,4 +1,4 @@
-"""Small things that everyone uses: the config, user errors, seeding, processes and metric logging."""
+"""Small things that everyone uses: the config, user errors, seeding, signals and metric logging."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import json
 import math
 import os
 import random
+import signal
+import time
 import types
 import typing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import yaml
 
 from curriculum import METHODS
@@ -90,10 +91,15 @@ class Config:
         choices=(False, True, "every_epoch"),
     )
     bf16: bool = option(False, "bfloat16 autocast over float32 weights")
+    parallel: str = option(
+        "auto", "several processes: a copy of the model in each (ddp) or shards (fsdp)", choices=("auto", "ddp", "fsdp")
+    )
     # validation and checkpoints
     batch_size_eval: int | None = option(None, "problems per process in validation (None: batch_size_training)", low=1)
     max_new_tokens: int | None = option(None, "longest answer (None: 64 where val_path contains gsm, else 128)", low=1)
     save_only_improve: bool = option(False, "save only when validation accuracy improves")
+    save_every_steps: int | None = option(None, "also save within an epoch, after so many optimizer steps", low=1)
+    keep_checkpoints: int | None = option(None, "newest checkpoints to keep besides best (None: all)", low=1)
 
     def __init__(self, values: dict | None = None):
         if problems := self.update(values or {}):
@@ -247,62 +253,39 @@ def set_seed(seed: int, rank: int | None = None) -> None:
     torch.manual_seed(seed)
 
 
-@dataclass(frozen=True)
-class Processes:
-    """This process among those of the run: its global rank, their number, and its device."""
-
-    rank: int = 0
-    world_size: int = 1
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this is the one process that prints and writes."""
-        return self.rank == 0
-
-    def print(self, *words) -> None:
-        """print, on the main process only."""
-        if self.is_main:
-            print(*words, flush=True)
-
-    def sum(self, values: list[float]) -> list[float]:
-        """The element-wise sums of a short list of numbers over all processes (in float64)."""
-        if self.world_size == 1:
-            return values
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)  # (len(values),)
-        dist.all_reduce(total)
-        return total.tolist()
-
-    def gather(self, value) -> list:
-        """Every process's value (anything that pickles), in rank order, on every process."""
-        if self.world_size == 1:
-            return [value]
-        values = [None] * self.world_size
-        dist.all_gather_object(values, value)
-        return values
-
-    def barrier(self) -> None:
-        """Waits until every process is here."""
-        if self.world_size > 1:
-            dist.barrier()
+def write_text(path: Path, text: str) -> None:
+    """Writes a small text file in one atomic step: a reader, or a crash, finds the old text or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
 
 
-def start_processes() -> Processes:
-    """Joins the processes that torchrun started (nccl on CUDA, gloo on CPU); a single process needs no group."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return Processes(rank, world_size, device)
+class StopRequest:
+    """SIGTERM and SIGINT as a wish, which the training loop grants at its next step.
 
+    A second signal ends the process at once; but one that follows closely is the same wish, delivered by the
+    terminal and by torchrun. Used as a context manager, which restores the handlers that were there.
+    """
 
-def stop_processes() -> None:
-    """Leaves the process group, if there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    SAME_WISH = 2.0  # seconds
+
+    def __init__(self):
+        self.signal, self.time = 0, 0.0
+
+    def __enter__(self) -> StopRequest:
+        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def receive(self, number: int, _frame) -> None:
+        """The signal handler."""
+        if self.signal and time.monotonic() - self.time > self.SAME_WISH:
+            os._exit(128 + number)
+        if not self.signal:
+            self.signal, self.time = number, time.monotonic()
 
 
 class MetricLogger:
@@ -325,7 +308,7 @@ class MetricLogger:
 
             self.backend = SummaryWriter(str(directory / "tensorboard"))
 
-    def log(self, metrics: dict, step: int) -> None:
+    def write(self, metrics: dict, step: int) -> None:
         """Logs named numbers of the given optimizer step."""
         if self.file is None:
             return
@@ -334,7 +317,7 @@ class MetricLogger:
             for name, value in metrics.items():
                 self.backend.add_scalar(name, value, step)
         elif self.backend is not None:
-            self.backend.log({"step": step, **metrics})
+            self.backend.log(metrics, step=step)
 
     def flush(self) -> int:
         """Makes what was logged durable and returns the size of metrics.jsonl in bytes."""

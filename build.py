@@ -1,0 +1,78 @@
+"""What all parts of a run share, and how it is put together from a config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from checkpoint import check_same_training, latest_checkpoint
+from coconut import Coconut
+from curriculum import END, LATENT, METHODS, PAUSE, START, stage_of
+from dataset import MyCollator, SequenceDataset, check_lengths, read_problems, tokenize_problems
+from parallel import Processes
+from pretrained import Pretrained, load_pretrained
+from utils import Config, StopRequest, read_yaml, set_seed
+
+DEBUG_TRAIN, DEBUG_VALID = 5000, 32  # problems in a debug run
+
+
+@dataclass
+class Run:
+    """A run's config and processes, its model, and its tokenized problems.
+
+    checkpoint: the one that the run goes on from, None for a fresh start; stop: whether a signal asks it to end.
+    """
+
+    config: Config
+    processes: Processes
+    stop: StopRequest
+    checkpoint: Path | None
+    pretrained: Pretrained
+    model: Coconut
+    train_examples: list[dict]
+    valid_problems: list[dict]
+    valid_examples: list[dict]
+
+    @property
+    def directory(self) -> Path:
+        """Where the run's files are."""
+        return Path(self.config.save_path) / self.config.name
+
+    def collate(self, features: list[dict]) -> dict:
+        """Pads features into a batch; see `MyCollator`."""
+        return MyCollator(self.pretrained.tokenizer, self.model.latent_token_id)(features)
+
+    def sequences(self, make, stage: int, examples: list[dict], **options) -> SequenceDataset:
+        """A data set of `make` (get_cot_latent_dataset or get_question_latent_dataset) for the run's method."""
+        method = METHODS[self.config.method]
+        placeholder = PAUSE if method.placeholder == "pause" else LATENT
+        ids = (self.pretrained.token_id(token) for token in (START, placeholder, END))
+        return make(stage, examples, self.config, *ids, no_special_marker=not method.markers, **options)
+
+
+def build(config: Config, processes: Processes, stop: StopRequest) -> Run:
+    """Reads the data and loads the model; whatever is wrong with them is found here, before anything is written."""
+    train_size, valid_size = (DEBUG_TRAIN, DEBUG_VALID) if config.debug else (None, None)
+    train_problems = [] if config.only_eval else read_problems(config.train_path, train_size)
+    valid_problems = read_problems(config.val_path, valid_size)
+    checkpoint = find_checkpoint(config)
+    set_seed(config.seed)  # the same random weights everywhere
+    pretrained = load_pretrained(config, checkpoint or config.load_model_path)
+    set_seed(config.seed, processes.rank)  # dropout masks of its own for every process
+    train_examples = tokenize_problems(train_problems, pretrained.tokenizer)
+    valid_examples = tokenize_problems(valid_problems, pretrained.tokenizer)
+    if limit := getattr(pretrained.lm.config, "max_position_embeddings", None):
+        stages = {stage_of(epoch, config) for epoch in range(config.num_epochs)}
+        check_lengths(train_examples, stages, config, limit, config.train_path)
+        check_lengths(valid_examples, stages, config, limit, config.val_path)
+    model = pretrained.coconut().to(processes.device)
+    return Run(config, processes, stop, checkpoint, pretrained, model, train_examples, valid_problems, valid_examples)
+
+
+def find_checkpoint(config: Config) -> Path | None:
+    """The checkpoint from which the same command, given again, continues its run. None for a fresh start."""
+    directory = Path(config.save_path) / config.name
+    checkpoint = None if config.debug or config.only_eval else latest_checkpoint(directory)
+    if checkpoint is not None:
+        check_same_training(read_yaml(directory / "config.yaml"), config, directory)
+    return checkpoint

@@ -1,0 +1,157 @@
+"""Processes: joining those of a run, sharing a model among them, and collecting what they hold."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+TRAINING_BYTES = 16  # per parameter: float32 weight, gradient and AdamW's two moments
+DDP_SHARE = 0.4  # of a GPU's memory that these may take before `auto` shards them
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of the run: its global rank, their number, and its device."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one process that prints and writes."""
+        return self.rank == 0
+
+    def print(self, *words) -> None:
+        """print, on the main process only."""
+        if self.is_main:
+            print(*words, flush=True)
+
+    def sum(self, values: list[float]) -> list[float]:
+        """The element-wise sums of a short list of numbers over all processes (in float64)."""
+        return self.reduce(values, dist.ReduceOp.SUM)
+
+    def max(self, values: list[float]) -> list[float]:
+        """The element-wise maxima of a short list of numbers over all processes."""
+        return self.reduce(values, dist.ReduceOp.MAX)
+
+    def reduce(self, values: list[float], operation) -> list[float]:
+        """The numbers reduced over all processes."""
+        if self.world_size == 1:
+            return values
+        reduced = torch.tensor(values, dtype=torch.float64, device=self.device)  # (len(values),)
+        dist.all_reduce(reduced, operation)
+        return reduced.tolist()
+
+    def gather(self, value) -> list:
+        """Every process's value (anything that pickles), in rank order, on every process."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+
+def start_processes() -> Processes:
+    """Joins the processes that torchrun started (nccl on CUDA, gloo on CPU); a single process needs no group."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Processes(rank, world_size, device)
+
+
+def stop_processes() -> None:
+    """Leaves the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def distribute(model: nn.Module, strategy: str, bf16: bool, processes: Processes) -> nn.Module:
+    """Shares the training of a Coconut module among the processes, and returns the module to call.
+
+    ddp: a copy of the model in every process. fsdp: weights, gradients and optimizer state sharded, a unit for each
+    transformer block (FSDP2). auto: ddp while the training state fits well into a GPU. One process needs neither.
+    """
+    if processes.world_size == 1:
+        return model
+    if strategy == "auto":
+        strategy = "ddp" if fits(model, processes.device) else "fsdp"
+        processes.print(f"parallel: auto chooses {strategy}")
+    if strategy == "ddp":
+        return DistributedDataParallel(model)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    options = {"mp_policy": policy} if bf16 else {}
+    mesh = dist.init_device_mesh(processes.device.type, (processes.world_size,))
+    for block in transformer_blocks(model):
+        fully_shard(block, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+def fits(model: nn.Module, device: torch.device) -> bool:
+    """Whether a copy of the whole training state leaves enough of the device's memory for activations."""
+    if device.type != "cuda":
+        return True
+    needed = TRAINING_BYTES * sum(p.numel() for p in model.parameters())
+    return needed < DDP_SHARE * torch.cuda.get_device_properties(device).total_memory
+
+
+def transformer_blocks(model: nn.Module) -> nn.ModuleList:
+    """The list of the model's blocks, whatever the architecture calls it: its longest list of modules."""
+    return max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether the module's weights are sharded, so that all processes must make the same passes."""
+    return isinstance(model, FSDPModule)
+
+
+@contextmanager
+def gradient_sync(model: nn.Module, last: bool) -> Iterator[None]:
+    """Leaves gradients unreduced while accumulating, and reduces them in the last backward pass of a step."""
+    if is_sharded(model):
+        model.set_requires_gradient_sync(last)
+    unreduced = isinstance(model, DistributedDataParallel) and not last
+    with model.no_sync() if unreduced else nullcontext():
+        yield
+
+
+@contextmanager
+def whole_weights(model: nn.Module) -> Iterator[None]:
+    """Holds the whole weights of a sharded model in every process, which may then make passes on its own account."""
+    units = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    for unit in units:
+        unit.unshard()
+        unit.set_reshard_after_forward(False, recurse=False)
+    yield
+    for unit in units:
+        unit.set_reshard_after_forward(unit is not model, recurse=False)
+        unit.reshard()
+
+
+def collect_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:
+    """The whole weights and optimizer state by parameter name, however they are shared out; every process calls it."""
+    return get_model_state_dict(model, options=WHOLE), get_optimizer_state_dict(model, optimizer, options=WHOLE)
+
+
+def spread_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """The reverse of `collect_state` for the optimizer."""
+    set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))

@@ -1,0 +1,209 @@
+"""The training loop: epochs, optimizer steps, and what is saved after them."""
+
+from __future__ import annotations
+
+import math
+import platform
+import secrets
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+import transformers
+import yaml
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+
+from build import Run
+from checkpoint import TrainState, describe, link, load_training_state, prune, save_checkpoint
+from curriculum import schedule_table, stage_of
+from dataset import get_cot_latent_dataset, step_batches
+from evaluate import Evaluation, Interrupted, autocast, inputs, stop_together, validate, write_predictions
+from parallel import distribute, gradient_sync, is_sharded
+from utils import MetricLogger, write_text
+
+
+class NotFiniteError(Exception):
+    """The loss or the gradient is not a finite number."""
+
+
+class Trainer:
+    """A run in training: its model as shared among the processes, its optimizer, where it stands, and its log."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.model = distribute(run.model, run.config.parallel, run.config.bf16, run.processes)
+        self.new_optimizer()
+        self.state = self.restore()
+        self.log = MetricLogger(None, run.config, "")
+
+    def new_optimizer(self) -> None:
+        """Starts with a fresh AdamW over all parameters."""
+        config, fused = self.run.config, self.run.processes.device.type == "cuda"
+        parameters = [p for p in self.run.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
+
+    def restore(self) -> TrainState:
+        """Where the run starts: after the checkpoint it goes on from, else at the epoch that `resume` names."""
+        run, processes = self.run, self.run.processes
+        if run.checkpoint is None:
+            return TrainState(processes.gather(secrets.token_hex(4))[0], epoch=run.config.resume)
+        if run.config.resume:
+            processes.print("resume is ignored: the run's directory holds a checkpoint to continue from")
+        state = load_training_state(run.checkpoint, run.model, self.optimizer, processes)
+        processes.print(f"continuing {run.directory} after epoch {state.epoch}, step {state.step}")
+        return state
+
+    def fit(self) -> None:
+        """Trains epoch after epoch, with validation and a checkpoint after each."""
+        run, config, state = self.run, self.run.config, self.state
+        if run.processes.is_main and not config.debug:
+            self.log = open_log(run, state)
+        try:
+            for epoch in range(state.epoch, config.num_epochs):
+                stage = stage_of(epoch, config)
+                switched = epoch > 0 and stage != stage_of(epoch - 1, config)
+                reset = config.reset_optimizer == "every_epoch" or (config.reset_optimizer and switched)
+                if reset and state.examples == 0:
+                    self.new_optimizer()
+                self.train_epoch(epoch, stage)
+                evaluation = validate(run, stage)
+                self.end_epoch(epoch, stage, evaluation)
+        except Interrupted:
+            self.save(stage)
+            run.processes.print("stopped by a signal; the same command continues this run")
+            raise
+        finally:
+            self.log.close()
+
+    def train_epoch(self, epoch: int, stage: int) -> None:
+        """The optimizer steps of an epoch, or those that are left of it."""
+        run, config, processes, state = self.run, self.run.config, self.run.processes, self.state
+        dataset = run.sequences(get_cot_latent_dataset, stage, run.train_examples, shuffle=True, epoch=epoch)
+        shape = (config.batch_size_training, config.gradient_accumulation_steps, processes.rank, processes.world_size)
+        steps = step_batches(range(state.examples, len(dataset)), *shape)
+        run.model.train()
+        title = f"epoch {epoch + 1}/{config.num_epochs} stage {stage}"
+        progress = tqdm(steps, desc=title, unit="step", disable=not processes.is_main)
+        for count, passes in progress:
+            started = time.perf_counter()
+            batches = [run.collate([dataset[i] for i in indices or [0]]) for indices in passes]
+            for batch, indices in zip(batches, passes, strict=True):
+                if not indices:  # nothing is left for this process: an example that counts for nothing
+                    batch["labels"].fill_(-100)
+                    batch["idx"].fill_(-1)
+            warm = min(1, (state.step + 1) / max(config.warmup_steps, 1))
+            place = f"epoch {epoch + 1}, step {state.step + 1}"
+            metrics = self.train_step(batches, config.lr * warm, place)
+            state.step, state.examples = state.step + 1, state.examples + count
+            speed = metrics.pop("tokens") / (time.perf_counter() - started)
+            progress.set_postfix_str(f"loss {metrics['loss']:.4f}, {speed:.0f} tokens/s")
+            metrics = {"epoch": epoch + 1, "step": state.step, "stage": stage, **metrics, "tokens_per_second": speed}
+            self.log.write({f"train/{name}": value for name, value in metrics.items()}, state.step)
+            stop_together(run)
+            if config.save_every_steps and state.step % config.save_every_steps == 0 and state.examples < len(dataset):
+                self.save(stage)
+
+    def train_step(self, batches: list[dict], lr: float, place: str) -> dict:
+        """One optimizer step over this process's batches, a forward and backward pass for each.
+
+        The loss is the sum over all supervised tokens of all batches of all processes, divided by their number, so any
+        division of the same problems makes the same step. Returns the step's metrics. Raises NotFiniteError before the
+        weights change.
+        """
+        processes = self.run.processes
+        supervised = [(batch["labels"][:, 1:] != -100).sum().item() for batch in batches]
+        tokens = sum(batch["attention_mask"].sum().item() for batch in batches if batch["idx"][0] >= 0)
+        all_supervised, all_tokens = processes.sum([sum(supervised), tokens])
+        total = torch.zeros((), device=processes.device)
+        self.optimizer.zero_grad(set_to_none=True)
+        for number, (batch, count) in enumerate(zip(batches, supervised, strict=True), 1):
+            with gradient_sync(self.model, last=number == len(batches)):
+                with autocast(self.run):
+                    loss = self.model(**inputs(self.run, batch), **self.equal_passes(batch)).loss
+                loss = loss * (count / all_supervised)
+                (loss * processes.world_size).backward()  # gradients are averaged over processes
+            total += loss.detach()
+        norm = self.gradient_norm()
+        [loss] = processes.sum([total.item()])
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            idx = processes.gather([i for batch in batches for i in batch["idx"].tolist() if i >= 0])
+            raise NotFiniteError(f"{place}: loss {loss}, gradient norm {norm}, on the training problems {idx}")
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        return {"loss": loss, "grad_norm": norm, "lr": lr, "tokens": all_tokens}
+
+    def equal_passes(self, batch: dict[str, Tensor]) -> dict:
+        """Sharded weights are gathered anew for every pass, so all processes must make equally many."""
+        if not is_sharded(self.model):
+            return {}
+        own = 1 + len(self.run.model.cuts(batch["input_ids"] == self.run.model.latent_token_id))
+        [most] = self.run.processes.max([own])
+        return {"min_passes": int(most)}
+
+    def gradient_norm(self) -> float:
+        """The gradient's norm over all parameters; clips the gradient where the config asks for it."""
+        parameters = [p for p in self.run.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        if self.run.config.max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.run.config.max_grad_norm, norm)
+        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+    def end_epoch(self, epoch: int, stage: int, evaluation: Evaluation) -> None:
+        """Writes down a finished epoch: its metrics, predictions and checkpoint, and the links best and last."""
+        run, config, state = self.run, self.run.config, self.state
+        state.epoch, state.examples = epoch + 1, 0
+        self.log.write({"eval/epoch": state.epoch, "eval/stage": stage, **evaluation.metrics()}, state.step)
+        # Early stages still write steps and score higher, so the best starts afresh at every stage.
+        improved = stage != state.best_stage or evaluation.accuracy > state.best_accuracy
+        if improved:
+            state.best_stage, state.best_accuracy = stage, evaluation.accuracy
+        if run.processes.is_main and not config.debug:
+            write_predictions(evaluation.predictions, run.directory / f"predictions_{state.epoch}.jsonl")
+        if improved or not config.save_only_improve:
+            self.save(stage, best=improved)
+
+    def save(self, stage: int, best: bool = False) -> None:
+        """Saves a checkpoint of the present state, and removes those that need not be kept."""
+        run, state = self.run, self.state
+        if run.config.debug:
+            return
+        state.metrics_bytes = self.log.flush()
+        name = f"checkpoint_{state.epoch}" + (f"_step_{state.step}" if state.examples else "")
+        description = describe(run.config, stage, state.epoch, run.pretrained)
+        checkpoint = run.directory / name
+        save_checkpoint(checkpoint, run.pretrained, run.model, self.optimizer, state, description, run.processes)
+        if run.processes.is_main:
+            for link_name in ("best", "last") if best else ("last",):
+                link(link_name, checkpoint)
+            prune(run.directory, run.config.keep_checkpoints)
+            print(f"saved {checkpoint}" + (", the best of this stage so far" if best else ""), flush=True)
+
+
+def train(run: Run) -> None:
+    """Trains a run to its end; a finished run is left as it is."""
+    trainer = Trainer(run)
+    if trainer.state.epoch >= run.config.num_epochs:
+        run.processes.print(f"{run.directory} is trained for {trainer.state.epoch} epochs; raise num_epochs to go on")
+        return
+    run.processes.print(schedule_table(run.config))
+    trainer.fit()
+
+
+def open_log(run: Run, state: TrainState) -> MetricLogger:
+    """Makes the run's directory with its config.yaml, and opens its log where the checkpoint left off."""
+    run.directory.mkdir(parents=True, exist_ok=True)
+    text = "".join(f"# {line}\n" for line in versions()) + yaml.safe_dump(run.config.resolved(), sort_keys=False)
+    write_text(run.directory / "config.yaml", text)
+    return MetricLogger(run.directory, run.config, state.run_id, state.metrics_bytes)
+
+
+def versions() -> list[str]:
+    """The versions that a result depends on."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    names = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    return [f"{name} {version}" for name, version in {**names, "commit": commit}.items()]
