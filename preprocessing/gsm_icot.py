@@ -1,0 +1,62 @@
+"""Converts GSM8k in the iCoT format to the training format.
+
+    python preprocessing/gsm_icot.py SPLIT      data/gsm_SPLIT.txt -> data/gsm_SPLIT.json
+
+A line reads `QUESTION||STEP STEP #### ANSWER` and becomes {"question", "steps", "answer"}. A line
+without steps gets the single step "", as in the official files.
+"""
+
+import argparse
+import sys
+
+from common import DATA, DataError, read_text, run_script, write_json
+
+REMEDY = (
+    "Every line must read QUESTION||STEP STEP #### ANSWER. "
+    "`bash preprocessing/gsm_icot.bash` downloads the files afresh and checks them."
+)
+POINTER = "version https://git-lfs"
+
+
+def parse_line(line: str) -> dict:
+    """Question, steps and answer of a line; DataError names the part that is missing."""
+    question, bars, solution = line.partition("||")
+    steps, hashes, answer = solution.partition("####")
+    answer = answer.strip()
+    present = {"'||'": bars, "'####'": hashes, "a question": question.strip(), "an answer": answer}
+    missing = [part for part, found in present.items() if not found]
+    if missing:
+        raise DataError(f"lacks {' and '.join(missing)}: {line[:80]!r}")
+    return {"question": question, "steps": steps.strip().split(" "), "answer": answer}
+
+
+def convert(text: str, source: object) -> list[dict]:
+    """The problems of a whole file, one per line, in order; DataError with `source` and the line's number."""
+    if text.startswith(POINTER):
+        raise DataError(f"{source} is a git-lfs pointer, not the data.\n{REMEDY}")
+    problems = []
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
+        try:
+            problems.append(parse_line(line))
+        except DataError as error:
+            raise DataError(f"{source}, line {number} {error}\n{REMEDY}") from error
+    return problems
+
+
+def main() -> None:
+    """Convert the split named on the command line; an existing result is replaced."""
+    parser = argparse.ArgumentParser(description="Convert data/gsm_SPLIT.txt to data/gsm_SPLIT.json.")
+    parser.add_argument("split", help="train, valid, test")
+    split = parser.parse_args().split
+    source, target = DATA / f"gsm_{split}.txt", DATA / f"gsm_{split}.json"
+    text = read_text(source, REMEDY)
+    problems = convert(text, source)
+    if not text.endswith("\n"):
+        print(f"warning: {source} ends within a line. Is it complete?", file=sys.stderr)
+    write_json(target, problems)
+    without = sum(problem["steps"] == [""] for problem in problems)
+    print(f"{target}: {len(problems):,} problems, {without:,} without steps")
+
+
+if __name__ == "__main__":
+    run_script(main)
