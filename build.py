@@ -64,7 +64,7 @@ def build(config: Config, processes: Processes, stop: StopRequest) -> Run:
     if limit := getattr(pretrained.lm.config, "max_position_embeddings", None):
         stages = {stage_of(epoch, config) for epoch in range(config.num_epochs)}
         check_lengths(train_examples, stages, config, limit, config.train_path)
-        check_lengths(valid_examples, stages, config, limit, config.val_path)
+        check_lengths(valid_examples, stages, config, limit, config.val_path, mix_stages=False)
     model = pretrained.coconut().to(processes.device)
     return Run(config, processes, stop, checkpoint, pretrained, model, train_examples, valid_problems, valid_examples)
 

@@ -70,7 +70,8 @@ class Coconut(nn.Module):
             return CoconutOutput(None, project(hidden), embeds)
         rows, columns = (labels[:, 1:] != -100).nonzero(as_tuple=True)  # (supervised,) each
         logits = project(hidden[rows, columns])  # (supervised, vocabulary)
-        total = F.cross_entropy(logits.float(), labels[rows, columns + 1], reduction="sum")
+        exact = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bfloat16 would round the loss
+        total = F.cross_entropy(exact, labels[rows, columns + 1], reduction="sum")
         return CoconutOutput(total / max(len(rows), 1), None, embeds)
 
     def think(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from curriculum import END, LATENT, PAUSE, START, thoughts_and_removed
+from curriculum import END, LATENT, METHODS, PAUSE, START, thoughts_and_removed
 from utils import UserError
 
 TOKENIZE_CHUNK = 10_000  # problems tokenized in one call: bounds the memory of the call
@@ -220,12 +220,19 @@ class MyCollator:
         return input_ids.index(self.latent_id) if self.latent_id in input_ids else None
 
 
-def check_lengths(examples: list[dict], stages: set[int], configs, limit: int, path: str) -> None:
-    """Raises UserError for the first problem with a sequence longer than the model's `limit` positions at a stage."""
+def check_lengths(
+    examples: list[dict], stages: set[int], configs, limit: int, path: str, mix_stages: bool = True
+) -> None:
+    """Raises UserError for the first problem with a sequence longer than the model's `limit` positions at a stage.
+
+    With mix_stages (training) the stages that configs.uniform_prob may draw count, too.
+    """
+    markers = 2 if METHODS[configs.method].markers else 0
     for example in examples:
         steps = example["steps_tokenized"]
-        kept = len(example["question_tokenized"]) + len(example["answer_tokenized"]) + 2  # 2 markers
-        for stage in stages:
+        kept = len(example["question_tokenized"]) + len(example["answer_tokenized"]) + markers
+        drawn = range(len(steps) + 1) if mix_stages and configs.uniform_prob else ()
+        for stage in sorted({*stages, *drawn}):
             thoughts, removed = thoughts_and_removed(stage, len(steps), configs, training=True)
             length = kept + thoughts + sum(len(step) for step in steps[removed:])
             if length > limit:

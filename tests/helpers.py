@@ -1,0 +1,161 @@
+"""Tiny tokenizers, models, problems and runs that the tests are made of."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from curriculum import END, LATENT, PAUSE, START
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+EOS, BOS = "<|endoftext|>", "<|bos|>"
+
+
+# --- tokenizers -------------------------------------------------------------------------------------------------------
+
+
+def byte_tokenizer(bos: bool = False, pad: bool = False, arrows: bool = True) -> PreTrainedTokenizerFast:
+    """One token per byte, eos, and with `arrows` one for "<<" (as GPT-2 has); with `bos`, one before every text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = [*alphabet, *(["<<"] if arrows else []), EOS]
+    ids = {token: id for id, token in enumerate(vocabulary)}
+    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[("<", "<")] if arrows else []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    named = {"eos_token": EOS}
+    if bos:
+        tokenizer.add_special_tokens([BOS])
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+        )
+        named["bos_token"] = BOS
+    if pad:
+        named["pad_token"] = "<|pad|>"
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named)
+
+
+def show(ids, tokenizer) -> str:
+    """Token ids as a text, a character for each special one: S, L, E, P the markers, ^ bos, $ eos, . for -100."""
+    short = {START: "S", LATENT: "L", END: "E", PAUSE: "P", BOS: "^", EOS: "$"}
+    pieces = ["." if id == -100 else tokenizer.convert_ids_to_tokens(id) for id in ids]
+    return "".join(short.get(piece, piece) for piece in pieces).replace("Ċ", "\n").replace("Ġ", " ")
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def tiny_gpt2(vocabulary: int = 50, positions: int = 64, dropout: float = 0.0, **options) -> GPT2LMHeadModel:
+    """A random GPT-2 of 2 layers, width 16, with weights large enough that every token matters."""
+    drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
+    sizes = {"vocab_size": vocabulary, "n_positions": positions, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    return GPT2LMHeadModel(GPT2Config(**{**sizes, **drops, **ends, "initializer_range": 0.3, **options}))
+
+
+def llama_sizes(vocabulary: int, positions: int, **options) -> dict:
+    """The sizes of a tiny model of the Llama family."""
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    sizes = {"vocab_size": vocabulary, "hidden_size": 16, "intermediate_size": 24, "max_position_embeddings": positions}
+    ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+    return {**sizes, **heads, **ends, "initializer_range": 0.3, "tie_word_embeddings": False, **options}
+
+
+def tiny_llama(vocabulary: int = 50, positions: int = 64, **options) -> LlamaForCausalLM:
+    """A random Llama of 2 layers, width 16, grouped queries and a head of its own."""
+    return LlamaForCausalLM(LlamaConfig(**llama_sizes(vocabulary, positions, **options)))
+
+
+def tiny_qwen3(vocabulary: int = 50, positions: int = 64, **options) -> Qwen3ForCausalLM:
+    """A random Qwen3 of 2 layers and width 16, with normalized queries and keys."""
+    return Qwen3ForCausalLM(Qwen3Config(**llama_sizes(vocabulary, positions, head_dim=4, **options)))
+
+
+MODELS = {"gpt2": tiny_gpt2, "llama": tiny_llama, "qwen3": tiny_qwen3}
+
+
+def exact_model(kind: str, seed: int = 0, **options):
+    """A tiny model in float64 throughout: transformers' RMSNorm rounds to float32, so torch's takes its place."""
+    torch.manual_seed(seed)
+    lm = MODELS[kind](**options).double().eval()
+    for parent in list(lm.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child).__name__.endswith("RMSNorm"):
+                norm = torch.nn.RMSNorm(len(child.weight), eps=child.variance_epsilon, dtype=torch.float64)
+                setattr(parent, name, norm)
+    return lm
+
+
+def save_model(folder: Path, lm=None, tokenizer=None, seed: int = 0) -> str:
+    """A folder that AutoModelForCausalLM and AutoTokenizer open; by default a tiny GPT-2 over bytes."""
+    tokenizer = tokenizer or byte_tokenizer()
+    torch.manual_seed(seed)
+    (lm or tiny_gpt2(len(tokenizer), positions=128)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+# --- problems ---------------------------------------------------------------------------------------------------------
+
+
+def make_problems(count: int, steps: int = 2, seed: int = 0) -> list[dict]:
+    """Sums of single digits: the question "1+2+3", the steps "1+2=3" and "3+3=6", the answer "6"."""
+    rng, problems = random.Random(seed), []
+    for _ in range(count):
+        digits = [rng.randint(0, 9) for _ in range(steps + 1)]
+        sums = [sum(digits[: i + 1]) for i in range(steps + 1)]
+        lines = [f"{sums[i]}+{digits[i + 1]}={sums[i + 1]}" for i in range(steps)]
+        problems.append({"question": "+".join(map(str, digits)), "answer": str(sums[-1]), "steps": lines})
+    return problems
+
+
+def write_json(path: Path, value) -> str:
+    """Writes a data file."""
+    path.write_text(json.dumps(value), encoding="utf-8")
+    return str(path)
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+def words(values: dict) -> list[str]:
+    """Config values as key=value words."""
+    return [f"{key}={'null' if value is None else value}" for key, value in values.items()]
+
+
+def run_script(config, *overrides: str, processes: int = 0, timeout: int = 240, cwd=None, env=None):
+    """run.py as a user starts it: by python, or with `processes` by torchrun. Returns the CompletedProcess."""
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
+    command = [sys.executable, *(launcher if processes else []), str(REPOSITORY / "run.py"), str(config), *overrides]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "RANK", "WORLD_SIZE", "LOCAL_"))}
+    return subprocess.run(
+        command, cwd=cwd, env={**environment, **(env or {})}, timeout=timeout, capture_output=True, text=True
+    )
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The objects in a file of JSON lines."""
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def snapshot(directory: Path) -> dict[str, tuple]:
+    """Every file and link under a directory with its content and its time of change: equal only if nothing changed."""
+    return {
+        str(path.relative_to(directory)): (path.lstat().st_mtime_ns, path.read_bytes() if path.is_file() else None)
+        for path in sorted(Path(directory).rglob("*"))
+    }

@@ -1,0 +1,301 @@
+"""The cached passes against an oracle that computes every thought anew, one row at a time, without a cache."""
+
+import random
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from coconut import Coconut
+from helpers import exact_model
+
+EOS, START, END, LATENT = 0, 47, 48, 49
+WORDS = range(1, 47)
+
+
+def wrap(lm) -> Coconut:
+    return Coconut(lm, LATENT, START, END, EOS)
+
+
+# --- the oracle -------------------------------------------------------------------------------------------------------
+
+
+def oracle_embeds(lm, row):
+    """The input embeddings (1, length, hidden) of one unpadded row of token ids, thoughts in their places."""
+    embeds = lm.get_input_embeddings()(torch.tensor([row]))
+    for p in (i for i, id in enumerate(row) if id == LATENT):
+        hidden = lm.base_model(inputs_embeds=embeds[:, :p], use_cache=False).last_hidden_state
+        embeds = torch.cat([embeds[:, :p], hidden[:, -1:], embeds[:, p + 1 :]], dim=1)
+    return embeds
+
+
+def oracle_logits(lm, row):
+    return lm(inputs_embeds=oracle_embeds(lm, row), use_cache=False).logits[0]  # (length, vocabulary)
+
+
+def oracle_loss(lm, rows, labels):
+    losses = [
+        F.cross_entropy(oracle_logits(lm, row)[:-1], torch.tensor(target[1:]), reduction="sum")
+        for row, target in zip(rows, labels, strict=True)
+    ]
+    return sum(losses) / sum(id != -100 for target in labels for id in target[1:])
+
+
+def oracle_generate(lm, row, count, limit=10**9):
+    """The new tokens of one row up to its first eos (left out), the limit of positions, or `count` of them."""
+    new = []
+    while len(new) < count and len(row) + len(new) < limit:
+        token = oracle_logits(lm, row + new)[-1].argmax().item()
+        if token == EOS:
+            break
+        new.append(token)
+    return new
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+def make_row(rng, thoughts, before=None, after=None):
+    before, after = before or rng.randint(2, 7), after or rng.randint(2, 6)
+    return [
+        *rng.choices(WORDS, k=before),
+        *([START, *[LATENT] * thoughts, END] if thoughts else []),
+        *rng.choices(WORDS, k=after),
+    ]
+
+
+def pad(rows, offsets, fill=0):
+    """The rows as a tensor (batch, length), each moved to the right by its offset."""
+    rows = [[fill] * n + row for n, row in zip(offsets, rows, strict=True)]
+    length = max(map(len, rows))
+    return torch.tensor([row + [fill] * (length - len(row)) for row in rows])
+
+
+def align(rows):
+    """The offsets that bring the first latents into one column; 0 for rows without any."""
+    firsts = [row.index(LATENT) if LATENT in row else None for row in rows]
+    column = max((first for first in firsts if first is not None), default=0)
+    return [0 if first is None else column - first for first in firsts]
+
+
+def scattered():
+    """Rows whose thoughts do not follow each other and lie in no common column."""
+    L = LATENT
+    return [[5, L, 7, L, L, 9, 3], [4, 8, 8, L, 2], [6, 2, L, 3, 3, L, 1, L], [9, 9, 9, 9]]
+
+
+RNG = random.Random(0)
+BATCHES = {f"thoughts_{k}": [make_row(RNG, k) for _ in range(3)] for k in (0, 1, 2, 3, 6, 9, 10)}
+BATCHES["mixed"] = [make_row(RNG, k) for k in (2, 0, 5, 1, 10)]
+BATCHES["single_row"] = [make_row(RNG, 4)]
+BATCHES["scattered"] = scattered()
+BATCHES["latent_last"] = [[3, 4, START, LATENT, LATENT], [5, LATENT], [1, 2, 3]]
+CASES = [pytest.param(rows, align(rows), id=name) for name, rows in BATCHES.items()]
+CASES += [
+    pytest.param(BATCHES["mixed"], [0] * 5, id="mixed_unaligned"),
+    pytest.param(BATCHES["mixed"], [3, 6, 0, 1, 2], id="mixed_left_padded"),
+    pytest.param(BATCHES["thoughts_0"], [4, 0, 2], id="no_thoughts_left_padded"),
+    pytest.param(BATCHES["scattered"], [0] * 4, id="scattered_unaligned"),
+    pytest.param(BATCHES["scattered"], [2, 5, 0, 1], id="scattered_left_padded"),
+]
+KINDS = ["gpt2", "llama", "qwen3"]
+
+
+def make_labels(rows):
+    """Supervision after the last marker or thought; nothing at all in the second row of larger batches."""
+    labels = []
+    for number, row in enumerate(rows):
+        prompt = max([i for i, id in enumerate(row) if id in (LATENT, END)], default=1) + 1
+        labels.append([-100] * len(row) if number == 1 and len(rows) > 2 else [-100] * prompt + row[prompt:])
+    return labels
+
+
+def close(a, b, tolerance=1e-9):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+# --- forward ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("rows", "offsets"), CASES)
+def test_loss_and_every_gradient_equal_the_oracle(kind, rows, offsets):
+    if all(set(target) == {-100} for target in make_labels(rows)):
+        pytest.skip("nothing is supervised")
+    lm, labels = exact_model(kind), make_labels(rows)
+    expected = oracle_loss(lm, rows, labels)
+    expected.backward()
+    gradients = {name: p.grad for name, p in lm.named_parameters()}
+    lm.zero_grad(set_to_none=True)
+
+    mask = pad([[1] * len(row) for row in rows], offsets)
+    output = wrap(lm)(pad(rows, offsets), mask, labels=pad(labels, offsets, fill=-100))
+    output.loss.backward()
+
+    close(output.loss, expected)
+    assert {name for name, p in lm.named_parameters() if p.grad is None} == set()
+    for name, p in lm.named_parameters():
+        close(p.grad, gradients[name])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("rows", "offsets"), CASES)
+def test_logits_and_embeddings_equal_the_oracle(kind, rows, offsets):
+    lm = exact_model(kind)
+    mask = pad([[1] * len(row) for row in rows], offsets)
+    with torch.no_grad():
+        output = wrap(lm)(pad(rows, offsets), mask)
+        assert output.loss is None
+        for number, (row, offset) in enumerate(zip(rows, offsets, strict=True)):
+            columns = slice(offset, offset + len(row))
+            close(output.logits[number, columns], oracle_logits(lm, row))
+            close(output.inputs_embeds[number, columns], oracle_embeds(lm, row)[0])
+
+
+def test_what_stands_in_padded_columns_changes_nothing():
+    rows, offsets = BATCHES["mixed"], [3, 6, 0, 1, 2]
+    lm, mask = exact_model("gpt2"), pad([[1] * len(row) for row in rows], offsets)
+    with torch.no_grad():
+        one, other = (wrap(lm)(pad(rows, offsets, fill), mask).logits[mask == 1] for fill in (0, 33))
+    assert torch.equal(one, other)
+
+
+def test_position_ids_default_to_each_rows_real_tokens():
+    rows, offsets = BATCHES["mixed"], [3, 6, 0, 1, 2]
+    lm, mask = exact_model("gpt2"), pad([[1] * len(row) for row in rows], offsets)
+    position_ids = pad([list(range(len(row))) for row in rows], offsets)
+    with torch.no_grad():
+        given = wrap(lm)(pad(rows, offsets), mask, position_ids=position_ids).logits[mask == 1]
+        shifted = wrap(lm)(pad(rows, offsets), mask, position_ids=position_ids + 1).logits[mask == 1]
+        default = wrap(lm)(pad(rows, offsets), mask).logits[mask == 1]
+    assert torch.equal(given, default)
+    assert not torch.allclose(given, shifted)
+
+
+def test_the_vocabulary_projection_sees_supervised_positions_only():
+    rows, lm = BATCHES["mixed"], exact_model("gpt2")
+    offsets, labels, seen = align(rows), make_labels(rows), []
+    lm.get_output_embeddings().register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape[:-1]))
+    mask = pad([[1] * len(row) for row in rows], offsets)
+    wrap(lm)(pad(rows, offsets), mask, labels=pad(labels, offsets, fill=-100))
+    assert sum(shape.numel() for shape in seen) == sum(id != -100 for target in labels for id in target)
+
+
+def test_a_batch_without_supervision_has_loss_zero():
+    rows = BATCHES["thoughts_2"]
+    mask = pad([[1] * len(row) for row in rows], align(rows))
+    output = wrap(exact_model("gpt2"))(pad(rows, align(rows)), mask, labels=torch.full_like(mask, -100))
+    assert output.loss.item() == 0
+    output.loss.backward()
+
+
+@pytest.mark.parametrize("rows", [[[LATENT, 3, 4]], [[3, LATENT, 4], [LATENT, 3, 4]]])
+def test_a_thought_in_the_first_column_is_refused(rows):
+    model = wrap(exact_model("gpt2"))
+    ids = torch.tensor(rows)
+    with pytest.raises(ValueError, match="first column"):
+        model(ids, torch.ones_like(ids))
+    with pytest.raises(ValueError, match="first column"):
+        model.generate(ids, torch.ones_like(ids))
+
+
+def test_the_module_saves_the_language_model_once():
+    lm = exact_model("gpt2")
+    assert set(wrap(lm).state_dict()) == {f"base_causallm.{name}" for name in lm.state_dict()}
+
+
+# --- generation -------------------------------------------------------------------------------------------------------
+
+
+def new_tokens(model, rows, offsets, count):
+    """Generates for a batch and returns each row's new tokens, after checks of what surrounds them."""
+    ids, mask = pad(rows, offsets), pad([[1] * len(row) for row in rows], offsets)
+    output = model.generate(ids, mask, max_new_tokens=count)
+    assert torch.equal(output[:, : ids.shape[1]], ids)
+    assert output.shape[1] <= ids.shape[1] + count
+    return output[:, ids.shape[1] :].tolist()
+
+
+def until_eos(tokens):
+    """The tokens before the first eos; only eos may follow it."""
+    end = tokens.index(EOS) if EOS in tokens else len(tokens)
+    assert set(tokens[end:]) <= {EOS}
+    return tokens[:end]
+
+
+def model_that_ends(kind):
+    """A model whose greedy texts end early in some rows and go on in others."""
+    lm = exact_model(kind, seed=3)
+    with torch.no_grad():
+        lm.get_output_embeddings().weight[EOS] *= 1.5
+    return lm
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("rows", "offsets"), CASES)
+def test_generation_in_a_batch_equals_each_row_alone_and_the_oracle(kind, rows, offsets):
+    lm = model_that_ends(kind)
+    batch = new_tokens(wrap(lm), rows, offsets, 9)
+    with torch.no_grad():
+        for row, tokens in zip(rows, batch, strict=True):
+            expected = oracle_generate(lm, row, 9)
+            [alone] = new_tokens(wrap(lm), [row], [0], 9)
+            assert until_eos(tokens) == until_eos(alone) == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_generation_cases_hold_rows_that_end_at_once_early_and_never(kind):
+    lm = model_that_ends(kind)
+    with torch.no_grad():
+        lengths = {len(oracle_generate(lm, row, 9)) for rows in BATCHES.values() for row in rows}
+    assert 9 in lengths
+    assert lengths & set(range(1, 9))
+
+
+def model_that_writes(tokens):
+    """A GPT-2 that writes tokens[p] at position p, whatever it reads."""
+    lm = exact_model("gpt2")
+    with torch.no_grad():
+        for p in lm.parameters():
+            p.zero_()
+        lm.transformer.ln_f.weight.fill_(1)
+        lm.transformer.wte.weight.copy_(torch.eye(50, 16))
+        for position, token in enumerate(tokens[1:]):
+            lm.transformer.wpe.weight[position, token] = 100
+    return wrap(lm)
+
+
+def test_a_row_whose_first_new_token_is_eos_stops_at_once():
+    model = model_that_writes([5, 5, 5, EOS, 5, 5, 5, 5, EOS])
+    assert new_tokens(model, [[1, 2, 3]], [0], 6) == [[]]
+    assert new_tokens(model, [[1, 2, 3], [1, 2, 3, 4, 5]], [0, 0], 6) == [[0, 0, 0], [5, 5, 5]]
+
+
+def test_after_a_rows_eos_comes_eos_while_others_go_on():
+    model = model_that_writes([5, 5, 5, 5, EOS, *[6] * 9])
+    assert new_tokens(model, [[1, 2, 3], [1, 2, 3, 4, 5]], [0, 0], 4) == [[5, 0, 0, 0], [6, 6, 6, 6]]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_max_new_tokens_is_kept(count):
+    model = model_that_writes([5] * 64)
+    assert new_tokens(model, [[1, 2, 3], [4]], [0, 2], count) == [[5] * count] * 2
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_generation_stops_at_the_models_last_position(kind):
+    lm = exact_model(kind, positions=12)
+    model, rows = wrap(lm), [list(range(1, 11)), [3, START, LATENT, LATENT, END], list(range(1, 13))]
+    for offsets in ([0, 0, 0], align(rows)):
+        batch = new_tokens(model, rows, offsets, 30)
+        with torch.no_grad():
+            for row, tokens in zip(rows, batch, strict=True):
+                assert until_eos(tokens) == oracle_generate(lm, row, 30, limit=12)
+    assert new_tokens(model, [rows[2]], [0], 30) == [[]]
+
+
+def test_generation_leaves_no_graph_and_the_mode_as_it_was():
+    model = wrap(exact_model("gpt2")).train()
+    output = model.generate(torch.tensor([[1, 2, 3]]), torch.ones(1, 3, dtype=torch.long), max_new_tokens=2)
+    assert output.dtype == torch.int64
+    assert model.training

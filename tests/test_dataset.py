@@ -1,0 +1,329 @@
+"""Sequences, labels and batches, spelled out. Markers are shown as S, L, E and P, bos as ^, eos as $, -100 as a dot."""
+
+import copy
+from collections import Counter
+
+import pytest
+import torch
+
+from curriculum import END, LATENT, METHODS, PAUSE, START
+from dataset import (
+    MyCollator,
+    check_lengths,
+    get_cot_latent_dataset,
+    get_dataset,
+    get_question_latent_dataset,
+    step_batches,
+    tokenize_problems,
+)
+from helpers import byte_tokenizer, make_problems, show, write_json
+from utils import Config, UserError
+
+TWO_STEPS = {"question": "q?", "answer": "7", "steps": ["ab", "c"]}
+ALL = "ab\nc\n### 7$"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([START, END, LATENT, PAUSE])
+    tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def make(get, tokenizer, problems, stage, config, **options):
+    """A data set of `get` for the config's method."""
+
+    method = METHODS[config.method]
+    names = (START, PAUSE if method.placeholder == "pause" else LATENT, END)
+    ids = tokenizer.convert_tokens_to_ids(names)
+    examples = tokenize_problems(problems, tokenizer)
+    return get(stage, examples, config, *ids, no_special_marker=not method.markers, **options)
+
+
+# --- sequences --------------------------------------------------------------------------------------------------------
+
+COCONUT = [  # stage, options, prompt in training, target, prompt in generation; max_latent_stage is 3
+    (0, {}, "q?\nSE", ALL, "q?\nSE"),
+    (1, {}, "q?\nSLE", "c\n### 7$", "q?\nSLE"),
+    (2, {}, "q?\nSLLE", "### 7$", "q?\nSLLE"),
+    (3, {}, "q?\nSLLLE", "### 7$", "q?\nSLLLE"),
+    (4, {}, "q?\nSLLLE", "### 7$", "q?\nSLLLE"),
+    (9, {}, "q?\nSLLLE", "### 7$", "q?\nSLLLE"),
+    (1, {"pad_latent_to_max": False}, "q?\nSLE", "c\n### 7$", "q?\nSLE"),
+    (3, {"pad_latent_to_max": False}, "q?\nSLLLE", "### 7$", "q?\nSLLE"),
+    (4, {"pad_latent_to_max": False}, "q?\nSLLE", "### 7$", "q?\nSLLE"),
+    (2, {"max_latent_stage": 1}, "q?\nSLE", "### 7$", "q?\nSLE"),
+    (2, {"max_latent_stage": 1, "pad_latent_to_max": False}, "q?\nSLE", "### 7$", "q?\nSLE"),
+    (1, {"max_latent_stage": 0}, "q?\nSE", "### 7$", "q?\nSE"),
+    (1, {"c_thought": 2}, "q?\nSLLE", "c\n### 7$", "q?\nSLLE"),
+    (3, {"c_thought": 2}, "q?\nSLLLLLLE", "### 7$", "q?\nSLLLLLLE"),
+    (4, {"c_thought": 2, "pad_latent_to_max": False}, "q?\nSLLLLE", "### 7$", "q?\nSLLLLE"),
+    (1, {"c_thought": 0}, "q?\nSE", "c\n### 7$", "q?\nSE"),
+]
+CASES = [({"method": "coconut", "max_latent_stage": 3, **options}, stage, *texts) for stage, options, *texts in COCONUT]
+CASES += [
+    ({**options, "method": "pause_as_thought"}, stage, *(text.replace("L", "P") for text in texts))
+    for options, stage, *texts in CASES
+]
+CASES += [
+    ({**options, "method": "no_thoughts"}, stage, "q?\n", target, "q?\n")
+    for options, stage, _, target, _ in CASES
+    if options["method"] == "coconut"
+]
+for stage in (0, 1, 5):
+    options = {"max_latent_stage": 3, "c_thought": 2}
+    CASES += [
+        ({"method": "cot", "max_latent_stage": 0, "c_thought": 0}, 0, "q?\n", ALL, "q?\n"),
+        ({"method": "no_cot", **options}, stage, "q?\n", "### 7$", "q?\n"),
+        ({"method": "no_curriculum", **options}, stage, "q?\nSLLLLLLE", "### 7$", "q?\nSLLLLLLE"),
+        ({"method": "pause_token", **options}, stage, "q?\nSPPPPPPE", "### 7$", "q?\nSPPPPPPE"),
+    ]
+
+
+def name(value):
+    return "-".join(str(v) for v in value.values()) if isinstance(value, dict) else None
+
+
+@pytest.mark.parametrize(("options", "stage", "prompt", "target", "generation_prompt"), CASES, ids=name)
+def test_sequences_of_every_method_and_stage(tokenizer, options, stage, prompt, target, generation_prompt):
+    config = Config(options)
+    [item] = make(get_cot_latent_dataset, tokenizer, [TWO_STEPS], stage, config)
+    assert show(item["input_ids"], tokenizer) == prompt + target
+    assert show(item["labels"], tokenizer) == "." * len(prompt) + target
+    [question] = make(get_question_latent_dataset, tokenizer, [TWO_STEPS], stage, config)
+    assert show(question["input_ids"], tokenizer) == generation_prompt
+    assert "labels" not in question
+    for feature in (item, question):
+        assert feature["attention_mask"] == [1] * len(feature["input_ids"])
+        assert feature["position_ids"] == list(range(len(feature["input_ids"])))
+        assert feature["idx"] == 0
+
+
+@pytest.mark.parametrize(
+    ("steps", "stage", "pad", "prompt", "target"),
+    [
+        ([], 0, True, "q?\nSE", "### 7$"),
+        ([], 1, True, "q?\nSLE", "### 7$"),
+        ([], 3, True, "q?\nSLLE", "### 7$"),
+        ([], 3, False, "q?\nSE", "### 7$"),
+        ([""], 0, True, "q?\nSE", "\n### 7$"),
+        ([""], 1, True, "q?\nSLE", "### 7$"),
+        ([""], 3, False, "q?\nSLE", "### 7$"),
+    ],
+)
+def test_problems_without_steps(tokenizer, steps, stage, pad, prompt, target):
+    config = Config({"method": "coconut", "max_latent_stage": 2, "pad_latent_to_max": pad})
+    [item] = make(get_cot_latent_dataset, tokenizer, [{**TWO_STEPS, "steps": steps}], stage, config)
+    assert show(item["input_ids"], tokenizer) == prompt + target
+    assert show(item["labels"], tokenizer) == "." * len(prompt) + target
+
+
+def test_the_tokenizers_bos_stands_before_the_question_only():
+    tokenizer = byte_tokenizer(bos=True)
+    tokenizer.add_tokens([START, END, LATENT])
+    config = Config({"method": "coconut", "max_latent_stage": 2})
+    [item] = make(get_cot_latent_dataset, tokenizer, [TWO_STEPS], 0, config)
+    assert show(item["input_ids"], tokenizer) == "^q?\nSE" + ALL
+    assert show(item["labels"], tokenizer) == "......" + ALL
+    [question] = make(get_question_latent_dataset, tokenizer, [TWO_STEPS], 0, config)
+    assert show(question["input_ids"], tokenizer) == "^q?\nSE"
+
+
+def test_get_dataset_tokenizes_each_piece(tokenizer, tmp_path):
+    problems = [TWO_STEPS, {"question": "é", "answer": "1,000", "steps": [], "extra": 1}]
+    path = write_json(tmp_path / "data.json", problems)
+    first, second = get_dataset(path, tokenizer)
+    assert show(first["question_tokenized"], tokenizer) == "q?\n"
+    assert [show(step, tokenizer) for step in first["steps_tokenized"]] == ["ab\n", "c\n"]
+    assert show(first["answer_tokenized"], tokenizer) == "### 7$"
+    assert tokenizer.decode(second["question_tokenized"]) == "é\n"
+    assert second["steps_tokenized"] == []
+    assert [first["idx"], second["idx"]] == [0, 1]
+    assert list(get_dataset(path, tokenizer, max_size=1)) == [first]
+
+
+# --- mixing of stages -------------------------------------------------------------------------------------------------
+
+
+def stages_drawn(tokenizer, epoch=0, count=300, problems=None, **options):
+    """The number of thoughts of each problem at scheduled stage 5, which tells the stage that was drawn."""
+    config = Config({"method": "coconut", "max_latent_stage": 4, **options})
+    problems = problems or [{"question": "q", "answer": "1", "steps": ["a", "b", "c"]}] * count
+    dataset = make(get_cot_latent_dataset, tokenizer, problems, 5, config, epoch=epoch)
+    latent = tokenizer.convert_tokens_to_ids(LATENT)
+    return [item["input_ids"].count(latent) for item in dataset]
+
+
+def test_uniform_prob_draws_stages_from_0_to_the_number_of_steps(tokenizer):
+    assert set(stages_drawn(tokenizer)) == {4}
+    drawn = Counter(stages_drawn(tokenizer, uniform_prob=1))
+    assert set(drawn) == {0, 1, 2, 3}
+    assert all(45 < count < 105 for count in drawn.values())
+    kept = Counter(stages_drawn(tokenizer, uniform_prob=0.3))[4]
+    assert 180 < kept < 240
+
+
+def test_the_draw_is_a_function_of_seed_epoch_and_example(tokenizer):
+    drawn = stages_drawn(tokenizer, uniform_prob=0.5)
+    torch.manual_seed(1)
+    assert stages_drawn(tokenizer, uniform_prob=0.5) == drawn
+    assert stages_drawn(tokenizer, uniform_prob=0.5, count=50) == drawn[:50]
+    assert stages_drawn(tokenizer, uniform_prob=0.5, epoch=1) != drawn
+    assert stages_drawn(tokenizer, uniform_prob=0.5, seed=1) != drawn
+
+
+def test_the_draw_does_not_depend_on_the_order_of_access(tokenizer):
+    config = Config({"method": "coconut", "max_latent_stage": 4, "uniform_prob": 0.5})
+    dataset = make(get_cot_latent_dataset, tokenizer, make_problems(30, steps=3), 5, config)
+    forward = [dataset[i] for i in range(30)]
+    assert [dataset[i] for i in reversed(range(30))] == forward[::-1]
+
+
+def test_validation_never_mixes_stages(tokenizer):
+    config = Config({"method": "coconut", "max_latent_stage": 4, "uniform_prob": 1})
+    dataset = make(get_cot_latent_dataset, tokenizer, make_problems(20), 5, config, mix_stages=False)
+    latent = tokenizer.convert_tokens_to_ids(LATENT)
+    assert {item["input_ids"].count(latent) for item in dataset} == {4}
+
+
+# --- order ------------------------------------------------------------------------------------------------------------
+
+
+def order(tokenizer, epoch=0, seed=0, shuffle=True):
+    config = Config({"method": "coconut", "seed": seed})
+    dataset = make(get_cot_latent_dataset, tokenizer, make_problems(40), 0, config, shuffle=shuffle, epoch=epoch)
+    return [dataset[i]["idx"] for i in range(len(dataset))]
+
+
+def test_shuffle_is_a_permutation_that_depends_on_seed_and_epoch(tokenizer):
+    first = order(tokenizer)
+    assert sorted(first) == list(range(40)) == order(tokenizer, shuffle=False)
+    torch.manual_seed(1)
+    assert order(tokenizer) == first
+    different = [first, order(tokenizer, epoch=1), order(tokenizer, seed=1), list(range(40))]
+    assert len({tuple(indices) for indices in different}) == 4
+
+
+# --- collator ---------------------------------------------------------------------------------------------------------
+
+
+def feature(text, idx=0):
+    """A feature from a drawing: x a token, L a latent."""
+    ids = [9 if char == "L" else 5 for char in text]
+    n = len(ids)
+    labels = [-100] * (n - 1) + [5]
+    return {"input_ids": ids, "labels": labels, "attention_mask": [1] * n, "position_ids": list(range(n)), "idx": idx}
+
+
+class Padding:
+    """All that the collator asks of a tokenizer."""
+
+    pad_token_id = 0
+
+
+def drawing(batch):
+    signs = {0: "-", 5: "x", 9: "L"}
+    return ["".join(signs[id] for id in row) for row in batch["input_ids"].tolist()]
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        (
+            ["xxxxxxxxxxLLxxxxx", "xxxxxLxxxxxxxx", "xxxxxxxLLxxxxxxx"],
+            ["xxxxxxxxxxLLxxxxx--", "-----xxxxxLxxxxxxxx", "---xxxxxxxLLxxxxxxx"],
+        ),
+        (["xxLx", "xxx", "xxxxLxLx"], ["--xxLx--", "xxx-----", "xxxxLxLx"]),
+        (["xxx", "x", "xx"], ["xxx", "x--", "xx-"]),
+        (["xL"], ["xL"]),
+    ],
+)
+def test_collator_brings_the_first_latents_into_one_column(rows, expected):
+    features = [feature(row, idx) for idx, row in enumerate(rows)]
+    before = copy.deepcopy(features)
+    batch = MyCollator(Padding, latent_id=9)(features)
+    assert features == before  # left as they were
+    assert drawing(batch) == expected
+    for i, row in enumerate(expected):
+        real = [column for column, char in enumerate(row) if char != "-"]
+        assert batch["attention_mask"][i].tolist() == [int(char != "-") for char in row]
+        assert batch["position_ids"][i].tolist() == [real.index(c) if c in real else 0 for c in range(len(row))]
+        assert batch["labels"][i].tolist() == [5 if c == real[-1] else -100 for c in range(len(row))]
+    assert batch["idx"].tolist() == list(range(len(rows)))
+    assert {value.dtype for value in batch.values()} == {torch.int64}
+
+
+def test_collator_without_labels_or_latents():
+    features = [{key: v for key, v in feature(row).items() if key not in ("labels", "idx")} for row in ("xLx", "xxxL")]
+    assert drawing(MyCollator(Padding, latent_id=9)(features)) == ["--xLx", "xxxL-"]
+    batch = MyCollator(Padding)(features)
+    assert drawing(batch) == ["xLx-", "xxxL"]
+    assert set(batch) == {"input_ids", "attention_mask", "position_ids"}
+
+
+def test_collator_pads_labels_with_the_given_id():
+    batch = MyCollator(Padding, latent_id=9, label_pad_token_id=-7)([feature("xxLx"), feature("xLx")])
+    assert batch["labels"][1].tolist() == [-7, -100, -100, 5]
+
+
+# --- division of labour -----------------------------------------------------------------------------------------------
+
+DIVISIONS = [(4, 1, 1), (2, 2, 1), (2, 1, 2), (1, 4, 1), (1, 2, 2), (1, 1, 4)]  # per pass, passes, world size
+
+
+@pytest.mark.parametrize("n", [1, 3, 4, 5, 8, 11, 13])
+@pytest.mark.parametrize(("per_pass", "passes", "world_size"), [*DIVISIONS, (3, 2, 3), (2, 3, 5)])
+def test_every_example_counts_once_in_equally_many_passes(n, per_pass, passes, world_size):
+    ranks = [step_batches(n, per_pass, passes, rank, world_size) for rank in range(world_size)]
+    assert len({tuple(len(step) for step in steps) for steps in ranks}) == 1
+    indices = [i for steps in ranks for step in steps for batch in step for i in batch]
+    assert sorted(indices) == list(range(n))
+    assert all(len(batch) <= per_pass for steps in ranks for step in steps for batch in step)
+    assert all(len(step) <= passes for steps in ranks for step in steps)
+
+
+@pytest.mark.parametrize("n", [1, 4, 7, 13])
+def test_the_steps_are_the_same_for_any_division(n):
+    def steps(per_pass, passes, world_size):
+        ranks = [step_batches(n, per_pass, passes, rank, world_size) for rank in range(world_size)]
+        return [{i for step in parts for batch in step for i in batch} for parts in zip(*ranks, strict=True)]
+
+    expected = [set(range(start, min(start + 4, n))) for start in range(0, n, 4)]
+    assert all(steps(*division) == expected for division in DIVISIONS)
+
+
+# --- lengths ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "stages"),
+    [
+        ({"method": "cot"}, {0}),
+        ({"method": "no_cot", "max_latent_stage": 2}, {3}),
+        ({"method": "coconut", "max_latent_stage": 2, "c_thought": 6}, {0, 1, 2, 3}),
+        ({"method": "coconut", "max_latent_stage": 2, "c_thought": 1}, {0, 1}),
+        ({"method": "coconut", "max_latent_stage": 2, "c_thought": 6, "uniform_prob": 0.5}, {0}),
+        ({"method": "pause_token", "max_latent_stage": 2, "c_thought": 4}, {3}),
+    ],
+    ids=name,
+)
+def test_a_sequence_may_fill_the_models_positions_but_no_more(tokenizer, options, stages):
+    config, problems = Config(options), [TWO_STEPS, {**TWO_STEPS, "question": "a longer question"}]
+    possible = stages | (set(range(3)) if config.uniform_prob else set())
+    longest = max(
+        len(item["input_ids"])
+        for stage in possible
+        for item in make(get_cot_latent_dataset, tokenizer, problems, stage, config, mix_stages=False)
+    )
+    examples = tokenize_problems(problems, tokenizer)
+    check_lengths(examples, stages, config, longest, "data.json")
+    with pytest.raises(UserError, match=rf"data\.json: problem 1 .*{longest} tokens.*{longest - 1} positions"):
+        check_lengths(examples, stages, config, longest - 1, "data.json")
+
+
+def test_the_length_of_stages_that_only_training_mixes_in_does_not_count_in_validation(tokenizer):
+    config = Config({"method": "coconut", "max_latent_stage": 2, "c_thought": 6, "uniform_prob": 0.5})
+    [longest] = make(get_cot_latent_dataset, tokenizer, [TWO_STEPS], 0, config, mix_stages=False)
+    limit = len(longest["input_ids"])
+    check_lengths(tokenize_problems([TWO_STEPS], tokenizer), {0}, config, limit, "data.json", mix_stages=False)
