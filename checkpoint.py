@@ -27,14 +27,15 @@ class TrainState:
     """Where a run stands, besides weights, optimizer and random streams.
 
     run_id: the logger's name for the run, kept when it is continued; epoch: finished epochs; examples: those done of
-    the epoch in progress; step: finished optimizer steps of the whole run; best_accuracy: that of the stage
-    best_stage; metrics_bytes: the size of metrics.jsonl.
+    the epoch in progress; step: finished optimizer steps of the whole run; stage: that of the last step (-1: none);
+    best_accuracy: that of the stage best_stage; metrics_bytes: the size of metrics.jsonl.
     """
 
     run_id: str
     epoch: int = 0
     examples: int = 0
     step: int = 0
+    stage: int = -1
     best_accuracy: float = -1.0
     best_stage: int = -1
     metrics_bytes: int = 0
@@ -93,11 +94,11 @@ def write_checkpoint(directory: Path, pretrained: Pretrained, weights: dict, des
     sync(directory.parent)
 
 
-def describe(config: Config, stage: int, epoch: int, pretrained: Pretrained) -> dict:
+def describe(config: Config, state: TrainState, pretrained: Pretrained) -> dict:
     """What coconut.json says of a checkpoint: how to prompt the model, and which added tokens it has rows for."""
     ids = {token: pretrained.token_id(token) for token in METHODS[config.method].tokens}
     keys = ("method", "c_thought", "max_latent_stage", "pad_latent_to_max")
-    return {key: getattr(config, key) for key in keys} | {"stage": stage, "epoch": epoch, "token_ids": ids}
+    return {key: getattr(config, key) for key in keys} | {"stage": state.stage, "epoch": state.epoch, "token_ids": ids}
 
 
 def random_state(device: torch.device) -> dict:

@@ -12,8 +12,8 @@ START, END, LATENT, PAUSE = "<|start-latent|>", "<|end-latent|>", "<|latent|>", 
 class Method:
     """One row of the paper's Table 1, described by two independent choices.
 
-    steps:       what happens to the written reasoning steps: "kept" (always written), "staged" (removed one
-                 after another, stage by stage) or "removed" (gone from the first epoch on).
+    steps:       what happens to the written reasoning steps: "kept" (always written), "by stage" (removed one after
+                 another, stage by stage), "by token" (removed token by token) or "removed" (gone from the start).
     placeholder: what stands, between the two markers, in the place of removed steps: "latent" (continuous
                  thoughts), "pause" (a learned token) or None (nothing, and no markers either).
     """
@@ -35,49 +35,65 @@ class Method:
 METHODS = {
     "cot": Method(steps="kept"),
     "no_cot": Method(steps="removed"),
+    "icot": Method(steps="by token"),
     "pause_token": Method(steps="removed", placeholder="pause"),
-    "coconut": Method(steps="staged", placeholder="latent"),
+    "coconut": Method(steps="by stage", placeholder="latent"),
     "no_curriculum": Method(steps="removed", placeholder="latent"),
-    "no_thoughts": Method(steps="staged"),
-    "pause_as_thought": Method(steps="staged", placeholder="pause"),
+    "no_thoughts": Method(steps="by stage"),
+    "pause_as_thought": Method(steps="by stage", placeholder="pause"),
 }
 
 
-def stage_of(epoch: int, config) -> int:
-    """The stage that epoch (counted from 0) trains: 0 .. max_latent_stage + 1, past which nothing changes."""
-    last = config.max_latent_stage + 1
-    fixed = {"kept": 0, "removed": last}
-    return fixed.get(METHODS[config.method].steps, min(epoch // config.epochs_per_stage, last))
+def last_stage(config) -> int:
+    """The stage from which on no written step is left; for icot, whose stages count tokens, where all are dropped."""
+    icot = METHODS[config.method].steps == "by token"
+    return config.remove_all_when_remove_beyond if icot else config.max_latent_stage + 1
 
 
-def thoughts_and_removed(stage: int, n_steps: int, config, training: bool) -> tuple[int, int]:
-    """The curriculum rule (paper, section 3 "Training procedure"; design: the table "Curriculum").
+def stage_of(progress: float, config) -> int:
+    """The stage that is trained after `progress` epochs, 0 .. last_stage, past which nothing changes."""
+    last = last_stage(config)
+    stages = {
+        "kept": 0,
+        "removed": last,
+        "by stage": int(progress // config.epochs_per_stage),
+        "by token": int(progress * config.remove_per_epoch),
+    }
+    return min(stages[METHODS[config.method].steps], last)
 
-    Args: the stage, the number of written steps of the example, the config (method, c_thought, max_latent_stage,
-    pad_latent_to_max) and whether the sequence is for training (else for generation, which never holds steps).
-    Returns the number of placeholder tokens and the number of steps removed from the front.
+
+def placeholders_and_rest(
+    stage: int, steps: list[list[int]], config, training: bool, offset: int = 0
+) -> tuple[int, list[int]]:
+    """The curriculum rule: the number of placeholder tokens, and the step tokens that are still written.
+
+    Args: the stage, the tokens of each step, the config, whether the sequence is for training (else a prompt for
+    generation, which never holds steps), and for icot the tokens that an example drops beyond the stage.
+    Sources: the paper, section 3 "Training procedure"; for icot Deng et al. 2024 (arXiv 2405.14838), section 3.
     """
-    method = METHODS[config.method]
-    if method.steps == "removed":
-        stage = config.max_latent_stage + 1
-    most = config.max_latent_stage if config.pad_latent_to_max else min(n_steps, config.max_latent_stage)
-    final = stage > config.max_latent_stage
+    method, last = METHODS[config.method], last_stage(config)
+    stage = last if method.steps == "removed" else stage
+    final = stage >= last
+    if method.steps == "by token":
+        return 0, [] if final or not training else [token for step in steps for token in step][stage + offset :]
+    most = config.max_latent_stage if config.pad_latent_to_max else min(len(steps), config.max_latent_stage)
     thoughts = min(stage, most) if final or not training else stage
-    removed = n_steps if final or not training else min(stage, n_steps)
-    return thoughts * config.c_thought if method.placeholder else 0, removed
+    rest = [] if final or not training else [token for step in steps[stage:] for token in step]
+    return thoughts * config.c_thought if method.placeholder else 0, rest
 
 
 def schedule_table(config) -> str:
-    """The curriculum of a run as text: for each stage its epochs (counted from 1), thoughts and steps left."""
-    rows, first = [], 1
+    """The curriculum of a run as text: for each stage its epochs (counted from 1), placeholders and steps left."""
+    placeholder = METHODS[config.method].placeholder
+    unit = "tokens" if METHODS[config.method].steps == "by token" else "steps"
+    rows, first = [("epochs", "stage", "pauses" if placeholder == "pause" else "thoughts", f"{unit} left")], 1
     for epoch in range(config.num_epochs):
         stage = stage_of(epoch, config)
-        if epoch + 1 == config.num_epochs or stage_of(epoch + 1, config) != stage:
-            n_steps = config.max_latent_stage + 2  # any problem with more steps than stages
-            thoughts, removed = thoughts_and_removed(stage, n_steps, config, training=True)
-            left = "none" if removed == n_steps else "all" if removed == 0 else f"all but the first {removed}"
-            rows.append((f"{first}-{epoch + 1}", str(stage), str(thoughts), left))
-            first = epoch + 2
-    placeholders = "pauses" if METHODS[config.method].placeholder == "pause" else "thoughts"
-    head = ("epochs", "stage", placeholders, "steps left")
-    return "\n".join(f"{a:>10}  {b:>5}  {c:>8}  {d}" for a, b, c, d in [head, *rows])
+        if epoch + 1 < config.num_epochs and stage_of(epoch + 1, config) == stage:
+            continue
+        steps = [[0]] * (last_stage(config) + 1)  # any problem with more steps than there are stages
+        count, rest = placeholders_and_rest(stage, steps, config, training=True)
+        left = {len(steps): "all", 0: "none"}.get(len(rest), f"all but the first {stage}")
+        rows.append((f"{first}-{epoch + 1}", str(stage), str(count), left))
+        first = epoch + 2
+    return "\n".join(f"{a:>10}  {b:>5}  {c:>8}  {d}" for a, b, c, d in rows)

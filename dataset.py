@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from curriculum import END, LATENT, METHODS, PAUSE, START, thoughts_and_removed
+from curriculum import END, LATENT, METHODS, PAUSE, START, placeholders_and_rest
 from utils import UserError
 
 TOKENIZE_CHUNK = 10_000  # problems tokenized in one call: bounds the memory of the call
@@ -119,9 +119,8 @@ def get_question_latent_dataset(
     """Prompts for generation at a stage: question, start marker, thoughts, end marker; no steps, no labels."""
 
     def build(example: dict) -> dict:
-        n_steps = len(example["steps_tokenized"])
-        thoughts, _ = thoughts_and_removed(scheduled_stage, n_steps, configs, training=False)
-        middle = [latent_id] * thoughts if no_special_marker else [start_id, *[latent_id] * thoughts, end_id]
+        count, _ = placeholders_and_rest(scheduled_stage, example["steps_tokenized"], configs, training=False)
+        middle = [latent_id] * count if no_special_marker else [start_id, *[latent_id] * count, end_id]
         return model_inputs(example["question_tokenized"] + middle, example["idx"])
 
     return SequenceDataset(base_dataset, build)
@@ -142,18 +141,15 @@ def get_cot_latent_dataset(
     """Training sequences at a stage: the prompt as above, then the steps that are left and the answer, with labels.
 
     The labels are -100 up to and including the end marker. With `shuffle` the order is a permutation that depends on
-    configs.seed and epoch alone; so does the stage that configs.uniform_prob draws for an example (mix_stages=False:
-    none is drawn, as in validation).
+    configs.seed and epoch alone; so do the stage and the offset that `draw` makes for an example (mix_stages=False:
+    none is made, as in validation).
     """
 
     def build(example: dict) -> dict:
-        steps = example["steps_tokenized"]
-        stage = drawn_stage(example, epoch, configs) if mix_stages else None
-        stage = scheduled_stage if stage is None else stage
-        thoughts, removed = thoughts_and_removed(stage, len(steps), configs, training=True)
-        middle = [latent_id] * thoughts if no_special_marker else [start_id, *[latent_id] * thoughts, end_id]
-        prompt = example["question_tokenized"] + middle
-        target = [token for step in steps[removed:] for token in step] + example["answer_tokenized"]
+        stage, offset = draw(example, scheduled_stage, epoch, configs) if mix_stages else (scheduled_stage, 0)
+        count, rest = placeholders_and_rest(stage, example["steps_tokenized"], configs, training=True, offset=offset)
+        middle = [latent_id] * count if no_special_marker else [start_id, *[latent_id] * count, end_id]
+        prompt, target = example["question_tokenized"] + middle, rest + example["answer_tokenized"]
         inputs = model_inputs(prompt + target, example["idx"])
         return {**inputs, "labels": [-100] * len(prompt) + target}
 
@@ -164,12 +160,18 @@ def get_cot_latent_dataset(
     return SequenceDataset(base_dataset, build, order)
 
 
-def drawn_stage(example: dict, epoch: int, configs) -> int | None:
-    """The stage that uniform_prob draws for an example in an epoch, or None: a function of (seed, epoch, idx) only."""
-    if configs.uniform_prob == 0:
-        return None
-    draw = random.Random(f"stage {configs.seed} {epoch} {example['idx']}")
-    return draw.randint(0, len(example["steps_tokenized"])) if draw.random() < configs.uniform_prob else None
+def draw(example: dict, stage: int, epoch: int, configs) -> tuple[int, int]:
+    """An example's stage and offset in an epoch: functions of (seed, epoch, idx) only.
+
+    With probability uniform_prob the stage is one of 0 .. number of steps instead of the scheduled one. The offset is
+    icot's removal smoothing: o further tokens are dropped with probability proportional to exp(-lambda o).
+    """
+    steps = METHODS[configs.method].steps
+    random_ = random.Random(f"{configs.seed} {epoch} {example['idx']}")
+    if steps == "by stage" and configs.uniform_prob and random_.random() < configs.uniform_prob:
+        stage = random_.randint(0, len(example["steps_tokenized"]))
+    smooth = steps == "by token" and configs.removal_smoothing_lambda
+    return stage, int(random_.expovariate(configs.removal_smoothing_lambda)) if smooth else 0
 
 
 def model_inputs(input_ids: list[int], idx: int) -> dict:
@@ -233,8 +235,8 @@ def check_lengths(
         kept = len(example["question_tokenized"]) + len(example["answer_tokenized"]) + markers
         drawn = range(len(steps) + 1) if mix_stages and configs.uniform_prob else ()
         for stage in sorted({*stages, *drawn}):
-            thoughts, removed = thoughts_and_removed(stage, len(steps), configs, training=True)
-            length = kept + thoughts + sum(len(step) for step in steps[removed:])
+            count, rest = placeholders_and_rest(stage, steps, configs, training=True)
+            length = kept + count + len(rest)
             if length > limit:
                 raise UserError(
                     f"{path}: problem {example['idx']} makes a sequence of {length} tokens at stage {stage}, but the "

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from build import Run
 from checkpoint import TrainState, describe, link, load_training_state, prune, save_checkpoint
 from curriculum import schedule_table, stage_of
-from dataset import get_cot_latent_dataset, step_batches
+from dataset import SequenceDataset, get_cot_latent_dataset, step_batches
 from evaluate import Evaluation, Interrupted, autocast, inputs, stop_together, validate, write_predictions
 from parallel import distribute, gradient_sync, is_sharded
 from utils import MetricLogger, write_text
@@ -63,50 +63,56 @@ class Trainer:
             self.log = open_log(run, state)
         try:
             for epoch in range(state.epoch, config.num_epochs):
-                stage = stage_of(epoch, config)
-                switched = epoch > 0 and stage != stage_of(epoch - 1, config)
-                reset = config.reset_optimizer == "every_epoch" or (config.reset_optimizer and switched)
-                if reset and state.examples == 0:
-                    self.new_optimizer()
-                self.train_epoch(epoch, stage)
-                evaluation = validate(run, stage)
-                self.end_epoch(epoch, stage, evaluation)
+                self.train_epoch(epoch)
+                self.end_epoch(epoch, validate(run, state.stage))
         except Interrupted:
-            self.save(stage)
+            self.save()
             run.processes.print("stopped by a signal; the same command continues this run")
             raise
         finally:
             self.log.close()
 
-    def train_epoch(self, epoch: int, stage: int) -> None:
+    def train_epoch(self, epoch: int) -> None:
         """The optimizer steps of an epoch, or those that are left of it."""
         run, config, processes, state = self.run, self.run.config, self.run.processes, self.state
-        dataset = run.sequences(get_cot_latent_dataset, stage, run.train_examples, shuffle=True, epoch=epoch)
+        size, dataset = len(run.train_examples), None
         shape = (config.batch_size_training, config.gradient_accumulation_steps, processes.rank, processes.world_size)
-        steps = step_batches(range(state.examples, len(dataset)), *shape)
+        steps = step_batches(range(state.examples, size), *shape)
         run.model.train()
-        title = f"epoch {epoch + 1}/{config.num_epochs} stage {stage}"
-        progress = tqdm(steps, desc=title, unit="step", disable=not processes.is_main)
+        progress = tqdm(steps, unit="step", disable=not processes.is_main)
         for count, passes in progress:
             started = time.perf_counter()
-            batches = [run.collate([dataset[i] for i in indices or [0]]) for indices in passes]
-            for batch, indices in zip(batches, passes, strict=True):
-                if not indices:  # nothing is left for this process: an example that counts for nothing
-                    batch["labels"].fill_(-100)
-                    batch["idx"].fill_(-1)
-            warm = min(1, (state.step + 1) / max(config.warmup_steps, 1))
-            place = f"epoch {epoch + 1}, step {state.step + 1}"
-            metrics = self.train_step(batches, config.lr * warm, place)
+            if self.enter_stage(epoch) or dataset is None:
+                options = {"shuffle": True, "epoch": epoch}
+                dataset = run.sequences(get_cot_latent_dataset, state.stage, run.train_examples, **options)
+                progress.set_description(f"epoch {epoch + 1}/{config.num_epochs} stage {state.stage}")
+            batches = [collate(run, dataset, indices) for indices in passes]
+            metrics = self.train_step(batches, f"epoch {epoch + 1}, step {state.step + 1}")
             state.step, state.examples = state.step + 1, state.examples + count
             speed = metrics.pop("tokens") / (time.perf_counter() - started)
             progress.set_postfix_str(f"loss {metrics['loss']:.4f}, {speed:.0f} tokens/s")
-            metrics = {"epoch": epoch + 1, "step": state.step, "stage": stage, **metrics, "tokens_per_second": speed}
+            place = {"epoch": epoch + 1, "step": state.step, "stage": state.stage}
+            metrics = place | metrics | {"tokens_per_second": speed}
             self.log.write({f"train/{name}": value for name, value in metrics.items()}, state.step)
             stop_together(run)
-            if config.save_every_steps and state.step % config.save_every_steps == 0 and state.examples < len(dataset):
-                self.save(stage)
+            if config.save_every_steps and state.step % config.save_every_steps == 0 and state.examples < size:
+                self.save()
 
-    def train_step(self, batches: list[dict], lr: float, place: str) -> dict:
+    def enter_stage(self, epoch: int) -> bool:
+        """Sets the stage of the next step, with a fresh optimizer where reset_optimizer asks for one.
+
+        Returns whether the stage is another than that of the step before.
+        """
+        config, state = self.run.config, self.state
+        stage = stage_of(epoch + state.examples / len(self.run.train_examples), config)
+        switched, state.stage = state.stage not in (-1, stage), stage
+        if (config.reset_optimizer is True and switched) or (
+            config.reset_optimizer == "every_epoch" and state.examples == 0
+        ):
+            self.new_optimizer()
+        return switched
+
+    def train_step(self, batches: list[dict], place: str) -> dict:
         """One optimizer step over this process's batches, a forward and backward pass for each.
 
         The loss is the sum over all supervised tokens of all batches of all processes, divided by their number, so any
@@ -131,6 +137,7 @@ class Trainer:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             idx = processes.gather([i for batch in batches for i in batch["idx"].tolist() if i >= 0])
             raise NotFiniteError(f"{place}: loss {loss}, gradient norm {norm}, on the training problems {idx}")
+        lr = self.run.config.lr * min(1, (self.state.step + 1) / max(self.run.config.warmup_steps, 1))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -152,28 +159,28 @@ class Trainer:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.run.config.max_grad_norm, norm)
         return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
-    def end_epoch(self, epoch: int, stage: int, evaluation: Evaluation) -> None:
+    def end_epoch(self, epoch: int, evaluation: Evaluation) -> None:
         """Writes down a finished epoch: its metrics, predictions and checkpoint, and the links best and last."""
         run, config, state = self.run, self.run.config, self.state
         state.epoch, state.examples = epoch + 1, 0
-        self.log.write({"eval/epoch": state.epoch, "eval/stage": stage, **evaluation.metrics()}, state.step)
+        self.log.write({"eval/epoch": state.epoch, "eval/stage": state.stage, **evaluation.metrics()}, state.step)
         # Early stages still write steps and score higher, so the best starts afresh at every stage.
-        improved = stage != state.best_stage or evaluation.accuracy > state.best_accuracy
+        improved = state.stage != state.best_stage or evaluation.accuracy > state.best_accuracy
         if improved:
-            state.best_stage, state.best_accuracy = stage, evaluation.accuracy
+            state.best_stage, state.best_accuracy = state.stage, evaluation.accuracy
         if run.processes.is_main and not config.debug:
             write_predictions(evaluation.predictions, run.directory / f"predictions_{state.epoch}.jsonl")
         if improved or not config.save_only_improve:
-            self.save(stage, best=improved)
+            self.save(best=improved)
 
-    def save(self, stage: int, best: bool = False) -> None:
+    def save(self, best: bool = False) -> None:
         """Saves a checkpoint of the present state, and removes those that need not be kept."""
         run, state = self.run, self.state
         if run.config.debug:
             return
         state.metrics_bytes = self.log.flush()
         name = f"checkpoint_{state.epoch}" + (f"_step_{state.step}" if state.examples else "")
-        description = describe(run.config, stage, state.epoch, run.pretrained)
+        description = describe(run.config, state, run.pretrained)
         checkpoint = run.directory / name
         save_checkpoint(checkpoint, run.pretrained, run.model, self.optimizer, state, description, run.processes)
         if run.processes.is_main:
@@ -191,6 +198,15 @@ def train(run: Run) -> None:
         return
     run.processes.print(schedule_table(run.config))
     trainer.fit()
+
+
+def collate(run: Run, dataset: SequenceDataset, indices: list[int]) -> dict[str, Tensor]:
+    """A batch of examples; where none are left for this process, one that counts for nothing (its idx is -1)."""
+    batch = run.collate([dataset[i] for i in indices or [0]])
+    if not indices:
+        batch["labels"].fill_(-100)
+        batch["idx"].fill_(-1)
+    return batch
 
 
 def open_log(run: Run, state: TrainState) -> MetricLogger:

@@ -64,6 +64,10 @@ class Config:
     max_latent_stage: int = option(0, "stages after the initial one; then one more without any steps", low=0)
     pad_latent_to_max: bool = option(True, "as many thoughts for problems with fewer steps than stages")
     uniform_prob: float = option(0.0, "probability that an example trains a random stage", low=0, high=1)
+    # curriculum of icot (Deng et al. 2024)
+    remove_per_epoch: float = option(8, "step tokens removed in each epoch, spread evenly over it", low=0)
+    remove_all_when_remove_beyond: int = option(39, "removed tokens at which all that are left go too", low=1)
+    removal_smoothing_lambda: float | None = option(4, "o more go with probability ~ exp(-lambda o)", low=0)
     # model
     model_id: str = option("openai-community/gpt2", "hub name or folder of the model to start from")
     from_scratch: bool = option(False, "build the model from model_id's config.json with random weights")
@@ -87,7 +91,7 @@ class Config:
     max_grad_norm: float | None = option(None, "clip the gradient to this norm (None: never)", low=0)
     reset_optimizer: bool | str = option(
         False,
-        "forget AdamW's moments at a stage switch; every_epoch: always",
+        "forget AdamW's moments when the stage switches; every_epoch: always",
         choices=(False, True, "every_epoch"),
     )
     bf16: bool = option(False, "bfloat16 autocast over float32 weights")
