@@ -1,0 +1,248 @@
+"""One training step of Coconut against its floor, side by side in one run.
+
+    python benchmarks/train_step.py                                          GPT-2 small, the paper's shape
+    python benchmarks/train_step.py --layers 4 --width 256 --batch 32 --question 360 --answer 48
+    python benchmarks/train_step.py --device cuda --bf16 --sweep             thoughts 0 to 16, batch 1 to 64
+
+Variants, all with the same weights and the same batch, forward and backward:
+  floor      the plain model over the padded batch, thoughts taken as ordinary tokens, and the vocabulary projection
+             at the supervised positions only: the same arithmetic without any thought fed back
+  hf         the plain transformers call with labels, which projects every position onto the vocabulary
+  ours       Coconut
+  recompute  the straightforward Coconut: the whole prefix again for every thought, no cache
+Times are CPU seconds of the process (CUDA: events); a ratio is taken within each repeat, then the median and the
+smallest and largest of all repeats. Memory is the peak of a step above what lay there before it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from coconut import Coconut  # noqa: E402
+
+START, END, LATENT, EOS, VOCABULARY = 50257, 50258, 50259, 50256, 50260
+
+
+def make_model(arguments) -> nn.Module:
+    """A random GPT-2 (small by default) or a Llama of 135 million parameters, without dropout."""
+    torch.manual_seed(0)
+    if arguments.model == "llama":
+        shape = {"hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
+        config = LlamaConfig(vocab_size=VOCABULARY, intermediate_size=1536, tie_word_embeddings=True, **shape)
+        return LlamaForCausalLM(config)
+    shape = {"n_layer": arguments.layers, "n_embd": arguments.width, "n_head": arguments.width // 64}
+    config = GPT2Config(vocab_size=VOCABULARY, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0, **shape)
+    return GPT2LMHeadModel(config)
+
+
+def make_batch(size: int, question: int, thoughts: int, answer: int) -> dict[str, Tensor]:
+    """A ragged batch as the collator makes it, (size, question + 2 + thoughts + answer) tokens: questions of 70 % of
+    the length and more padded on the left, answers likewise on the right."""
+    generator = torch.Generator().manual_seed(0)
+    length = question + 2 + thoughts + answer
+    input_ids = torch.randint(0, EOS, (size, length), generator=generator)
+    attention_mask = torch.ones_like(input_ids)
+    labels = torch.full_like(input_ids, -100)
+    for row in range(size):
+        left, right = (int(n * 0.3 * torch.rand((), generator=generator)) for n in (question, answer))
+        left, right = (0, 0) if row == 0 else (left, right)
+        attention_mask[row, :left] = 0
+        attention_mask[row, length - right :] = 0
+        labels[row, question + 2 + thoughts : length - right] = 0
+    if thoughts:
+        input_ids[:, question] = START
+        input_ids[:, question + 1 : question + 1 + thoughts] = LATENT
+        input_ids[:, question + 1 + thoughts] = END
+    input_ids[attention_mask == 0] = EOS
+    labels = torch.where(labels == 0, input_ids, labels)
+    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, "position_ids": position_ids}
+
+
+def supervised_loss(lm: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross entropy of (batch, length, hidden) states, projected at supervised positions only."""
+    rows, columns = (labels[:, 1:] != -100).nonzero(as_tuple=True)
+    return F.cross_entropy(lm.get_output_embeddings()(hidden[rows, columns]).float(), labels[rows, columns + 1])
+
+
+def floor(lm: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The loss without thoughts."""
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    return supervised_loss(lm, lm.base_model(**inputs, use_cache=False).last_hidden_state, batch["labels"])
+
+
+def hf(lm: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The loss as transformers computes it."""
+    return lm(**batch, use_cache=False).loss
+
+
+def ours(lm: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Coconut's loss."""
+    return Coconut(lm, LATENT, START, END, EOS)(**batch).loss
+
+
+def recompute(lm: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Coconut's loss by the book: for every thought the whole prefix again. (For latents that share their columns.)"""
+    embeds = lm.get_input_embeddings()(batch["input_ids"])
+    masks = {key: batch[key] for key in ("attention_mask", "position_ids")}
+    for column in (batch["input_ids"] == LATENT).any(0).nonzero().flatten().tolist():
+        prefix = {key: value[:, :column] for key, value in masks.items()}
+        hidden = lm.base_model(inputs_embeds=embeds[:, :column], **prefix, use_cache=False).last_hidden_state
+        embeds = torch.cat([embeds[:, :column], hidden[:, -1:], embeds[:, column + 1 :]], dim=1)
+    hidden = lm.base_model(inputs_embeds=embeds, **masks, use_cache=False).last_hidden_state
+    return supervised_loss(lm, hidden, batch["labels"])
+
+
+VARIANTS = {"floor": floor, "hf": hf, "ours": ours, "recompute": recompute}
+
+
+def peak_memory(device: str) -> int:
+    """The largest number of bytes in use since the last reset: the GPU's allocator, or the process's resident set."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
+def reset_peak_memory(device: str) -> None:
+    """Starts a new measurement of `peak_memory`."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def step(variant, lm: nn.Module, batch: dict[str, Tensor], arguments) -> tuple[float, int, float]:
+    """The seconds, the peak memory in bytes and the loss of one forward and backward pass."""
+    lm.zero_grad(set_to_none=True)
+    reset_peak_memory(arguments.device)
+    before = peak_memory(arguments.device)
+    if arguments.device == "cuda":
+        started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        started.record()
+    else:
+        started = time.process_time()
+    with torch.autocast(arguments.device, dtype=torch.bfloat16, enabled=arguments.bf16):
+        loss = variant(lm, batch)
+    loss.backward()
+    if arguments.device == "cuda":
+        ended.record()
+        torch.cuda.synchronize()
+        seconds = started.elapsed_time(ended) / 1000
+    else:
+        seconds = time.process_time() - started
+    return seconds, peak_memory(arguments.device) - before, loss.item()
+
+
+def compare(lm: nn.Module, batch: dict[str, Tensor], arguments) -> list[dict]:
+    """One row for each variant: median seconds, ratio to the floor (median, least, most), memory ratio, tokens/s."""
+    variants = {name: VARIANTS[name] for name in arguments.variants}
+    rounds = []
+    for number in range(arguments.warmup + arguments.repeats):
+        measured = {name: step(variant, lm, batch, arguments) for name, variant in variants.items()}
+        if number >= arguments.warmup:
+            rounds.append(measured)
+    check_losses(rounds[0], arguments.bf16)
+    tokens, rows = int(batch["attention_mask"].sum()), []
+    for name in variants:
+        seconds = statistics.median(measured[name][0] for measured in rounds)
+        ratios = sorted(measured[name][0] / measured["floor"][0] for measured in rounds)
+        memory = statistics.median(measured[name][1] for measured in rounds)
+        least = statistics.median(measured["floor"][1] for measured in rounds)
+        row = {"variant": name, "seconds": seconds, "ratio": statistics.median(ratios), "least": ratios[0]}
+        row |= {"most": ratios[-1], "memory_mib": memory / 2**20, "memory_ratio": memory / max(least, 1)}
+        rows.append(row | {"tokens_per_second": tokens / seconds})
+    return rows
+
+
+def check_losses(measured: dict[str, tuple], bf16: bool) -> None:
+    """The fast path must compute what the straightforward one does, or its time means nothing."""
+    if "recompute" in measured:
+        fast, slow = measured["ours"][2], measured["recompute"][2]
+        assert abs(fast - slow) <= (2e-2 if bf16 else 1e-4) * abs(slow), f"losses differ: {fast} and {slow}"
+
+
+def show(rows: list[dict], title: str) -> None:
+    """Prints the rows as a Markdown table."""
+    print(
+        f"\n{title}\n\n| variant | ratio to floor | least .. most | memory ratio | s/step | tokens/s |\n|---|---|---|---|---|---|"
+    )
+    for r in rows:
+        print(
+            f"| {r['variant']} | {r['ratio']:.2f} | {r['least']:.2f} .. {r['most']:.2f} | {r['memory_ratio']:.2f} "
+            f"| {r['seconds']:.3f} | {r['tokens_per_second']:.0f} |",
+            flush=True,
+        )
+
+
+def environment(device: str) -> dict:
+    """What the figures depend on."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return {"device": name, **versions, "commit": commit}
+
+
+def parse(words: list[str] | None = None):
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
+    parser.add_argument("--model", choices=("gpt2", "llama"), default="gpt2")
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--question", type=int, default=128, help="tokens")
+    parser.add_argument("--thoughts", type=int, default=6)
+    parser.add_argument("--answer", type=int, default=32, help="tokens")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--sweep", action="store_true", help="thoughts 0 to 16 at the batch, and batch 1 to 64")
+    parser.add_argument("--out", type=Path, help="also write the figures to this JSON file")
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    """Measures and prints the tables."""
+    arguments = parse()
+    torch.set_num_threads(arguments.threads)
+    lm = make_model(arguments).to(arguments.device).train()
+    shapes = [(arguments.batch, arguments.thoughts)]
+    if arguments.sweep:
+        shapes = [(arguments.batch, thoughts) for thoughts in (0, 1, 2, 4, 6, 8, 16)]
+        shapes += [(batch, arguments.thoughts) for batch in (1, 2, 4, 8, 16, 32, 64) if batch != arguments.batch]
+    results = []
+    for size, thoughts in shapes:
+        batch = make_batch(size, arguments.question, thoughts, arguments.answer)
+        batch = {key: value.to(arguments.device) for key, value in batch.items()}
+        rows = compare(lm, batch, arguments)
+        title = f"batch {size}, question {arguments.question}, thoughts {thoughts}, answer {arguments.answer}"
+        show(rows, title)
+        results.append({"batch": size, "thoughts": thoughts, "rows": rows})
+    settings = {key: str(value) for key, value in vars(arguments).items()}
+    print("\n" + json.dumps(environment(arguments.device)))
+    if arguments.out:
+        text = json.dumps({**environment(arguments.device), "settings": settings, "results": results}, indent=1)
+        arguments.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
