@@ -14,6 +14,7 @@ from common import DATA, DataError
 from prosqa import Recipe, generate
 
 PUBLISHED_VALID = "c74e0de24f1e90ec48b1a993e6458a7be4caeef3928f5104e3c2e45d689a5249"  # SHA-256
+
 # Counted in the 800 problems of the published validation and test files.
 PUBLISHED = {
     "nodes": {
@@ -77,7 +78,7 @@ def sample():
 
 @pytest.fixture(scope="module")
 def shipped():
-    """The problems of the three shipped files; skips where a user has put the published ones in their place."""
+    """The problems of the three shipped files; skips where the published ones took their place."""
     if hashlib.sha256((DATA / "prosqa_valid.json").read_bytes()).hexdigest() == PUBLISHED_VALID:
         pytest.skip("data/ holds the published ProsQA files")
     return {split: json.loads((DATA / f"prosqa_{split}.json").read_text()) for split in prosqa.SHIPPED}
