@@ -1,6 +1,7 @@
 """The ProsQA generator: valid problems, the published statistics, the shipped files, the command."""
 
 import copy
+import hashlib
 import json
 from collections import Counter
 from itertools import islice
@@ -11,6 +12,8 @@ import prosqa_stats
 import pytest
 from common import DATA, DataError
 from prosqa import Recipe, generate
+
+PUBLISHED_VALID = "c74e0de24f1e90ec48b1a993e6458a7be4caeef3928f5104e3c2e45d689a5249"  # SHA-256
 
 # Counted in the 800 problems of the published validation and test files.
 PUBLISHED = {
@@ -75,7 +78,9 @@ def sample():
 
 @pytest.fixture(scope="module")
 def shipped():
-    """The problems of the three shipped files."""
+    """The problems of the three shipped files; skips where the published ones took their place."""
+    if hashlib.sha256((DATA / "prosqa_valid.json").read_bytes()).hexdigest() == PUBLISHED_VALID:
+        pytest.skip("data/ holds the published ProsQA files")
     return {split: json.loads((DATA / f"prosqa_{split}.json").read_text()) for split in prosqa.SHIPPED}
 
 
@@ -95,10 +100,8 @@ def differ(first: Counter, second: Counter) -> bool:
             expected = sum(pair) * total / sum(totals)
             chi_square += (observed - expected) ** 2 / expected
     freedom = len(bins) - 1
-    critical = (
-        freedom * (1 - 2 / (9 * freedom) + 3.09 * (2 / (9 * freedom)) ** 0.5) ** 3
-    )  # Wilson and Hilferty
-    return chi_square > critical
+    scale = 2 / (9 * freedom)
+    return chi_square > freedom * (1 - scale + 3.09 * scale**0.5) ** 3  # quantile by Wilson and Hilferty
 
 
 def test_fresh_problems_match_the_published_statistics(sample):
