@@ -17,6 +17,7 @@ smallest and largest of all repeats. Memory is the peak of a step above what lay
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import statistics
 import subprocess
@@ -111,27 +112,30 @@ def recompute(lm: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 VARIANTS = {"floor": floor, "hf": hf, "ours": ours, "recompute": recompute}
 
 
-def peak_memory(device: str) -> int:
-    """The largest number of bytes in use since the last reset: the GPU's allocator, or the process's resident set."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.split("VmHWM:")[1].split()[0])
-
-
-def reset_peak_memory(device: str) -> None:
-    """Starts a new measurement of `peak_memory`."""
+def start_memory(device: str) -> int:
+    """Starts a new measurement of `peak_memory`, and returns the bytes in use now."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
+        return torch.cuda.memory_allocated()
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory goes back to the system, or the next peak would hide in it
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
+def peak_memory(device: str) -> int:
+    """The largest number of bytes in use since `start_memory`: the GPU's allocator, or the process's resident set."""
+    return torch.cuda.max_memory_allocated() if device == "cuda" else resident("VmHWM")
+
+
+def resident(key: str) -> int:
+    """A size in bytes from the kernel's account of this process (Linux)."""
+    return 1024 * int(Path("/proc/self/status").read_text().split(key + ":")[1].split()[0])
 
 
 def step(variant, lm: nn.Module, batch: dict[str, Tensor], arguments) -> tuple[float, int, float]:
     """The seconds, the peak memory in bytes and the loss of one forward and backward pass."""
     lm.zero_grad(set_to_none=True)
-    reset_peak_memory(arguments.device)
-    before = peak_memory(arguments.device)
+    before = start_memory(arguments.device)
     if arguments.device == "cuda":
         started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         started.record()

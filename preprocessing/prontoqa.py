@@ -24,11 +24,7 @@ def check_example(example: object) -> None:
         if not isinstance(problem.get(field), str):
             raise DataError(f"'{field}' is missing or no string")
     chain = problem.get("chain_of_thought")
-    if (
-        not isinstance(chain, list)
-        or len(chain) != SENTENCES
-        or not all(isinstance(text, str) for text in chain)
-    ):
+    if not isinstance(chain, list) or len(chain) != SENTENCES or not all(isinstance(text, str) for text in chain):
         raise DataError(f"'chain_of_thought' is not a list of {SENTENCES} strings")
 
 
@@ -53,9 +49,7 @@ def convert(raw: object, source: object) -> list[dict]:
         except DataError as error:
             raise DataError(f"{source}, {name}: {error}.\n{REMEDY}") from error
     if len(raw) <= SPLITS["test"].start:
-        raise DataError(
-            f"{source} holds {len(raw):,} problems, over 9,200 are needed (--num-trials).\n{REMEDY}"
-        )
+        raise DataError(f"{source} holds {len(raw):,} problems, over 9,200 are needed (--num-trials).\n{REMEDY}")
     return [convert_example(example) for example in raw.values()]
 
 

@@ -65,9 +65,7 @@ class Recipe:
     def __post_init__(self):
         """Raise DataError for values that no graph can have."""
         if self.nodes < 4 or not 0 < self.parents <= 100:
-            raise DataError(
-                f"--nodes {self.nodes} must be 4 or more, --parents {self.parents} within 0..100."
-            )
+            raise DataError(f"--nodes {self.nodes} must be 4 or more, --parents {self.parents} within 0..100.")
         if not 1 <= self.min_hops <= self.max_hops < self.nodes:
             raise DataError(
                 f"--min-hops {self.min_hops} and --max-hops {self.max_hops} must be in order, "
@@ -184,9 +182,7 @@ def name_nodes(edges: Sequence, count: int, rng: random.Random) -> list[str]:
 def enough(names: list[str], more: list[str], count: int) -> list[str]:
     """The published names, with as many further ones as `count` asks for."""
     if count > len(names) + len(more):
-        raise DataError(
-            f"A graph needs {count} names of one kind, {len(names) + len(more)} exist. Lower --nodes."
-        )
+        raise DataError(f"A graph needs {count} names of one kind, {len(names) + len(more)} exist. Lower --nodes.")
     return (names + more)[: max(count, len(names))]
 
 
@@ -260,12 +256,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="recipe of the published files, or the algorithm printed in the paper",
     )
     parser.add_argument("--nodes", type=int, default=Recipe.nodes, help="nodes drawn per graph")
-    parser.add_argument(
-        "--parents", type=float, default=Recipe.parents, help="mean number of parents per node"
-    )
-    parser.add_argument(
-        "--min-hops", type=int, default=Recipe.min_hops, help="shortest path to the target, from"
-    )
+    parser.add_argument("--parents", type=float, default=Recipe.parents, help="mean number of parents per node")
+    parser.add_argument("--min-hops", type=int, default=Recipe.min_hops, help="shortest path to the target, from")
     parser.add_argument("--max-hops", type=int, default=Recipe.max_hops, help="... to")
     parser.add_argument("--force", action="store_true", help="replace existing files")
     args = parser.parse_args(argv)

@@ -137,9 +137,7 @@ def spread(values: list[int]) -> str:
 
 def shares(values: list) -> str:
     """How often each value occurs, as a share of all."""
-    return ", ".join(
-        f"{value}: {number / len(values):.3f}" for value, number in sorted(Counter(values).items())
-    )
+    return ", ".join(f"{value}: {number / len(values):.3f}" for value, number in sorted(Counter(values).items()))
 
 
 def column(problems: list[dict]) -> dict[str, str]:
@@ -176,9 +174,7 @@ def load(path: Path) -> list[dict]:
 def main() -> None:
     """Print the table for the files named on the command line."""
     parser = argparse.ArgumentParser(description="Statistics of ProsQA files as a Markdown table.")
-    parser.add_argument(
-        "files", nargs="+", metavar="FILE[,FILE]", help="a column each; joined by a comma: pooled"
-    )
+    parser.add_argument("files", nargs="+", metavar="FILE[,FILE]", help="a column each; joined by a comma: pooled")
     columns = {}
     for names in parser.parse_args().files:
         columns[names] = column([problem for name in names.split(",") for problem in load(Path(name))])

@@ -229,9 +229,7 @@ def test_gsm_a_failing_server_leaves_nothing(tree, serve):
     assert files(tree / "data") == []
     result = run(tree, "gsm_icot.bash", "--from", address, path=path_with(tree / "bin"))
     assert_refused(result, "no split 'train'")
-    assert_refused(
-        run(tree, "gsm_icot.bash", "--from", address, "valid", path=tree / "bin"), "neither curl nor wget"
-    )
+    assert_refused(run(tree, "gsm_icot.bash", "--from", address, "valid", path=tree / "bin"), "neither curl nor wget")
 
 
 # ProntoQA
@@ -263,9 +261,7 @@ def test_prontoqa_splits_in_the_order_of_the_file(tree):
     prontoqa_file(tree / "data/5hop_0shot_random.json", answer="False")
     result = run(tree, "prontoqa.py")
     assert result.returncode == 0, result.stderr
-    splits = [
-        json.loads((tree / f"data/prontoqa_{name}.json").read_text()) for name in ("train", "valid", "test")
-    ]
+    splits = [json.loads((tree / f"data/prontoqa_{name}.json").read_text()) for name in ("train", "valid", "test")]
     assert [len(split) for split in splits] == [9000, 200, 1]
     assert splits[0][0] == prontoqa.convert_example(EXAMPLE) and splits[2][0]["answer"] == "False"
 

@@ -235,12 +235,8 @@ def test_without_arguments_the_three_splits_are_written(tmp_path, monkeypatch):
     monkeypatch.setattr(prosqa, "DATA", tmp_path)
     monkeypatch.setattr(prosqa, "SHIPPED", {"train": 4, "valid": 1, "test": 2})
     prosqa.main([])
-    written = [
-        json.loads((tmp_path / f"prosqa_{split}.json").read_text()) for split in ("train", "valid", "test")
-    ]
-    assert [problem for split in written for problem in split] == list(
-        generate(Recipe(), 7, prosqa.SHIPPED_SEED)
-    )
+    written = [json.loads((tmp_path / f"prosqa_{split}.json").read_text()) for split in ("train", "valid", "test")]
+    assert [problem for split in written for problem in split] == list(generate(Recipe(), 7, prosqa.SHIPPED_SEED))
     for words in (["--num", "5"], ["--out", str(tmp_path / "none.json"), "--num", "0"]):
         with pytest.raises(SystemExit, match="2"):
             prosqa.main(words)
