@@ -78,7 +78,7 @@ class Config:
     train_path: str | None = option(None, "training problems, a JSON file")
     val_path: str | None = option(None, "validation or test problems, a JSON file")
     # training
-    seed: int = option(0, "random seed of weights, order, dropout and stage mixing", low=0)
+    seed: int = option(0, "random seed of weights, order, dropout and stage mixing", low=0, high=2**63 - 1)
     num_epochs: int = option(1, "number of epochs", low=1)
     resume: int = option(
         0, "finished epochs to skip at the start; for only_eval, the epoch that fixes the stage", low=0
@@ -150,7 +150,7 @@ def check_value(value, hint, doc: str, low, high, choices):
         raise ValueError(f"{value!r} is none of {', '.join(str(c) for c in choices if c is not None)}")
     if isinstance(value, int | float) and not isinstance(value, bool):
         above, below = low is None or value >= low, high is None or value <= high
-        if not (above and below and math.isfinite(value)):
+        if not (above and below and (isinstance(value, int) or math.isfinite(value))):
             bounds = f"at least {low}" if high is None else f"from {low} to {high}"
             raise ValueError(f"{value} is out of range: a finite number, {bounds} ({doc})")
     return value
@@ -162,6 +162,8 @@ def to_float(value):
         return float(value)
     except ValueError:
         return value
+    except OverflowError:
+        return math.inf
 
 
 def load_config(path: str, overrides: list[str] = ()) -> Config:
@@ -212,7 +214,7 @@ def run_problems(config: Config, given: dict) -> list[str]:
     if len({*named, config.method} - {None}) > 1:
         both = ", ".join(sorted({*named, config.method} - {None}))
         problems.append(f"method: two methods at once ({both}); choose one")
-    elif config.method is None and "method" not in given:
+    elif config.method is None and given.get("method") in (None, "None"):
         problems.append(f"method: none chosen; set method to one of {', '.join(METHODS)}")
     if config.only_eval and not config.load_model_path:
         problems.append("load_model_path: only_eval needs a checkpoint to evaluate; set it, or only_eval: False")
@@ -220,7 +222,7 @@ def run_problems(config: Config, given: dict) -> list[str]:
         problems.append(f"resume: {config.resume} leaves nothing of num_epochs {config.num_epochs}; raise num_epochs")
     needed = ("name", "val_path") if config.only_eval else ("name", *SPLIT_PATHS)
     problems += [f"{key}: missing; a run needs it" for key in needed if not given.get(key)]
-    if config.name and Path(config.name).name != config.name:
+    if config.name and (Path(config.name).name != config.name or config.name == ".."):
         problems.append(f"name: {config.name!r} must be a plain directory name; directories belong into save_path")
     return problems + [p for key in PATH_KEYS for p in path_problem(key, config)]
 
