@@ -1,0 +1,352 @@
+"""What users write: configs that work, and mistakes, each of them a short message, exit code 2 and nothing written."""
+
+import pytest
+import yaml
+
+import run
+from helpers import REPOSITORY, byte_tokenizer, make_problems, run_script, save_model, snapshot, words, write_json
+from utils import Config, UserError, load_config, read_yaml
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture
+def place(tmp_path, model, monkeypatch):
+    """A working directory with a config, data and a model that would run."""
+    monkeypatch.chdir(tmp_path)
+    write_json(tmp_path / "train.json", make_problems(6))
+    write_json(tmp_path / "valid.json", make_problems(3, seed=1))
+    config = {"name": "r", "method": "cot", "model_id": model, "train_path": "train.json", "val_path": "valid.json"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**config, "logger": "none", "max_new_tokens": 4}))
+    return tmp_path
+
+
+def refusal(capsys, place, *command, config="config.yaml"):
+    """The message of a run that must be refused: a few lines, exit code 2, nothing written."""
+    before = snapshot(place)
+    assert run.main([str(config), *command]) == 2
+    assert snapshot(place) == before
+    printed = capsys.readouterr().err
+    message = printed[printed.index("error: ") :]  # bars of loading weights may come before
+    assert len(message.splitlines()) <= 5
+    assert "Traceback" not in printed
+    return message
+
+
+def test_the_config_of_these_tests_runs(place, capsys):
+    assert run.main(["config.yaml", "num_epochs=1"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "parts"),
+    [
+        ("num_epoch=3", ["num_epoch", "unknown", "num_epochs"]),
+        ("learning_rate=1", ["learning_rate", "unknown"]),
+        ("batchsize_training=3", ["batchsize_training", "unknown", "batch_size_training"]),
+        ("lr=fast", ["lr", "'fast'", "float"]),
+        ("lr=True", ["lr", "True", "float"]),
+        ("lr=[1]", ["lr", "[1]"]),
+        ("num_epochs=2.5", ["num_epochs", "2.5", "int"]),
+        ("num_epochs=three", ["num_epochs", "three", "int"]),
+        ("num_epochs=True", ["num_epochs", "True", "int"]),
+        ("bf16=1", ["bf16", "1", "bool"]),
+        ("bf16=maybe", ["bf16", "maybe", "bool"]),
+        ("name=7", ["name", "7", "str"]),
+        ("train_path=[a]", ["train_path", "['a']", "str"]),
+        ("lr=nan", ["lr", "nan", "finite"]),
+        ("lr=.inf", ["lr", "inf", "finite"]),
+        ("lr=-1e-4", ["lr", "-0.0001", "at least 0"]),
+        ("weight_decay=-1", ["weight_decay", "-1", "at least 0"]),
+        ("uniform_prob=1.5", ["uniform_prob", "1.5", "from 0 to 1"]),
+        ("uniform_prob=-0.1", ["uniform_prob", "-0.1", "from 0 to 1"]),
+        ("uniform_prob=nan", ["uniform_prob", "nan"]),
+        ("batch_size_training=0", ["batch_size_training", "0", "at least 1"]),
+        ("gradient_accumulation_steps=-2", ["gradient_accumulation_steps", "-2"]),
+        ("epochs_per_stage=0", ["epochs_per_stage", "at least 1"]),
+        ("num_epochs=0", ["num_epochs", "at least 1"]),
+        ("c_thought=-1", ["c_thought", "-1"]),
+        ("max_latent_stage=-1", ["max_latent_stage", "-1"]),
+        ("resume=-1", ["resume", "-1"]),
+        ("seed=-1", ["seed", "-1"]),
+        ("seed=99999999999999999999999", ["seed", "99999999999999999999999", "out of range"]),
+        ("max_new_tokens=0", ["max_new_tokens", "0"]),
+        pytest.param("lr=1" + "0" * 400, ["lr", "out of range"], id="lr=10**400"),
+        ("method=cto", ["method", "'cto'", "coconut", "cot"]),
+        ("method=null", ["method", "none chosen", "coconut"]),
+        ("coconut=True", ["method", "two methods", "coconut", "cot"]),
+        ("logger=paper", ["logger", "'paper'", "wandb"]),
+        ("reset_optimizer=sometimes", ["reset_optimizer", "'sometimes'", "every_epoch"]),
+        ("only_eval=True", ["load_model_path", "only_eval"]),
+        ("resume=1", ["resume", "num_epochs"]),
+        ("train_path=missing.json", ["train_path", "missing.json", "does not exist"]),
+        ("val_path=missing.json", ["val_path", "missing.json", "does not exist"]),
+        ("train_path=null", ["train_path", "missing"]),
+        ("name=null", ["name", "missing"]),
+        ("name=a/b", ["name", "a/b", "save_path"]),
+        ("name=..", ["name", "..", "save_path"]),
+        ("model_id=./missing", ["model_id", "./missing", "does not exist"]),
+        ("model_id=nobody/no-such-model", ["model_id", "nobody/no-such-model"]),
+        ("load_model_path=missing/best", ["load_model_path", "missing/best", "does not exist"]),
+        ("save_path=YOUR_PATH_TO_SAVE_THE_MODEL", ["save_path", "YOUR_PATH_TO_SAVE_THE_MODEL", "placeholder"]),
+        ("load_model_path=YOUR_PATH_TO_COT_CHECKPOINT", ["load_model_path", "YOUR_PATH_TO_COT", "placeholder"]),
+        ("train.json", ["train.json", "key=value"]),
+        ("name='open", ["name", "quote"]),
+    ],
+)
+def test_a_mistake_in_the_config_is_refused(place, capsys, command, parts):
+    message = refusal(capsys, place, command)
+    assert [part for part in parts if part not in message] == []
+
+
+TEXT_MISTAKES = [
+    (b"", ["not valid JSON", "expected a list"]),
+    (b"[]", ["an empty list"]),
+    (b"{}", ["expected a list of problems", "dict"]),
+    (b'"text"', ["expected a list of problems", "str"]),
+    (b'[{"question": "a", ', ["not valid JSON", "line 1"]),
+    (b'[{"question": "\xe9"}]', ["not UTF-8", "byte 15"]),
+    (b"\xff\xfe[\x00]\x00", ["not UTF-8", "byte 0"]),
+    (b"[1, 2]", ["problem 0", "int"]),
+    (b"[[]]", ["problem 0", "list"]),
+    (b"[null]", ["problem 0", "NoneType"]),
+]
+GOOD = {"question": "1+1", "answer": "2", "steps": ["1+1=2"]}
+PROBLEM_MISTAKES = [
+    ({"steps": ...}, ['no "steps"']),
+    ({"question": ...}, ['no "question"']),
+    ({"answer": ...}, ['no "answer"']),
+    ({"steps": "1+1=2"}, ["steps", "no list", "1+1=2"]),
+    ({"steps": None}, ["steps", "no list", "None"]),
+    ({"steps": ["a", 5]}, ["steps[1]", "no string", "5"]),
+    ({"steps": [["a"]]}, ["steps[0]", "no string"]),
+    ({"answer": 2}, ["answer", "no string", "2"]),
+    ({"answer": None}, ["answer", "no string", "None"]),
+    ({"question": 2}, ["question", "no string"]),
+    ({"question": ""}, ["question", "empty"]),
+    ({"question": " \n"}, ["question", "empty"]),
+    ({"question": "half \ud800"}, ["question", "surrogate"]),
+    ({"question": "why <|latent|>"}, ["question", "<|latent|>"]),
+    ({"steps": ["<|end-latent|>"]}, ["steps[0]", "<|end-latent|>"]),
+]
+
+
+@pytest.mark.parametrize("key", ["train_path", "val_path"])
+@pytest.mark.parametrize(("content", "parts"), TEXT_MISTAKES, ids=range(len(TEXT_MISTAKES)))
+def test_a_data_file_that_is_no_list_of_problems_is_refused(place, capsys, key, content, parts):
+    (place / "bad.json").write_bytes(content)
+    message = refusal(capsys, place, f"{key}=bad.json")
+    assert [part for part in ["bad.json", *parts] if part not in message] == []
+
+
+@pytest.mark.parametrize(("change", "parts"), PROBLEM_MISTAKES, ids=lambda value: str(value)[:40])
+def test_a_problem_with_a_bad_field_is_refused_by_file_index_and_field(place, capsys, change, parts):
+    bad = {key: value for key, value in {**GOOD, **change}.items() if value is not ...}
+    write_json(place / "bad.json", [GOOD, GOOD, bad])
+    message = refusal(capsys, place, "train_path=bad.json")
+    assert [part for part in ["bad.json", "problem 2", *parts] if part not in message] == []
+
+
+def test_a_data_file_that_is_a_directory_is_refused(place, capsys):
+    (place / "folder").mkdir()
+    assert "folder" in refusal(capsys, place, "val_path=folder")
+
+
+@pytest.mark.parametrize("key", ["train_path", "val_path"])
+def test_a_sequence_longer_than_the_models_positions_is_refused(place, capsys, key):
+    write_json(place / "bad.json", [GOOD, {**GOOD, "question": "1" * 120}])
+    message = refusal(capsys, place, f"{key}=bad.json")
+    parts = ["bad.json", "problem 1", "133 tokens", "128 positions", "shorten"]
+    assert [part for part in parts if part not in message] == []
+
+
+def test_a_tokenizer_without_eos_is_refused(place, capsys, tmp_path_factory):
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = None
+    folder = save_model(tmp_path_factory.mktemp("model") / "no_eos", tokenizer=tokenizer)
+    assert "eos" in refusal(capsys, place, f"model_id={folder}")
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        (None, ["bad.yaml", "cannot read", "args/"]),
+        (b"", ["bad.yaml", "key: value"]),
+        (b"- name", ["bad.yaml", "key: value", "list"]),
+        (b"just words", ["bad.yaml", "key: value", "str"]),
+        (b"a: b: c", ["bad.yaml", "not valid YAML"]),
+        (b"name: [", ["bad.yaml", "not valid YAML"]),
+        (b"name: \xe9", ["bad.yaml", "UTF-8"]),
+        (b"base: nowhere.yaml", ["nowhere.yaml", "cannot read"]),
+        (b"base: bad.yaml", ["bad.yaml", "base"]),
+    ],
+)
+def test_a_bad_yaml_file_is_refused(place, capsys, content, parts):
+    if content is not None:
+        (place / "bad.yaml").write_bytes(content)
+    message = refusal(capsys, place, config="bad.yaml")
+    assert [part for part in parts if part not in message] == []
+
+
+def test_all_problems_are_named_at_once(place, capsys):
+    before = snapshot(place)
+    mistakes = ["num_epoch=3", "lr=fast", "uniform_prob=2", "coconut=True", "val_path=missing.json"]
+    assert run.main(["config.yaml", *mistakes]) == 2
+    message = capsys.readouterr().err
+    for key in ("num_epoch:", "lr:", "uniform_prob:", "method:", "val_path:"):
+        assert message.count(f"- {key}") == 1
+    assert snapshot(place) == before
+
+
+def test_no_method_at_all_is_refused(place, capsys):
+    values = yaml.safe_load((place / "config.yaml").read_text())
+    values.pop("method")
+    (place / "config.yaml").write_text(yaml.safe_dump(values))
+    message = refusal(capsys, place)
+    assert "none chosen" in message
+    assert "no_thoughts" in message
+
+
+@pytest.mark.parametrize("command", [["num_epoch=3"], ["train_path=bad.json"]], ids=["config", "data"])
+def test_a_mistake_ends_the_real_program_with_code_2(place, command):
+    (place / "bad.json").write_text("[")
+    before = snapshot(place)
+    finished = run_script("config.yaml", *command, cwd=place, timeout=120)
+    assert finished.returncode == 2
+    assert "Traceback" not in finished.stderr
+    assert command[0].split("=")[1 if "bad" in command[0] else 0] in finished.stderr
+    assert snapshot(place) == before
+
+
+def test_torchrun_shows_a_mistake_once(place):
+    finished = run_script("config.yaml", "num_epoch=3", processes=2, cwd=place, timeout=120)
+    assert finished.returncode != 0
+    assert finished.stderr.count("unknown key") == 1
+
+
+# --- what works -------------------------------------------------------------------------------------------------------
+
+OFFICIAL = """
+project: coconut
+save_path: {save_path}
+name: official
+only_eval: False
+
+coconut: {coconut}
+cot: {cot}
+no_thoughts: False
+no_cot: False
+
+c_thought: 2
+epochs_per_stage: 3
+max_latent_stage: 3
+pad_latent_to_max: True
+save_only_improve: False
+uniform_prob: 0.0
+model_id: {model}
+load_model_path: None
+seed: 0
+resume: 3
+bf16: False
+train_path: train.json
+val_path: valid.json
+reset_optimizer: True
+batch_size_training: 32
+debug: False
+gradient_accumulation_steps: 1
+num_epochs: 25
+lr: !!float "1e-4"
+weight_decay: 0.01
+"""
+
+
+@pytest.mark.parametrize("method", ["coconut", "cot"])
+def test_an_official_yaml_file_is_read_unchanged(place, model, method):
+    booleans = {name: name == method for name in ("coconut", "cot")}
+    (place / "official.yaml").write_text(OFFICIAL.format(save_path="here", model=model, **booleans))
+    config = load_config("official.yaml")
+    assert config.method == method
+    assert config.load_model_path is None
+    assert (config.lr, type(config.lr)) == (1e-4, float)
+    assert (config.c_thought, config.resume, config.reset_optimizer) == (2, 3, True)
+
+
+@pytest.mark.parametrize("text", ['!!float "1e-4"', "1e-4", "1.0e-4", "0.0001", '"1e-4"'])
+def test_every_spelling_of_a_rate(place, text):
+    (place / "rate.yaml").write_text(f"base: config.yaml\nlr: {text}\n")
+    assert load_config("rate.yaml").lr == 1e-4
+    assert load_config("config.yaml", [f"lr={text}"]).lr == 1e-4
+
+
+@pytest.mark.parametrize("word", ["None", "null", "~", ""])
+def test_every_spelling_of_none(place, word):
+    assert load_config("config.yaml", [f"load_model_path={word}"]).load_model_path is None
+
+
+def test_a_false_boolean_never_conflicts_and_a_true_one_names_the_method(place):
+    false = dict.fromkeys(("coconut", "cot", "no_thoughts", "no_cot"), False)
+    for method in ("coconut", "no_curriculum", "pause_token"):
+        assert load_config("config.yaml", words({**false, "method": method})).method == method
+    assert load_config("config.yaml", ["cot=True"]).method == "cot"  # says the same twice
+    for name in false:
+        assert load_config("config.yaml", words({**false, "method": None, name: True})).method == name
+        with pytest.raises(UserError, match="two methods"):
+            load_config("config.yaml", words({**false, "method": "no_curriculum", name: True}))
+
+
+def test_words_win_over_the_file_and_the_file_over_its_base(place):
+    (place / "child.yaml").write_text("base: config.yaml\nseed: 5\nlr: 0.5\n")
+    config = load_config("child.yaml", ["lr=0.25", "--bf16=true"])
+    assert (config.name, config.seed, config.lr, config.bf16) == ("r", 5, 0.25, True)
+
+
+def test_config_takes_any_subset_and_refuses_the_rest():
+    assert Config({}).lr == 1e-4
+    assert Config({"cot": True}).method == "cot"
+    assert Config({"lr": 1}).lr == 1.0
+    for values in ({"lrr": 1}, {"lr": "x"}, {"uniform_prob": 2}, {"num_epochs": None}):
+        with pytest.raises(ValueError, match=next(iter(values))):
+            Config(values)
+
+
+def test_config_yaml_loads_again_as_the_same_config(place):
+    changes = words({"lr": 3e-5, "logger": "tensorboard", "max_new_tokens": None, "max_grad_norm": 1})
+    config = load_config("config.yaml", [*changes, "reset_optimizer=every_epoch"])
+    (place / "again.yaml").write_text(yaml.safe_dump(config.resolved()))
+    assert load_config("again.yaml") == config
+
+
+# The table of official hyper-parameters; all have lr 1e-4, weight decay 0.01, batch 32, seed 0 and no mixing.
+PAPER = {  # method, c_thought, epochs_per_stage, max_latent_stage, save_only_improve, reset_optimizer, resume, epochs
+    "gsm_cot": ("cot", 0, 1, 0, True, False, 0, 25),
+    "gsm_coconut": ("coconut", 2, 3, 3, False, True, 3, 25),
+    "gsm_coconut_eval": ("coconut", 2, 3, 3, False, True, 15, 25),
+    "prontoqa_coconut": ("coconut", 1, 5, 6, False, True, 0, 50),
+    "prontoqa_coconut_eval": ("coconut", 1, 5, 6, False, True, 40, 50),
+    "prosqa_coconut": ("coconut", 1, 5, 6, False, True, 0, 50),
+    "prosqa_coconut_eval": ("coconut", 1, 5, 6, False, True, 40, 50),
+}
+
+
+@pytest.mark.parametrize("experiment", PAPER)
+def test_the_shipped_experiments_hold_the_papers_numbers(experiment):
+    config = Config(read_yaml(REPOSITORY / "args" / f"{experiment}.yaml"))
+    keys = ("method", "c_thought", "epochs_per_stage", "max_latent_stage", "save_only_improve", "reset_optimizer")
+    assert tuple(getattr(config, key) for key in (*keys, "resume", "num_epochs")) == PAPER[experiment]
+    assert (config.lr, config.weight_decay, config.batch_size_training) == (1e-4, 0.01, 32)
+    assert (config.gradient_accumulation_steps, config.uniform_prob, config.seed) == (1, 0, 0)
+    assert (config.pad_latent_to_max, config.bf16, config.debug) == (True, False, False)
+    assert (config.project, config.model_id) == ("coconut", "openai-community/gpt2")
+    evaluates = experiment.endswith("_eval")
+    assert config.only_eval == evaluates
+    data = experiment.split("_")[0]
+    assert config.val_path == f"data/{data}_{'test' if evaluates else 'valid'}.json"
+    assert config.train_path == f"data/{data}_train.json"
+    starts_from = {"gsm_coconut": "checkpoints/gsm-cot/best"}
+    if evaluates:
+        starts_from = {experiment: f"checkpoints/{data}-coconut/best"}
+    assert config.load_model_path == starts_from.get(experiment)
