@@ -152,6 +152,19 @@ def test_logits_and_embeddings_equal_the_oracle(kind, rows, offsets):
             close(output.inputs_embeds[number, columns], oracle_embeds(lm, row)[0])
 
 
+@pytest.mark.parametrize("rows", [BATCHES["mixed"], BATCHES["scattered"], BATCHES["thoughts_0"]])
+def test_more_passes_than_needed_change_nothing(rows):
+    lm, passes = exact_model("gpt2"), []
+    mask = pad([[1] * len(row) for row in rows], align(rows))
+    lm.base_model.register_forward_hook(lambda *_: passes.append(1))
+    with torch.no_grad():
+        expected = wrap(lm)(pad(rows, align(rows)), mask).logits
+        needed = len(passes)
+        given = wrap(lm)(pad(rows, align(rows)), mask, min_passes=needed + 2).logits
+    close(given[mask == 1], expected[mask == 1])
+    assert len(passes) == needed + needed + 2
+
+
 def test_what_stands_in_padded_columns_changes_nothing():
     rows, offsets = BATCHES["mixed"], [3, 6, 0, 1, 2]
     lm, mask = exact_model("gpt2"), pad([[1] * len(row) for row in rows], offsets)

@@ -61,6 +61,15 @@ COCONUT = [  # stage, options, prompt in training, target, prompt in generation;
     (4, {"c_thought": 2, "pad_latent_to_max": False}, "q?\nSLLLLE", "### 7$", "q?\nSLLLLE"),
     (1, {"c_thought": 0}, "q?\nSE", "c\n### 7$", "q?\nSE"),
 ]
+ICOT = [  # stage (removed tokens), options, target
+    (0, {}, ALL),
+    (1, {}, "b\nc\n### 7$"),
+    (4, {}, "\n### 7$"),
+    (5, {}, "### 7$"),
+    (9, {}, "### 7$"),
+    (2, {"remove_all_when_remove_beyond": 3}, "\nc\n### 7$"),
+    (3, {"remove_all_when_remove_beyond": 3}, "### 7$"),
+]
 CASES = [({"method": "coconut", "max_latent_stage": 3, **options}, stage, *texts) for stage, options, *texts in COCONUT]
 CASES += [
     ({**options, "method": "pause_as_thought"}, stage, *(text.replace("L", "P") for text in texts))
@@ -70,6 +79,10 @@ CASES += [
     ({**options, "method": "no_thoughts"}, stage, "q?\n", target, "q?\n")
     for options, stage, _, target, _ in CASES
     if options["method"] == "coconut"
+]
+CASES += [
+    ({"method": "icot", "removal_smoothing_lambda": None, **options}, stage, "q?\n", target, "q?\n")
+    for stage, options, target in ICOT
 ]
 for stage in (0, 1, 5):
     options = {"max_latent_stage": 3, "c_thought": 2}
@@ -187,6 +200,18 @@ def test_validation_never_mixes_stages(tokenizer):
     assert {item["input_ids"].count(latent) for item in dataset} == {4}
 
 
+def test_icots_removal_smoothing_drops_a_few_more_tokens(tokenizer):
+    config = Config({"method": "icot", "removal_smoothing_lambda": 0.7})
+    problems = [{"question": "q", "answer": "1", "steps": ["a" * 30]}] * 400
+    dataset = make(get_cot_latent_dataset, tokenizer, problems, 2, config)
+    offsets = Counter(29 - len(item["input_ids"]) + len("q\n### 1$") for item in dataset)
+    assert 170 < offsets[0] < 230  # exp(-0.7) = 0.497, so half of the problems drop none, a quarter one
+    assert 70 < offsets[1] < 130
+    assert min(offsets) == 0
+    exact = make(get_cot_latent_dataset, tokenizer, problems, 2, config, mix_stages=False)
+    assert {len(item["input_ids"]) for item in exact} == {29 + len("q\n### 1$")}
+
+
 # --- order ------------------------------------------------------------------------------------------------------------
 
 
@@ -272,10 +297,18 @@ def test_collator_pads_labels_with_the_given_id():
 DIVISIONS = [(4, 1, 1), (2, 2, 1), (2, 1, 2), (1, 4, 1), (1, 2, 2), (1, 1, 4)]  # per pass, passes, world size
 
 
+def divide(examples, per_pass, passes, world_size):
+    """For each rank its steps, each a list of passes; the sizes of the steps are checked."""
+    ranks = [step_batches(examples, per_pass, passes, rank, world_size) for rank in range(world_size)]
+    for shares in zip(*ranks, strict=True):
+        assert {count for count, _ in shares} == {sum(len(batch) for _, step in shares for batch in step)}
+    return [[step for _, step in steps] for steps in ranks]
+
+
 @pytest.mark.parametrize("n", [1, 3, 4, 5, 8, 11, 13])
 @pytest.mark.parametrize(("per_pass", "passes", "world_size"), [*DIVISIONS, (3, 2, 3), (2, 3, 5)])
 def test_every_example_counts_once_in_equally_many_passes(n, per_pass, passes, world_size):
-    ranks = [step_batches(n, per_pass, passes, rank, world_size) for rank in range(world_size)]
+    ranks = divide(range(n), per_pass, passes, world_size)
     assert len({tuple(len(step) for step in steps) for steps in ranks}) == 1
     indices = [i for steps in ranks for step in steps for batch in step for i in batch]
     assert sorted(indices) == list(range(n))
@@ -284,13 +317,16 @@ def test_every_example_counts_once_in_equally_many_passes(n, per_pass, passes, w
 
 
 @pytest.mark.parametrize("n", [1, 4, 7, 13])
-def test_the_steps_are_the_same_for_any_division(n):
-    def steps(per_pass, passes, world_size):
-        ranks = [step_batches(n, per_pass, passes, rank, world_size) for rank in range(world_size)]
-        return [{i for step in parts for batch in step for i in batch} for parts in zip(*ranks, strict=True)]
+@pytest.mark.parametrize("division", DIVISIONS)
+def test_the_steps_are_the_same_for_any_division(n, division):
+    ranks = divide(range(n), *division)
+    steps = [{i for step in parts for batch in step for i in batch} for parts in zip(*ranks, strict=True)]
+    assert steps == [set(range(start, min(start + 4, n))) for start in range(0, n, 4)]
 
-    expected = [set(range(start, min(start + 4, n))) for start in range(0, n, 4)]
-    assert all(steps(*division) == expected for division in DIVISIONS)
+
+def test_the_rest_of_an_epoch_holds_the_same_steps():
+    whole, rest = divide(range(13), 2, 1, 2), divide(range(8, 13), 2, 1, 2)
+    assert rest == [steps[2:] for steps in whole]
 
 
 # --- lengths ----------------------------------------------------------------------------------------------------------
