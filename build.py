@@ -63,10 +63,17 @@ def build(config: Config, processes: Processes, stop: StopRequest) -> Run:
     valid_examples = tokenize_problems(valid_problems, pretrained.tokenizer)
     if limit := getattr(pretrained.lm.config, "max_position_embeddings", None):
         stages = {stage_of(epoch, config) for epoch in range(config.num_epochs)}
+        if config.only_eval:
+            stages = {evaluation_stage(config, pretrained)}
         check_lengths(train_examples, stages, config, limit, config.train_path)
         check_lengths(valid_examples, stages, config, limit, config.val_path, mix_stages=False)
     model = pretrained.coconut().to(processes.device)
     return Run(config, processes, stop, checkpoint, pretrained, model, train_examples, valid_problems, valid_examples)
+
+
+def evaluation_stage(config: Config, pretrained: Pretrained) -> int:
+    """The stage of only_eval: that of epoch `resume` if it is given, else that of the checkpoint."""
+    return stage_of(config.resume, config) if config.resume else pretrained.description.get("stage", 0)
 
 
 def find_checkpoint(config: Config) -> Path | None:

@@ -72,7 +72,7 @@ def placeholders_and_rest(
     Sources: the paper, section 3 "Training procedure"; for icot Deng et al. 2024 (arXiv 2405.14838), section 3.
     """
     method, last = METHODS[config.method], last_stage(config)
-    stage = last if method.steps == "removed" else stage
+    stage = {"kept": 0, "removed": last}.get(method.steps, stage)
     final = stage >= last
     if method.steps == "by token":
         return 0, [] if final or not training else [token for step in steps for token in step][stage + offset :]

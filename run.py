@@ -16,9 +16,8 @@ from pathlib import Path
 
 import yaml
 
-from build import Run, build
+from build import Run, build, evaluation_stage
 from checkpoint import SaveError
-from curriculum import stage_of
 from evaluate import Interrupted, validate, write_predictions
 from parallel import start_processes, stop_processes
 from train import NotFiniteError, train
@@ -52,7 +51,7 @@ def main(words: list[str] | None = None) -> int:
 def test(run: Run) -> None:
     """only_eval: tests the loaded model at its stage and writes to save_path/name/eval_CHECKPOINT."""
     config, checkpoint = run.config, Path(run.config.load_model_path)
-    stage = stage_of(config.resume, config) if config.resume else run.pretrained.description.get("stage", 0)
+    stage = evaluation_stage(config, run.pretrained)
     run.processes.print(f"evaluating {checkpoint} on {config.val_path} at stage {stage}")
     evaluation = validate(run, stage)
     if run.processes.is_main and not config.debug:

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
-from curriculum import END, LATENT, METHODS, PAUSE, START
+from curriculum import END, LATENT, METHODS, PAUSE, START, schedule_table, stage_of
 from dataset import (
     MyCollator,
     check_lengths,
@@ -87,7 +87,7 @@ CASES += [
 for stage in (0, 1, 5):
     options = {"max_latent_stage": 3, "c_thought": 2}
     CASES += [
-        ({"method": "cot", "max_latent_stage": 0, "c_thought": 0}, 0, "q?\n", ALL, "q?\n"),
+        ({"method": "cot", "max_latent_stage": 0, "c_thought": 0}, stage, "q?\n", ALL, "q?\n"),
         ({"method": "no_cot", **options}, stage, "q?\n", "### 7$", "q?\n"),
         ({"method": "no_curriculum", **options}, stage, "q?\nSLLLLLLE", "### 7$", "q?\nSLLLLLLE"),
         ({"method": "pause_token", **options}, stage, "q?\nSPPPPPPE", "### 7$", "q?\nSPPPPPPE"),
@@ -154,6 +154,39 @@ def test_get_dataset_tokenizes_each_piece(tokenizer, tmp_path):
     assert second["steps_tokenized"] == []
     assert [first["idx"], second["idx"]] == [0, 1]
     assert list(get_dataset(path, tokenizer, max_size=1)) == [first]
+
+
+@pytest.mark.parametrize(
+    ("options", "stages"),
+    [
+        ({"method": "coconut", "max_latent_stage": 2, "epochs_per_stage": 2}, [0, 0, 1, 1, 2, 2, 3, 3, 3, 3]),
+        ({"method": "no_thoughts", "max_latent_stage": 1}, [0, 1, 2, 2, 2]),
+        ({"method": "pause_as_thought", "max_latent_stage": 0, "epochs_per_stage": 3}, [0, 0, 0, 1, 1]),
+        ({"method": "cot", "max_latent_stage": 2}, [0, 0, 0, 0]),
+        ({"method": "no_cot", "max_latent_stage": 2}, [3, 3, 3]),
+        ({"method": "no_curriculum", "max_latent_stage": 2}, [3, 3, 3]),
+        ({"method": "pause_token", "max_latent_stage": 2}, [3, 3, 3]),
+        ({"method": "icot", "remove_per_epoch": 4, "remove_all_when_remove_beyond": 10}, [0, 4, 8, 10, 10]),
+    ],
+    ids=name,
+)
+def test_the_stage_of_each_epoch(options, stages):
+    config = Config({**options, "num_epochs": len(stages)})
+    assert [stage_of(epoch, config) for epoch in range(len(stages))] == stages
+
+
+def test_the_schedule_table():
+    config = Config(
+        {"method": "coconut", "max_latent_stage": 2, "epochs_per_stage": 2, "c_thought": 3, "num_epochs": 9}
+    )
+    rows = [row.split(maxsplit=3) for row in schedule_table(config).splitlines()]
+    assert rows == [
+        ["epochs", "stage", "thoughts", "steps left"],
+        ["1-2", "0", "0", "all"],
+        ["3-4", "1", "3", "all but the first 1"],
+        ["5-6", "2", "6", "all but the first 2"],
+        ["7-9", "3", "6", "none"],
+    ]
 
 
 # --- mixing of stages -------------------------------------------------------------------------------------------------
