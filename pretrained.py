@@ -49,15 +49,15 @@ def load_pretrained(config: Config, load_path: str | Path | None) -> Pretrained:
     float32. Raises UserError for whatever cannot be loaded.
     """
     path = Path(load_path) if load_path else None
-    folder = str(path) if path and path.is_dir() else config.model_id
+    is_checkpoint, is_file = bool(path and path.is_dir()), bool(path and path.is_file())
+    folder = str(path) if is_checkpoint else config.model_id
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-        lm = load_model(folder, config, is_checkpoint=folder != config.model_id)
-        state = load_state_file(path) if path and path.is_file() else None
+        lm = load_model(folder, config, is_checkpoint)
     except UserError:
         raise
     except Exception as error:  # the libraries raise all kinds for a missing, damaged or unreachable model
-        key = "model_id" if folder == config.model_id else "load_model_path"
+        key = "load_model_path" if is_checkpoint else "model_id"
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{key}: {folder!r} cannot be loaded: {reason}") from error
     if tokenizer.eos_token_id is None:
@@ -65,11 +65,10 @@ def load_pretrained(config: Config, load_path: str | Path | None) -> Pretrained:
     known = {token for token in (START, END, LATENT, PAUSE) if token in tokenizer.get_vocab()}
     description = read_description(folder)
     known = set(description.get("token_ids", known))
+    own_tokens = len(tokenizer)
     add_tokens(tokenizer, config.method)
-    if state is not None:
-        load_state(lm, state, str(path))
-        rows = lm.get_input_embeddings().weight.shape[0]
-        known |= {token for token in (START, END, LATENT, PAUSE) if tokenizer.get_vocab().get(token, rows) < rows}
+    if is_file:
+        known |= load_official_file(lm, tokenizer, path, own_tokens)
     if METHODS[config.method].markers:
         add_rows(lm, tokenizer, known, config.new_token_init)
     return Pretrained(lm, tokenizer, description)
@@ -86,12 +85,27 @@ def load_model(folder: str, config: Config, is_checkpoint: bool) -> PreTrainedMo
     if is_checkpoint:  # must fit exactly; hub models may bring heads that are not used
         lost += info["unexpected_keys"]
     if lost:
-        raise UserError(f"{folder}: weights are missing or unexpected: {name_some(lost)}")
+        key = "load_model_path" if is_checkpoint else "model_id"
+        raise UserError(f"{key}: {folder!r}: weights are missing or unexpected: {name_some(lost)}")
     return lm
 
 
-def load_state_file(path: Path) -> dict[str, Tensor]:
-    """The weights in an official checkpoint file, under the language model's own names.
+def load_official_file(lm: PreTrainedModel, tokenizer, path: Path, own_tokens: int) -> set[str]:
+    """Loads an official checkpoint file into the model and returns the added tokens that the file has rows for.
+
+    own_tokens: the tokenizer's size without the added tokens, for which every file must have rows. A file of a Coconut
+    module has the markers' rows; in a plain one only rows beyond the model's own can be theirs, since some models
+    have more rows than tokens.
+    """
+    state, is_coconut = load_state_file(path)
+    first = 0 if is_coconut else len(lm.get_input_embeddings().weight)
+    load_state(lm, state, str(path), own_tokens)
+    rows = len(lm.get_input_embeddings().weight)
+    return {t for t in (START, END, LATENT, PAUSE) if first <= tokenizer.get_vocab().get(t, rows) < rows}
+
+
+def load_state_file(path: Path) -> tuple[dict[str, Tensor], bool]:
+    """The weights in an official file, under the language model's own names, and whether a Coconut module wrote them.
 
     The official Coconut module puts base_causallm. before every name and holds the input embedding once more. Files
     are read with weights_only, so that a file with code in it is refused.
@@ -99,25 +113,30 @@ def load_state_file(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        reason = str(error).strip().split("\n")[0]
         raise UserError(
             f"load_model_path: {str(path)!r} is no file of plain weights (a torch state dict), or it is damaged. Other "
-            f"pickles are refused, since they can run code. {str(error).strip().splitlines()[0]:.200}"
+            f"pickles are refused, since they can run code. {reason:.200}"
         ) from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise UserError(f"load_model_path: {str(path)!r} holds no state dict, a mapping from names to tensors")
     state = {name.removeprefix("module."): value for name, value in state.items()}
     prefix = "base_causallm."
-    if any(name.startswith(prefix) for name in state):
+    is_coconut = any(name.startswith(prefix) for name in state)
+    if is_coconut:
         state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    return state
+    return state, is_coconut
 
 
-def load_state(lm: PreTrainedModel, state: dict[str, Tensor], path: str) -> None:
+def load_state(lm: PreTrainedModel, state: dict[str, Tensor], path: str, own_tokens: int) -> None:
     """Loads a state dict into the model, whose vocabulary takes on its number of rows; every name must fit."""
     table = lm.get_input_embeddings()
     name = next(name for name, value in lm.named_parameters() if value is table.weight)
-    if name in state and len(state[name]) != len(table.weight):
-        lm.resize_token_embeddings(len(state[name]), mean_resizing=False)
+    rows = len(state[name]) if name in state and state[name].ndim == 2 else len(table.weight)
+    if rows < min(own_tokens, len(table.weight)):
+        raise UserError(f"load_model_path: {path!r} has {rows} rows in {name}, but the tokenizer {own_tokens} tokens")
+    if rows != len(table.weight):
+        lm.resize_token_embeddings(rows, mean_resizing=False)
     try:
         result = lm.load_state_dict(state, strict=False)
     except RuntimeError as error:
@@ -137,7 +156,10 @@ def name_some(names: list) -> str:
 def read_description(folder: str) -> dict:
     """The coconut.json of a checkpoint directory; {} for other models."""
     path = Path(folder) / DESCRIPTION
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"load_model_path: {str(path)!r} cannot be read: {error}") from error
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase, method: str) -> None:
