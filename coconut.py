@@ -9,6 +9,51 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+
+class Append(torch.autograd.Function):
+    """Writes new columns behind the past ones in a shared buffer, and returns all columns as a view of it.
+
+    buffer (..., capacity, size), past (..., columns, size) or None, new (..., n, size) -> (..., columns + n, size).
+    Earlier views stay valid for the backward pass, since the columns that they show are never written again; so the
+    write may go past autograd's check for changed values (`.data`).
+    """
+
+    @staticmethod
+    def forward(ctx, buffer: Tensor, past: Tensor | None, new: Tensor) -> Tensor:
+        ctx.start = 0 if past is None else past.shape[-2]
+        end = ctx.start + new.shape[-2]
+        buffer.data[..., ctx.start : end, :] = new
+        return buffer[..., :end, :]
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return None, gradient[..., : ctx.start, :] if ctx.start else None, gradient[..., ctx.start :, :]
+
+
+class BufferedLayer(DynamicLayer):
+    """A cache layer that holds all keys and values once, in buffers for `capacity` columns.
+
+    transformers' own layer concatenates, so that every pass keeps a copy of all that came before it.
+    """
+
+    def __init__(self, capacity: int):
+        super().__init__()
+        self.capacity = capacity
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Appends (batch, heads, n, size) keys and values, and returns those of all columns."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys = self.values = None
+            self.buffers = [
+                states.new_empty(*states.shape[:-2], self.capacity, states.shape[-1])
+                for states in (key_states, value_states)
+            ]
+        self.keys = Append.apply(self.buffers[0], self.keys, key_states)
+        self.values = Append.apply(self.buffers[1], self.values, value_states)
+        return self.keys, self.values
 
 
 @dataclass
@@ -64,7 +109,8 @@ class Coconut(nn.Module):
         in the first column, which has no hidden state before it. min_passes cuts the columns into more stretches than
         the thoughts need, to the same effect: processes that shard the weights must make equally many passes.
         """
-        hidden, embeds, _ = self.think(input_ids, attention_mask, position_ids, min_passes)
+        cache = self.new_cache(input_ids.shape[1])
+        hidden, embeds = self.think(input_ids, attention_mask, position_ids, cache, min_passes)
         project = self.base_causallm.get_output_embeddings()
         if labels is None:
             return CoconutOutput(None, project(hidden), embeds)
@@ -75,17 +121,16 @@ class Coconut(nn.Module):
         return CoconutOutput(total / max(len(rows), 1), None, embeds)
 
     def think(
-        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None, min_passes: int = 1
-    ) -> tuple[Tensor, Tensor, DynamicCache]:
-        """Runs the model over (batch, length) sequences and fills in their thoughts.
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None, cache: DynamicCache, min_passes=1
+    ) -> tuple[Tensor, Tensor]:
+        """Runs the model over (batch, length) sequences and fills in their thoughts and the empty cache.
 
-        Returns the last hidden states and the input embeddings, both (batch, length, hidden), and the cache.
+        Returns the last hidden states and the input embeddings, both (batch, length, hidden).
         """
         if position_ids is None:
             position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)  # (batch, length)
         is_latent = input_ids == self.latent_token_id  # (batch, length)
         embeds = self.base_causallm.get_input_embeddings()(input_ids)  # (batch, length, hidden)
-        cache = DynamicCache(config=self.base_causallm.config)
         hidden, inputs = [], []
         for start, end in pairwise([0, *self.cuts(is_latent, min_passes), input_ids.shape[1]]):
             stretch = embeds[:, start:end]
@@ -95,7 +140,7 @@ class Coconut(nn.Module):
                 stretch = torch.cat([first, stretch[:, 1:]], dim=1)
             inputs.append(stretch)
             hidden.append(self.hidden_states(stretch, attention_mask[:, :end], position_ids[:, start:end], cache))
-        return torch.cat(hidden, dim=1), torch.cat(inputs, dim=1), cache
+        return torch.cat(hidden, dim=1), torch.cat(inputs, dim=1)
 
     @staticmethod
     def cuts(is_latent: Tensor, min_passes: int = 1) -> list[int]:
@@ -105,6 +150,12 @@ class Coconut(nn.Module):
             raise ValueError("a latent token in the first column has no hidden state before it to take")
         others = (column for column in range(is_latent.shape[1] - 1, 0, -1) if column not in columns)
         return sorted([*columns, *islice(others, max(min_passes - 1 - len(columns), 0))])
+
+    def new_cache(self, capacity: int) -> DynamicCache:
+        """An empty cache for `capacity` columns; its plain layers are buffered, others (sliding windows) stay."""
+        cache = DynamicCache(config=self.base_causallm.config)
+        cache.layers = [BufferedLayer(capacity) if type(x) is DynamicLayer else x for x in cache.layers]
+        return cache
 
     def hidden_states(self, inputs_embeds: Tensor, attention_mask: Tensor, position_ids: Tensor, cache) -> Tensor:
         """Last hidden states (batch, columns, hidden) of the columns that follow those in the cache."""
@@ -126,7 +177,8 @@ class Coconut(nn.Module):
         Returns (batch, <= length + max_new_tokens) token ids: the padded prompts, then the new tokens. A row stops
         before its first eos, or where it fills the model's last position; eos follows there while other rows go on.
         """
-        hidden, _, cache = self.think(input_ids, attention_mask, position_ids)
+        cache = self.new_cache(input_ids.shape[1] + max_new_tokens)
+        hidden, _ = self.think(input_ids, attention_mask, position_ids, cache)
         columns = torch.arange(input_ids.shape[1], device=input_ids.device)
         last_column = (columns * attention_mask).argmax(1)  # (batch,)
         last_hidden = hidden[torch.arange(len(hidden), device=hidden.device), last_column]  # (batch, hidden)

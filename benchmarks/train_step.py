@@ -183,9 +183,9 @@ def check_losses(measured: dict[str, tuple], bf16: bool) -> None:
 
 def show(rows: list[dict], title: str) -> None:
     """Prints the rows as a Markdown table."""
-    print(
-        f"\n{title}\n\n| variant | ratio to floor | least .. most | memory ratio | s/step | tokens/s |\n|---|---|---|---|---|---|"
-    )
+    print(f"\n{title}\n")
+    print("| variant | ratio to floor | least .. most | memory ratio | s/step | tokens/s |")
+    print("|---|---|---|---|---|---|")
     for r in rows:
         print(
             f"| {r['variant']} | {r['ratio']:.2f} | {r['least']:.2f} .. {r['most']:.2f} | {r['memory_ratio']:.2f} "
