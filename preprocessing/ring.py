@@ -1,0 +1,77 @@
+"""Makes the quickstart's problems: follow arrows around a ring.
+
+    python preprocessing/ring.py          data/ring_{train,valid,test}.json
+    python preprocessing/ring.py --tokenizer FOLDER     the tokenizer for them (args/ring_model holds it)
+
+A question states the eight arrows of a ring in random order and a start: "c>a h>e ... b". The steps are the nodes
+that four arrows lead to, one after another; the answer is the last. Every arrow is one token, so that a single look-up
+follows it, while four in a row are more than two layers can do at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+from common import DATA, run_script, write_json
+
+NODES, HOPS = "abcdefgh", 4
+SPLITS = {"train": 10_000, "valid": 200, "test": 500}
+SEED = 0
+
+
+def make_problem(random_: random.Random) -> dict:
+    """One problem: question, steps and answer."""
+    ring = random_.sample(NODES, len(NODES))
+    after = dict(zip(ring, ring[1:] + ring[:1], strict=True))
+    path = [random_.choice(NODES)]
+    for _ in range(HOPS):
+        path.append(after[path[-1]])
+    arrows = [f"{node}>{after[node]}" for node in random_.sample(NODES, len(NODES))]
+    return {"question": " ".join([*arrows, path[0]]), "steps": path[1:], "answer": path[-1]}
+
+
+def make_problems(count: int, seed: int) -> list[dict]:
+    """Problems without repetition."""
+    random_, problems = random.Random(seed), {}
+    while len(problems) < count:
+        problem = make_problem(random_)
+        problems[problem["question"]] = problem
+    return list(problems.values())
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Writes a tokenizer whose tokens are the words of these problems, each with the blank or newline behind it."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    words = [*NODES, *(f"{node}\n" for node in NODES), *(f"{x}>{y} " for x in NODES for y in NODES if x != y)]
+    vocabulary = {word: number for number, word in enumerate([*words, "### ", "<|unknown|>", "<|endoftext|>"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unknown|>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\S+\s?"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(["<|unknown|>", "<|endoftext|>"])
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "unk_token": "<|unknown|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+
+
+def main(words: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="write the tokenizer instead of problems")
+    arguments = parser.parse_args(words)
+    if arguments.tokenizer:
+        write_tokenizer(arguments.tokenizer)
+        return
+    problems = make_problems(sum(SPLITS.values()), SEED)
+    for split, count in SPLITS.items():
+        path = DATA / f"ring_{split}.json"
+        write_json(path, [problems.pop() for _ in range(count)])
+        print(f"{path}: {count:,} problems")
+
+
+if __name__ == "__main__":
+    run_script(main)
