@@ -1,0 +1,206 @@
+"""Answers: how they are read from a text, compared, counted and written down."""
+
+import pytest
+import torch
+import yaml
+
+from build import build
+from dataset import get_cot_latent_dataset
+from evaluate import extract_answer, predict, until_eos, validate, write_predictions
+from helpers import make_problems, read_lines, save_model, write_json
+from parallel import Processes
+from utils import StopRequest, load_config
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("1+1=2\n### 2", "2"),
+        ("### 1,234,567", "1234567"),
+        ("### -5", "-5"),
+        ("###  7 \n", "7"),
+        ("###7", "7"),
+        ("#1 of 2 ### 3 # 4", "4"),
+        ("### two\nlines", "two\nlines"),
+        ("### Tom is a lorpus.", "Tom is a lorpus."),
+        ("###", ""),
+        ("no mark", None),
+        ("", None),
+    ],
+)
+def test_the_answer_is_what_follows_the_last_mark(text, answer):
+    assert extract_answer(text) == answer
+
+
+class Texts:
+    """A tokenizer whose texts are their own tokens."""
+
+    def decode(self, tokens, skip_special_tokens):
+        assert skip_special_tokens
+        return "".join(token for token in tokens if token != "$")
+
+
+def judge(text, expected="7", steps=("1+2=3", "3+4=7"), method="cot", thoughts=0):
+    problem = {"question": "1+2+4", "answer": expected, "steps": list(steps)}
+    return predict(problem, 5, [*text, "$"], thoughts, Texts(), method)
+
+
+@pytest.mark.parametrize(
+    ("expected", "text", "correct"),
+    [
+        ("7", "### 7", True),
+        ("7", "### 8", False),
+        ("7", "7", False),
+        ("1,000", "### 1000", True),
+        ("1000", "### 1,000", True),
+        ("-3", "### -3", True),
+        ("-3", "### 3", False),
+        (" 7 ", "### 7", True),
+        ("7", "### 7 7", False),
+        ("", "no mark", False),
+        ("None", "no mark", False),
+    ],
+)
+def test_an_answer_is_compared_without_commas_and_blanks(expected, text, correct):
+    assert judge(text, expected)["correct"] is correct
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("1+2=3\n3+4=7\n### 7", True),
+        ("1+2=3\n3+4=7\n### 9", True),
+        (" 1+2=3\n3+4=7 \n", True),
+        ("1+2=3\n### 7", False),
+        ("3+4=7\n1+2=3\n### 7", False),
+        ("### 7", False),
+    ],
+)
+def test_a_cot_matches_if_all_steps_stand_before_the_first_mark(text, match):
+    assert judge(text)["cot_match"] is match
+
+
+@pytest.mark.parametrize("steps", [[], [""]])
+def test_a_problem_without_steps_matches_an_answer_at_once(steps):
+    assert judge("### 7", steps=steps)["cot_match"] is True
+
+
+@pytest.mark.parametrize("method", ["coconut", "no_cot", "no_thoughts", "icot"])
+def test_methods_that_do_not_write_steps_have_no_cot_match(method):
+    assert "cot_match" not in judge("### 7", method=method)
+
+
+def test_a_prediction_tells_all_about_its_problem():
+    expected = {"idx": 5, "question": "1+2+4", "expected": "7", "answer": "8", "correct": False, "new_tokens": 12}
+    assert judge("### 8", method="coconut", thoughts=6) == expected | {"generated": "[6 thoughts]### 8"}
+    assert judge("", method="coconut", thoughts=1)["generated"] == "[1 thought]"
+    assert judge("### 8", method="no_cot")["generated"] == "### 8"
+
+
+def test_tokens_are_counted_up_to_the_first_eos():
+    assert until_eos([5, 6, 0, 0], 0, 4) == [5, 6, 0]
+    assert until_eos([0, 0], 0, 4) == [0]
+    assert until_eos([5, 6, 7, 8], 0, 4) == [5, 6, 7, 8]  # the limit ended it
+    assert until_eos([5, 6], 0, 4) == [5, 6, 0]  # generate leaves out an eos that ends all rows at once
+    assert until_eos([], 0, 4) == [0]
+
+
+def test_predictions_are_written_a_line_each(tmp_path):
+    predictions = [{"idx": 0, "question": "é\n\u2028 “quoted”"}, {"idx": 1, "answer": None}]
+    write_predictions(predictions, tmp_path / "p.jsonl")
+    text = (tmp_path / "p.jsonl").read_text(encoding="utf-8")
+    assert text.count("\n") == 2
+    assert "é" in text
+
+
+# --- validation -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = tmp_path_factory.mktemp("place")
+    problems = make_problems(3) + make_problems(3, steps=4, seed=1) + make_problems(1, steps=1, seed=2)
+    config = {"name": "r", "model_id": save_model(place / "model"), "logger": "none", "max_new_tokens": 6}
+    config |= {"train_path": write_json(place / "train.json", problems[:1]), "save_path": str(place / "runs")}
+    config |= {"val_path": write_json(place / "valid.json", problems)}
+    (place / "config.yaml").write_text(yaml.safe_dump(config))
+    return place
+
+
+def prepare(place, *words):
+    command = ["method=coconut", "max_latent_stage=3", "pad_latent_to_max=False", *words]
+    run = build(load_config(str(place / "config.yaml"), command), Processes(), StopRequest())
+    with torch.no_grad():  # the markers' new rows equal that of "<<", and a tie has no greedy token
+        run.model.base_causallm.get_output_embeddings().weight[-3:].zero_()
+    return run
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 50])
+@pytest.mark.parametrize("stage", [0, 2, 4])
+def test_validation_counts_every_problem_once_in_batches_of_any_size(place, size, stage):
+    run = prepare(place, f"batch_size_eval={size}")
+    evaluation = validate(run, stage)
+    assert [p["idx"] for p in evaluation.predictions] == list(range(7))
+    assert [p["question"] for p in evaluation.predictions] == [p["question"] for p in run.valid_problems]
+    alone = validate(prepare(place, "batch_size_eval=1"), stage)
+    assert evaluation.predictions == alone.predictions
+    assert evaluation.loss == pytest.approx(alone.loss, rel=1e-6)
+
+
+def test_the_loss_is_the_mean_over_supervised_tokens_not_over_batches(place):
+    run = prepare(place, "batch_size_eval=3")
+    total = count = 0
+    for item in run.sequences(get_cot_latent_dataset, 1, run.valid_examples):
+        batch = run.collate([item])
+        n = (batch["labels"] != -100).sum().item()
+        inputs = {key: value for key, value in batch.items() if key != "idx"}
+        total, count = total + run.model(**inputs).loss.item() * n, count + n
+    assert validate(run, 1).loss == pytest.approx(total / count, rel=1e-6)
+
+
+def test_accuracy_and_cot_match_are_fractions_of_all_problems(place, monkeypatch):
+    run = prepare(place, "method=cot", "batch_size_eval=2")
+    tokenizer, problems = run.pretrained.tokenizer, run.valid_problems
+    texts = {problem["question"]: "\n".join([*problem["steps"], "### " + problem["answer"]]) for problem in problems}
+    texts[problems[0]["question"]] = "### " + problems[0]["answer"]  # right without steps
+    texts[problems[3]["question"]] += "1"  # wrong after the right steps
+    texts[problems[4]["question"]] = "?"
+
+    def generate(input_ids, attention_mask, max_new_tokens, **_):
+        questions = [tokenizer.decode(row, skip_special_tokens=True).strip() for row in input_ids]
+        rows = [tokenizer(texts[question])["input_ids"] for question in questions]
+        length = max(map(len, rows)) + 1
+        new = torch.tensor([row + [tokenizer.eos_token_id] * (length - len(row)) for row in rows])
+        return torch.cat([input_ids, new], dim=1)
+
+    monkeypatch.setattr(run.model, "generate", generate)
+    evaluation = validate(run, 0)
+    assert evaluation.accuracy == pytest.approx(5 / 7)
+    assert evaluation.cot_match == pytest.approx(5 / 7)
+    assert [p["correct"] for p in evaluation.predictions] == [True, True, True, False, False, True, True]
+    assert evaluation.new_tokens == pytest.approx(sum(len(text) + 1 for text in texts.values()) / 7)
+    named = {"eval/loss", "eval/acc", "eval/cot_em", "eval/new_tokens", "eval/seconds"}
+    assert set(evaluation.metrics()) == named
+    assert "accuracy 71.4%, CoT match 71.4%" in evaluation.summary()
+
+
+def test_validation_leaves_the_model_without_dropout_and_gradients(place):
+    run = prepare(place)
+    run.model.train()
+    validate(run, 2)
+    assert not run.model.training
+    assert all(p.grad is None for p in run.model.parameters())
+
+
+def test_no_thoughts_print_no_thoughts(place):
+    evaluation = validate(prepare(place), 0)
+    assert not any("thought" in p["generated"] for p in evaluation.predictions)
+    evaluation = validate(prepare(place), 2)
+    starts = [p["generated"].split("]")[0] for p in evaluation.predictions]
+    assert starts == ["[2 thoughts"] * 6 + ["[1 thought"]
+
+
+def test_predictions_of_real_runs_are_lines_of_json(place, tmp_path):
+    evaluation = validate(prepare(place), 0)
+    write_predictions(evaluation.predictions, tmp_path / "p.jsonl")
+    assert read_lines(tmp_path / "p.jsonl") == evaluation.predictions
