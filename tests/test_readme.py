@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import fields
 
 import pytest
-from helpers import EOS, REPOSITORY, byte_tokenizer
 
 from curriculum import END, LATENT, METHODS, PAUSE, START
 from dataset import get_cot_latent_dataset, get_question_latent_dataset, tokenize_problems
+from helpers import EOS, REPOSITORY, byte_tokenizer
 from pretrained import add_tokens
 from utils import OFFICIAL_METHODS, Config
 
