@@ -9,6 +9,7 @@ from checkpoint import check_same_training, latest_checkpoint
 from coconut import Coconut
 from curriculum import END, LATENT, METHODS, PAUSE, START, stage_of
 from dataset import MyCollator, SequenceDataset, check_lengths, read_problems, tokenize_problems
+from lora import add_lora
 from parallel import Processes
 from pretrained import Pretrained, load_pretrained
 from utils import Config, StopRequest, read_yaml, set_seed
@@ -58,6 +59,8 @@ def build(config: Config, processes: Processes, stop: StopRequest) -> Run:
     checkpoint = find_checkpoint(config)
     set_seed(config.seed)  # the same random weights everywhere
     pretrained = load_pretrained(config, checkpoint or config.load_model_path)
+    if config.lora_rank and not config.only_eval:
+        add_lora(pretrained.lm, config.lora_rank, [pretrained.token_id(t) for t in METHODS[config.method].tokens])
     set_seed(config.seed, processes.rank)  # dropout masks of its own for every process
     train_examples = tokenize_problems(train_problems, pretrained.tokenizer)
     valid_examples = tokenize_problems(valid_problems, pretrained.tokenizer)

@@ -14,6 +14,7 @@ import torch
 
 from coconut import Coconut
 from curriculum import METHODS
+from lora import merged
 from parallel import Processes, collect_state, spread_optimizer_state
 from pretrained import DESCRIPTION, Pretrained
 from utils import Config, UserError
@@ -61,10 +62,13 @@ def save_checkpoint(
     process if the main one cannot write.
     """
     weights, optimizer_state = collect_state(model, optimizer)
+    weights = lm_weights(pretrained.lm, weights)
     random_states = processes.gather(random_state(processes.device))
     problem = None
     if processes.is_main:
         training = {"state": asdict(state), "optimizer": optimizer_state, "random_states": random_states}
+        if any(".lora_" in name for name in weights):  # the model's file holds them merged, which rounds
+            training["weights"] = weights
         try:
             write_checkpoint(directory, pretrained, weights, description, training)
         except Exception as error:  # besides OSError, the libraries have errors of their own for a full disk
@@ -78,10 +82,7 @@ def write_checkpoint(directory: Path, pretrained: Pretrained, weights: dict, des
     """Writes the files of a checkpoint beside its place, and moves them there when they are complete."""
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    lm, tied = pretrained.lm, {name for name, _ in pretrained.lm.named_parameters(remove_duplicate=False)}
-    tied -= {name for name, _ in lm.named_parameters()}
-    weights = {name.removeprefix("base_causallm."): value for name, value in weights.items()}
-    lm.save_pretrained(partial, state_dict={name: value for name, value in weights.items() if name not in tied})
+    pretrained.lm.save_pretrained(partial, state_dict=merged(pretrained.lm, weights))
     pretrained.tokenizer.save_pretrained(partial)
     (partial / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
     torch.save(training, partial / STATE)
@@ -92,6 +93,14 @@ def write_checkpoint(directory: Path, pretrained: Pretrained, weights: dict, des
     shutil.rmtree(directory, ignore_errors=True)  # a damaged one, or one of a run that went back before it
     os.replace(partial, directory)
     sync(directory.parent)
+
+
+def lm_weights(lm: torch.nn.Module, weights: dict) -> dict:
+    """The Coconut module's weights under the language model's own names, each tied one once."""
+    own = {name for name, _ in lm.named_parameters()}
+    tied = {name for name, _ in lm.named_parameters(remove_duplicate=False)} - own
+    named = {name.removeprefix("base_causallm."): value for name, value in weights.items()}
+    return {name: value for name, value in named.items() if name not in tied}
 
 
 def describe(config: Config, state: TrainState, pretrained: Pretrained) -> dict:
@@ -115,6 +124,8 @@ def load_training_state(
     With another number of processes than the checkpoint was written by, all streams stay as they were seeded.
     """
     training = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
+    if "weights" in training:
+        model.base_causallm.load_state_dict(training["weights"], strict=False)  # tied names are missing
     spread_optimizer_state(model, optimizer, training["optimizer"])
     streams = training["random_states"]
     if len(streams) == processes.world_size:

@@ -21,6 +21,7 @@ from checkpoint import TrainState, describe, link, load_training_state, prune, s
 from curriculum import schedule_table, stage_of
 from dataset import SequenceDataset, get_cot_latent_dataset, step_batches
 from evaluate import Evaluation, Interrupted, autocast, inputs, stop_together, validate, write_predictions
+from lora import parameter_groups
 from parallel import distribute, gradient_sync, is_sharded
 from utils import MetricLogger, write_text
 
@@ -34,16 +35,17 @@ class Trainer:
 
     def __init__(self, run: Run):
         self.run = run
-        self.model = distribute(run.model, run.config.parallel, run.config.bf16, run.processes)
+        strategy = "ddp" if run.config.lora_rank else run.config.parallel
+        self.model = distribute(run.model, strategy, run.config.bf16, run.processes)
         self.new_optimizer()
         self.state = self.restore()
         self.log = MetricLogger(None, run.config, "")
 
     def new_optimizer(self) -> None:
-        """Starts with a fresh AdamW over all parameters."""
+        """Starts with a fresh AdamW over all parameters that are trained."""
         config, fused = self.run.config, self.run.processes.device.type == "cuda"
-        parameters = [p for p in self.run.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
+        groups = parameter_groups(self.run.pretrained.lm, config.weight_decay, config.lora_rank)
+        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=fused)
 
     def restore(self) -> TrainState:
         """Where the run starts: after the checkpoint it goes on from, else at the epoch that `resume` names."""

@@ -73,6 +73,7 @@ class Config:
     from_scratch: bool = option(False, "build the model from model_id's config.json with random weights")
     load_model_path: str | None = option(None, "checkpoint (directory or official file) to evaluate or to start from")
     new_token_init: str = option("<<", "the markers' new rows start as this token's; the mean row if it is not one")
+    lora_rank: int | None = option(None, "train low-rank adapters of this rank (None: all weights); needs peft", low=1)
     trust_remote_code: bool = option(False, "let a hub model run code of its own")
     # data
     train_path: str | None = option(None, "training problems, a JSON file")
@@ -220,6 +221,8 @@ def run_problems(config: Config, given: dict) -> list[str]:
         problems.append("load_model_path: only_eval needs a checkpoint to evaluate; set it, or only_eval: False")
     if not config.only_eval and config.resume >= config.num_epochs:
         problems.append(f"resume: {config.resume} leaves nothing of num_epochs {config.num_epochs}; raise num_epochs")
+    if config.lora_rank and config.parallel == "fsdp":
+        problems.append("parallel: fsdp does not go with lora_rank; use ddp, adapters need little memory")
     needed = ("name", "val_path") if config.only_eval else ("name", *SPLIT_PATHS)
     problems += [f"{key}: missing; a run needs it" for key in needed if not given.get(key)]
     if config.name and (Path(config.name).name != config.name or config.name == ".."):

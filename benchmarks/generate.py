@@ -1,0 +1,82 @@
+"""Problems per second of validation: batched with a cache, against one at a time without, side by side.
+
+    python benchmarks/generate.py                                    GPT-2 small, batch 64, 6 thoughts
+    python benchmarks/generate.py --device cuda --bf16
+
+Same weights, same prompts, same number of new tokens; the tokens of both ways are compared. `single` is the
+straightforward loop: every new token computes the whole sequence again, for one problem at a time (a few of the batch,
+for its time per problem is the same). Every row decodes all new tokens, so that a random model cannot stop early.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+
+import torch
+from torch import Tensor, nn
+from train_step import END, LATENT, START, environment, make_batch, make_model, parse
+
+from coconut import Coconut
+
+NEVER = -1  # an eos id that no token has
+
+
+def single(lm: nn.Module, input_ids: Tensor, new_tokens: int) -> Tensor:
+    """Greedy decoding of one prompt (1, length) without a cache."""
+    embeds = lm.get_input_embeddings()(input_ids)  # (1, length, hidden)
+    for column in (input_ids[0] == LATENT).nonzero().flatten().tolist():
+        hidden = lm.base_model(inputs_embeds=embeds[:, :column], use_cache=False).last_hidden_state
+        embeds = torch.cat([embeds[:, :column], hidden[:, -1:], embeds[:, column + 1 :]], dim=1)
+    for _ in range(new_tokens):
+        hidden = lm.base_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        token = lm.get_output_embeddings()(hidden[:, -1]).argmax(-1)[:, None]  # (1, 1)
+        input_ids = torch.cat([input_ids, token], dim=1)
+        embeds = torch.cat([embeds, lm.get_input_embeddings()(token)], dim=1)
+    return input_ids
+
+
+def seconds(function, device: str) -> tuple[float, object]:
+    """The wall time of a call, and its result."""
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    synchronize()
+    started = time.perf_counter()
+    result = function()
+    synchronize()
+    return time.perf_counter() - started, result
+
+
+@torch.no_grad()
+def main() -> None:
+    """Measures and prints the comparison. --answer is the number of new tokens here."""
+    arguments = parse()
+    torch.set_num_threads(arguments.threads)
+    lm = make_model(arguments).to(arguments.device).eval()
+    batch = make_batch(arguments.batch, arguments.question, arguments.thoughts, 0)
+    batch = {key: value.to(arguments.device) for key, value in batch.items()}
+    model = Coconut(lm, LATENT, START, END, NEVER)
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    few = min(arguments.batch, 2)
+    ratios = []
+    for number in range(arguments.warmup + arguments.repeats):
+        with torch.autocast(arguments.device, dtype=torch.bfloat16, enabled=arguments.bf16):
+            fast, output = seconds(lambda: model.generate(**inputs, max_new_tokens=arguments.answer), arguments.device)
+            slow = 0.0
+            for row in range(few):
+                prompt = batch["input_ids"][row][batch["attention_mask"][row] == 1][None]  # (1, real length)
+                took, alone = seconds(lambda: single(lm, prompt, arguments.answer), arguments.device)  # noqa: B023
+                slow += took
+                if not arguments.bf16:  # bfloat16 rounds ties between tokens either way
+                    assert torch.equal(alone[0, prompt.shape[1] :], output[row, batch["input_ids"].shape[1] :])
+        if number >= arguments.warmup:
+            ratios.append((slow / few) / (fast / arguments.batch))
+    row = {"batched_per_second": arguments.batch / fast, "single_per_second": few / slow}
+    row |= {"ratio": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
+    print(json.dumps({**environment(arguments.device), **row}, indent=1))
+    if arguments.out:
+        arguments.out.write_text(json.dumps({**environment(arguments.device), **row}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
