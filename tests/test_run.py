@@ -153,6 +153,17 @@ def test_the_loss_falls(whole):
     assert sum(losses(whole)[STEPS : 2 * STEPS]) < 0.9 * sum(losses(whole)[:STEPS])
 
 
+def test_a_model_learns_its_problems_by_heart(world):
+    few = write_json(world / "few.json", make_problems(4))
+    options = {"train_path": few, "val_path": few, "model_id": world / "plain", "lr": 0.01}
+    options |= {"save_only_improve": True, "max_new_tokens": 8}
+    directory = start(world, name="heart", epochs_per_stage=20, num_epochs=60, **options)
+    assert [line["eval/acc"] for line in metrics(directory, "eval/")][-1] == 1
+    assert losses(directory)[-1] < 0.1
+    texts = [line["generated"] for line in read_lines(directory / "predictions_60.jsonl")]
+    assert all(text.startswith("[2 thoughts]### ") for text in texts)
+
+
 def test_predictions_hold_every_validation_problem_once(world, whole):
     for i in (1, 2, 3):
         lines = read_lines(whole / f"predictions_{i}.jsonl")
@@ -245,8 +256,8 @@ def test_a_finished_run_is_left_as_it_is(world, whole, capsys):
 
 
 def test_a_run_in_parts_ends_bit_for_bit_like_an_uninterrupted_one(world, whole):
-    """Three real processes, with dropout: weights, optimizer, random streams, log and predictions are the same."""
-    for epochs in (1, 2, 3):
+    """Two real processes, with dropout: weights, optimizer, random streams, log and predictions are the same."""
+    for epochs in (1, 3):
         directory, printed = start_real(world, name="parts", num_epochs=epochs)
         assert ("continuing" in printed) == (epochs > 1)
     assert_same_run(directory, whole, 3)
@@ -548,6 +559,7 @@ def test_wandb_without_an_account_logs_offline_and_never_asks(world, tmp_path):
     assert not (world / "wandb").exists()
 
 
+@pytest.mark.slow
 def test_logger_none_does_not_import_a_logger(world):
     code = "import sys, run; run.main(sys.argv[1:]); print(sorted({'wandb', 'tensorboard'} & set(sys.modules)))"
     command = [sys.executable, "-c", code, str(world / "config.yaml"), "name=light", "debug=True"]
