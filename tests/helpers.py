@@ -140,12 +140,18 @@ def words(values: dict) -> list[str]:
 
 def run_script(config, *overrides: str, processes: int = 0, timeout: int = 240, cwd=None, env=None):
     """run.py as a user starts it: by python, or with `processes` by torchrun. Returns the CompletedProcess."""
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [sys.executable, *(launcher if processes else []), str(REPOSITORY / "run.py"), str(config), *overrides]
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "RANK", "WORLD_SIZE", "LOCAL_"))}
-    return subprocess.run(
-        command, cwd=cwd, env={**environment, **(env or {})}, timeout=timeout, capture_output=True, text=True
-    )
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=cwd, env={**environment, **(env or {})}, **pipes) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except BaseException:
+            process.terminate()  # torchrun ends its workers, the hanging ones after 30 s
+            process.communicate()
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 def read_lines(path: Path) -> list[dict]:

@@ -1,0 +1,567 @@
+"""Whole runs on tiny models: what they write, how they continue, and that any number of processes trains the same."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import run
+import train
+from build import build
+from evaluate import Evaluation
+from helpers import (
+    REPOSITORY,
+    byte_tokenizer,
+    make_problems,
+    read_lines,
+    run_script,
+    save_model,
+    snapshot,
+    tiny_gpt2,
+    words,
+    write_json,
+)
+from parallel import Processes
+from utils import StopRequest, load_config, set_seed
+
+STEPS = 5  # optimizer steps per epoch: 17 problems in batches of 4
+CHECKPOINT_FILES = {"model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"}
+CHECKPOINT_FILES |= {"coconut.json", "training_state.pt", "manifest.json", "generation_config.json"}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with two models (dropout 0 and 0.1), data and a config: coconut with a stage switch after epoch 2."""
+    world = tmp_path_factory.mktemp("world")
+    for name, dropout in (("plain", 0.0), ("dropout", 0.1)):
+        save_model(world / name, tiny_gpt2(len(byte_tokenizer()), 64, dropout))
+    config = {"save_path": str(world / "runs"), "model_id": str(world / "dropout"), "logger": "none"}
+    config |= {"train_path": write_json(world / "train.json", make_problems(11) + make_problems(6, steps=3, seed=3))}
+    problems = make_problems(4, seed=1) + make_problems(3, steps=3, seed=2)
+    config |= {"val_path": write_json(world / "valid.json", problems)}
+    config |= {"method": "coconut", "max_latent_stage": 2, "epochs_per_stage": 2, "pad_latent_to_max": False}
+    config |= {"batch_size_training": 4, "lr": 3e-3, "max_new_tokens": 5}
+    (world / "config.yaml").write_text(yaml.safe_dump(config))
+    return world
+
+
+def start(world, *overrides, code=0, **values):
+    """Runs run.py in this process and returns the run's directory."""
+    assert run.main([str(world / "config.yaml"), *overrides, *words(values)]) == code
+    return world / "runs" / values["name"]
+
+
+def start_real(world, *overrides, processes=0, env=None, **values):
+    """Runs run.py as a user does and returns the run's directory and what it printed."""
+    finished = run_script(world / "config.yaml", *overrides, *words(values), processes=processes, cwd=world, env=env)
+    assert finished.returncode == 0, finished.stderr
+    return world / "runs" / values["name"], finished.stdout + finished.stderr
+
+
+TIMES = ("train/tokens_per_second", "eval/seconds")
+
+
+def metrics(directory, prefix="", drop=TIMES):
+    """The lines of metrics.jsonl that hold keys with a prefix, without measured times."""
+    lines = [line for line in read_lines(directory / "metrics.jsonl") if any(key.startswith(prefix) for key in line)]
+    return [{key: value for key, value in line.items() if key not in drop} for line in lines]
+
+
+def losses(directory):
+    return [line["train/loss"] for line in metrics(directory, "train/")]
+
+
+def training_state(checkpoint):
+    return torch.load(checkpoint / "training_state.pt", weights_only=True)
+
+
+def assert_same(a, b):
+    """Two nested values are equal to the last bit."""
+    if isinstance(a, dict):
+        assert list(a) == list(b)
+        a, b = list(a.values()), list(b.values())
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for one, other in zip(a, b, strict=True):
+            assert_same(one, other)
+    else:
+        assert a == b
+
+
+def assert_same_run(one, other, epoch):
+    """Two runs ended alike: weights, optimizer and random streams bit for bit, and their logs but for times."""
+    assert_same(load_file(one / "last" / "model.safetensors"), load_file(other / "last" / "model.safetensors"))
+    first, second = (training_state(directory / f"checkpoint_{epoch}") for directory in (one, other))
+    for state in (first, second):
+        assert state["state"].pop("run_id")
+        assert state["state"].pop("metrics_bytes")
+    assert_same(first, second)
+    assert metrics(one) == metrics(other)
+    for number in range(1, epoch + 1):
+        name = f"predictions_{number}.jsonl"
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+
+
+# --- what a run writes ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(world):
+    """An uninterrupted run of 3 epochs: stage 0 twice, then stage 1."""
+    return start(world, name="whole", num_epochs=3)
+
+
+def test_a_run_directory_holds_what_the_design_says(whole):
+    numbered = {f"{name}_{i}{end}" for name, end in (("checkpoint", ""), ("predictions", ".jsonl")) for i in (1, 2, 3)}
+    assert {path.name for path in whole.iterdir()} == numbered | {"config.yaml", "metrics.jsonl", "best", "last"}
+    for i in (1, 2, 3):
+        assert {path.name for path in (whole / f"checkpoint_{i}").iterdir()} == CHECKPOINT_FILES
+    assert os.readlink(whole / "last") == "checkpoint_3"
+
+
+def test_the_saved_config_loads_again_and_names_the_versions(world, whole):
+    config = load_config(whole / "config.yaml")
+    assert config == load_config(world / "config.yaml", ["name=whole", "num_epochs=3"])
+    comments = [line for line in (whole / "config.yaml").read_text().splitlines() if line.startswith("# ")]
+    assert [line.split()[1] for line in comments] == ["python", "torch", "transformers", "commit"]
+
+
+def test_metrics_hold_a_line_per_step_and_per_validation(whole):
+    lines = read_lines(whole / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 5, 6, 7, 8, 9, 10, 10, 11, 12, 13, 14, 15, 15]
+    steps = [line for line in lines if "train/loss" in line]
+    keys = {"epoch", "step", "stage", "loss", "grad_norm", "lr", "tokens_per_second"}
+    assert all(set(line) == {"step", *(f"train/{key}" for key in keys)} for line in steps)
+    assert [line["train/epoch"] for line in steps] == [1] * STEPS + [2] * STEPS + [3] * STEPS
+    assert [line["train/stage"] for line in steps] == [0] * 2 * STEPS + [1] * STEPS
+    validations = [line for line in lines if "eval/loss" in line]
+    assert [line["eval/epoch"] for line in validations] == [1, 2, 3]
+    assert [line["eval/stage"] for line in validations] == [0, 0, 1]
+    assert all(0 <= line["eval/acc"] <= 1 for line in validations)
+    assert not any("eval/cot_em" in line for line in validations)
+
+
+def test_the_loss_falls(whole):
+    assert sum(losses(whole)[STEPS : 2 * STEPS]) < 0.9 * sum(losses(whole)[:STEPS])
+
+
+def test_a_model_learns_its_problems_by_heart(world):
+    few = write_json(world / "few.json", make_problems(4))
+    options = {"train_path": few, "val_path": few, "model_id": world / "plain", "lr": 0.01}
+    options |= {"save_only_improve": True, "max_new_tokens": 8}
+    directory = start(world, name="heart", epochs_per_stage=20, num_epochs=60, **options)
+    assert [line["eval/acc"] for line in metrics(directory, "eval/")][-1] == 1
+    assert losses(directory)[-1] < 0.1
+    texts = [line["generated"] for line in read_lines(directory / "predictions_60.jsonl")]
+    assert all(text.startswith("[2 thoughts]### ") for text in texts)
+
+
+def test_predictions_hold_every_validation_problem_once(world, whole):
+    for i in (1, 2, 3):
+        lines = read_lines(whole / f"predictions_{i}.jsonl")
+        assert [line["idx"] for line in lines] == list(range(7))
+        keys = {"idx", "question", "expected", "generated", "answer", "correct", "new_tokens"}
+        assert {key for line in lines for key in line} == keys
+        assert all(line["generated"].startswith("[1 thought]") == (i == 3) for line in lines)
+        [accuracy] = [line["eval/acc"] for line in metrics(whole, "eval/") if line["eval/epoch"] == i]
+        assert accuracy == sum(line["correct"] for line in lines) / 7
+
+
+def test_the_schedule_is_printed_at_the_start(world, capsys):
+    start(world, name="printed", num_epochs=3)
+    printed = capsys.readouterr().out
+    rows = [line.split(maxsplit=3) for line in printed.splitlines()]
+    assert ["1-2", "0", "0", "all"] in rows
+    assert ["3-3", "1", "1", "all but the first 1"] in rows
+    assert "validation: accuracy" in printed
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["cot", "no_cot", "icot", "pause_token", "coconut", "no_curriculum", "no_thoughts", "pause_as_thought"],
+)
+def test_every_method_trains_and_validates(world, method):
+    directory = start(world, name=f"method_{method}", method=method, num_epochs=3, epochs_per_stage=1)
+    assert len(losses(directory)) == 3 * STEPS
+    assert all(("eval/cot_em" in line) == (method == "cot") for line in metrics(directory, "eval/"))
+    again = start(world, name="again", method=method, only_eval=True, load_model_path=directory / "last")
+    [summary] = (again / "eval_checkpoint_3").glob("metrics_valid*.yaml")
+    found = yaml.safe_load(summary.read_text())
+    shutil.rmtree(again)
+    [*_, trained] = metrics(directory, "eval/")
+    assert found["eval/loss"] == pytest.approx(trained["eval/loss"], rel=1e-6)
+    assert (found["stage"], found["eval/acc"]) == (trained["eval/stage"], trained["eval/acc"])
+
+
+def test_bf16_trains_over_float32_weights(world, whole):
+    directory = start(world, name="bf16", num_epochs=2, bf16=True)
+    assert {value.dtype for value in load_file(directory / "last" / "model.safetensors").values()} == {torch.float32}
+    states = training_state(directory / "checkpoint_2")["optimizer"]["state"].values()
+    assert {state["exp_avg"].dtype for state in states} == {torch.float32}
+    assert losses(directory) == pytest.approx(losses(whole)[: 2 * STEPS], rel=0.1)
+    assert losses(directory) != losses(whole)[: 2 * STEPS]
+
+
+def test_validation_never_mixes_stages(world):
+    options = {"lr": 0, "num_epochs": 1, "resume": 0}
+    plain, mixed = (start(world, name=f"mix_{p}", uniform_prob=p, **options) for p in (0, 1))
+    assert losses(plain) != losses(mixed)
+    assert metrics(plain, "eval/") == metrics(mixed, "eval/")
+
+
+def test_resume_skips_epochs_of_a_fresh_run(world):
+    directory = start(world, name="skipped", resume=2, num_epochs=3)
+    assert {line["train/epoch"] for line in metrics(directory, "train/")} == {3}
+    assert {line["train/stage"] for line in metrics(directory, "train/")} == {1}
+    assert os.readlink(directory / "last") == "checkpoint_3"
+
+
+def test_debug_writes_nothing_and_takes_few_problems(world, tmp_path, monkeypatch):
+    before = snapshot(world)
+    monkeypatch.chdir(tmp_path)
+    assert run.main([str(world / "config.yaml"), "name=debug", "debug=True", "logger=wandb"]) == 0
+    assert snapshot(world) == before
+    assert list(tmp_path.iterdir()) == []
+    many = write_json(tmp_path / "many.json", make_problems(5100))
+    paths = [f"train_path={many}", f"val_path={many}"]
+    built = build(load_config(world / "config.yaml", ["name=d", "debug=True", *paths]), Processes(), StopRequest())
+    assert (len(built.train_examples), len(built.valid_examples)) == (5000, 32)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_harms_the_weights(world, capsys):
+    directory = start(world, name="huge", lr=1e30, num_epochs=2, code=3)
+    message = capsys.readouterr().err
+    message = message[message.index("error: ") :]
+    assert "epoch 1, step 2" in message
+    assert "training problems" in message
+    assert not list(directory.glob("checkpoint*"))
+
+
+# --- continuing -------------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_is_left_as_it_is(world, whole, capsys):
+    before = snapshot(whole)
+    start(world, name="whole", num_epochs=3)
+    assert snapshot(whole) == before
+    assert "raise num_epochs" in capsys.readouterr().out
+
+
+def test_a_run_in_parts_ends_bit_for_bit_like_an_uninterrupted_one(world, whole):
+    """Two real processes, with dropout: weights, optimizer, random streams, log and predictions are the same."""
+    for epochs in (1, 3):
+        directory, printed = start_real(world, name="parts", num_epochs=epochs)
+        assert ("continuing" in printed) == (epochs > 1)
+    assert_same_run(directory, whole, 3)
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """Calls a function once a given optimizer step is done."""
+    step = train.Trainer.train_step
+
+    def arrange(number, action):
+        def train_step(self, *arguments):
+            result = step(self, *arguments)
+            if self.state.step + 1 == number:
+                action()
+            return result
+
+        monkeypatch.setattr(train.Trainer, "train_step", train_step)
+
+    yield arrange
+    monkeypatch.setattr(train.Trainer, "train_step", step)
+
+
+@pytest.mark.parametrize("step", [3, STEPS, STEPS + 1, 2 * STEPS + 2])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_run_stopped_by_a_signal_continues_bit_for_bit(world, whole, at_step, monkeypatch, number, code, step):
+    name = f"signal_{code}_{step}"
+    with monkeypatch.context():
+        at_step(step, lambda: os.kill(os.getpid(), number))
+        directory = start(world, name=name, num_epochs=3, code=code)
+        assert len(losses(directory)) == step
+        at_step(0, None)
+    start(world, name=name, num_epochs=3)
+    assert_same_run(directory, whole, 3)
+
+
+class CrashError(Exception):
+    """A process that dies."""
+
+
+def crash():
+    raise CrashError
+
+
+@pytest.mark.parametrize(("step", "left"), [(1, None), (4, "checkpoint_0_step_3"), (9, "checkpoint_1_step_6")])
+def test_a_run_that_died_continues_bit_for_bit_from_its_last_save(world, whole, at_step, step, left):
+    name = f"crash_{step}"
+    at_step(step, crash)
+    with pytest.raises(CrashError):
+        start(world, name=name, num_epochs=3, save_every_steps=3)
+    directory = world / "runs" / name
+    assert [path.name for path in directory.glob("last")] == ([] if left is None else ["last"])
+    assert left is None or os.readlink(directory / "last") == left
+    at_step(0, None)
+    start(world, name=name, num_epochs=3, save_every_steps=3)
+    assert_same_run(directory, whole, 3)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "training_state.pt", "coconut.json", "manifest.json"])
+def test_a_damaged_checkpoint_is_passed_over(world, whole, file, capsys):
+    directory = world / "runs" / f"damaged_{file}"
+    shutil.copytree(whole, directory, symlinks=True)
+    path = directory / "checkpoint_3" / file
+    path.write_bytes(path.read_bytes()[:-9])
+    start(world, name=directory.name, num_epochs=3)
+    assert "checkpoint_3 is damaged" in capsys.readouterr().out
+    assert_same_run(directory, whole, 3)
+
+
+def test_a_directory_without_a_checkpoint_is_a_fresh_start(world, whole):
+    directory = world / "runs" / "fresh"
+    directory.mkdir()
+    (directory / "metrics.jsonl").write_text('{"step": 1}\n')
+    (directory / "config.yaml").write_text("lr: 7\n")
+    start(world, name="fresh", num_epochs=3)
+    assert_same_run(directory, whole, 3)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("lr", 0.5), ("method", "no_thoughts"), ("seed", 1), ("batch_size_training", 2), ("c_thought", 2)],
+)
+def test_a_change_that_alters_the_training_is_refused_by_name(world, whole, capsys, key, value):
+    before = snapshot(whole)
+    start(world, f"{key}={value}", name="whole", num_epochs=5, code=2)
+    message = capsys.readouterr().err
+    assert f"- {key}: " in message
+    assert str(value) in message
+    assert snapshot(whole) == before
+
+
+def test_changed_data_or_model_is_refused_by_name(world, whole, capsys, tmp_path):
+    shutil.copytree(world / "plain", tmp_path / "model")
+    other = write_json(tmp_path / "train.json", make_problems(17))
+    start(world, name="whole", num_epochs=5, train_path=other, model_id=tmp_path / "model", code=2)
+    message = capsys.readouterr().err
+    assert "- train_path: " in message
+    assert "- model_id: " in message
+
+
+def test_other_changes_are_taken_over(world):
+    start(world, name="free", num_epochs=1)
+    directory = start(world, name="free", num_epochs=2, max_new_tokens=3, batch_size_eval=2, logger="tensorboard")
+    assert "num_epochs: 2" in (directory / "config.yaml").read_text()
+    assert "max_new_tokens: 3" in (directory / "config.yaml").read_text()
+    assert list((directory / "tensorboard").glob("events*"))
+
+
+# --- best, last and the optimizer -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Validation with given accuracies, one for each epoch."""
+
+    def arrange(accuracies):
+        accuracies = iter(accuracies)
+        evaluation = {"loss": 1.0, "cot_match": None, "new_tokens": 1.0, "seconds": 0.1, "predictions": [{"idx": 0}]}
+        monkeypatch.setattr(train, "validate", lambda run, stage: Evaluation(accuracy=next(accuracies), **evaluation))
+
+    return arrange
+
+
+ACCURACIES = [0.5, 0.2, 0.1, 0.3, 0.3, 0.4]  # stages 0 0 1 1 2 2
+BEST = [1, 1, 3, 4, 5, 6]
+
+
+def test_best_is_the_best_of_the_newest_stage_and_last_the_newest(world, scripted):
+    scripted(ACCURACIES)
+    for epoch, best in enumerate(BEST, 1):
+        directory = start(world, name="best", num_epochs=epoch)
+        assert os.readlink(directory / "best") == f"checkpoint_{best}"
+        assert os.readlink(directory / "last") == f"checkpoint_{epoch}"
+
+
+@pytest.mark.parametrize(
+    ("options", "kept", "last"),
+    [
+        ({}, [1, 2, 3, 4, 5, 6], 6),
+        ({"save_only_improve": True}, [1, 3, 4, 5, 6], 6),
+        ({"keep_checkpoints": 2}, [5, 6], 6),
+        ({"keep_checkpoints": 1, "epochs_per_stage": 6}, [1, 6], 6),
+        ({"save_only_improve": True, "epochs_per_stage": 6}, [1], 1),
+    ],
+)
+def test_the_checkpoints_that_are_kept(world, scripted, options, kept, last):
+    scripted(ACCURACIES)
+    name = "kept_" + "_".join(options)
+    directory = start(world, name=name, num_epochs=6, **options)
+    assert {path.name for path in directory.glob("checkpoint_*")} == {f"checkpoint_{i}" for i in kept}
+    assert os.readlink(directory / "last") == f"checkpoint_{last}"
+    assert len(metrics(directory, "eval/")) == 6
+
+
+@pytest.mark.parametrize("in_parts", [False, True])
+@pytest.mark.parametrize(("reset", "steps"), [(False, [5, 10, 15]), (True, [5, 10, 5]), ("every_epoch", [5, 5, 5])])
+def test_the_optimizer_is_reset_at_a_stage_switch(world, reset, steps, in_parts):
+    name = f"reset_{reset}_{in_parts}"
+    for epochs in (1, 2, 3) if in_parts else (3,):
+        directory = start(world, name=name, num_epochs=epochs, reset_optimizer=reset)
+    for epoch, count in enumerate(steps, 1):
+        optimizer = training_state(directory / f"checkpoint_{epoch}")["optimizer"]
+        assert {state["step"].item() for state in optimizer["state"].values()} == {count}
+
+
+def test_a_reset_changes_the_training_from_the_switch_on(world, whole):
+    directory = start(world, name="reset", num_epochs=3, reset_optimizer=True)
+    equal = [a == b for a, b in zip(losses(directory), losses(whole), strict=True)]
+    assert equal[: 2 * STEPS + 1] == [True] * (2 * STEPS + 1)
+    assert not any(equal[2 * STEPS + 1 :])
+
+
+def test_warm_up_and_clipping(world):
+    directory = start(world, name="warm", warmup_steps=3, max_grad_norm=0.01, num_epochs=1)
+    rates = [line["train/lr"] for line in metrics(directory, "train/")]
+    assert rates == pytest.approx([1e-3, 2e-3, 3e-3, 3e-3, 3e-3])
+    assert all(line["train/grad_norm"] > 0.01 for line in metrics(directory, "train/"))
+    moments = training_state(directory / "checkpoint_1")["optimizer"]["state"].values()
+    assert sum(m["exp_avg"].square().sum() for m in moments).sqrt() <= 0.01
+
+
+# --- only_eval --------------------------------------------------------------------------------------------------------
+
+
+def test_only_eval_writes_its_own_directory_and_nothing_else(world, whole):
+    directory = world / "runs" / "evaluated"
+    shutil.copytree(whole, directory, symlinks=True)
+    before = snapshot(directory)
+    command = {"only_eval": True, "load_model_path": directory / "last", "train_path": None}
+    for _ in range(2):
+        start(world, name="evaluated", **command)
+    after = snapshot(directory)
+    assert {name: after[name] for name in before} == before
+    new = {name for name in after if name not in before and "/" in name}
+    files = {"predictions_valid.jsonl", "metrics_valid.yaml", "predictions_valid_2.jsonl", "metrics_valid_2.yaml"}
+    assert new == {f"eval_checkpoint_3/{name}" for name in files}
+    written = directory / "eval_checkpoint_3"
+    assert (written / "predictions_valid.jsonl").read_text() == (directory / "predictions_3.jsonl").read_text()
+    summary = yaml.safe_load((written / "metrics_valid.yaml").read_text())
+    [*_, trained] = metrics(whole, "eval/")
+    assert summary["stage"] == 1
+    assert summary["eval/loss"] == pytest.approx(trained["eval/loss"], rel=1e-6)
+
+
+def test_resume_overrides_the_stage_of_an_evaluation(world, whole):
+    command = {"only_eval": True, "load_model_path": whole / "last", "resume": 5}
+    directory = start(world, name="stage", **command)
+    assert yaml.safe_load((directory / "eval_checkpoint_3" / "metrics_valid.yaml").read_text())["stage"] == 2
+
+
+def test_only_eval_in_a_debug_run_writes_nothing(world, whole):
+    before = snapshot(world)
+    start(world, name="quiet", only_eval=True, load_model_path=whole / "last", debug=True)
+    assert snapshot(world) == before
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def single(world):
+    """One process with batches of 8 and no dropout: 17 problems make steps of 8, 8 and 1."""
+    return start(world, name="single", model_id=world / "plain", batch_size_training=8, num_epochs=3)
+
+
+def assert_equal_training(directory, single):
+    assert losses(directory) == pytest.approx(losses(single), rel=1e-5)
+    assert len(losses(single)) == 9
+    for one, other in zip(metrics(directory, "eval/"), metrics(single, "eval/"), strict=True):
+        assert one.pop("eval/loss") == pytest.approx(other.pop("eval/loss"), rel=1e-5)
+        assert one == other
+    for i in (1, 2, 3):
+        assert read_lines(directory / f"predictions_{i}.jsonl") == read_lines(single / f"predictions_{i}.jsonl")
+    one, other = (load_file(d / "last" / "model.safetensors") for d in (directory, single))
+    assert set(one) == set(other)
+    for name in set(one) - {"transformer.h.0.attn.c_attn.bias", "transformer.h.1.attn.c_attn.bias"}:
+        # A key's bias has no gradient but rounding, which AdamW makes large; all other weights agree.
+        torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("per_pass", "passes"), [(4, 2), (1, 8), (3, 3)])
+def test_accumulation_equals_one_big_batch(world, single, per_pass, passes):
+    size = {"batch_size_training": per_pass, "gradient_accumulation_steps": passes}
+    name = f"accumulated_{per_pass}"
+    directory = start(world, name=name, model_id=world / "plain", num_epochs=3, **size)
+    if per_pass * passes == 8:
+        assert_equal_training(directory, single)
+    else:  # another batch: the comparison can fail
+        assert losses(directory)[:2] != pytest.approx(losses(single)[:2], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "per_pass", "passes"),
+    [
+        ("ddp", 4, 1),
+        ("ddp", 2, 2),
+        ("fsdp", 2, 2),
+        pytest.param("fsdp", 4, 1, marks=pytest.mark.slow),
+        pytest.param("ddp", 1, 4, marks=pytest.mark.slow),
+        pytest.param("fsdp", 1, 4, marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_equal_one_with_twice_the_batch(world, single, parallel, per_pass, passes):
+    size = {"batch_size_training": per_pass, "gradient_accumulation_steps": passes, "parallel": parallel}
+    values = {"name": f"two_{parallel}_{per_pass}", "model_id": world / "plain", "num_epochs": 3, **size}
+    directory, _ = start_real(world, processes=2, **values)
+    assert_equal_training(directory, single)
+
+
+@pytest.mark.slow
+def test_two_processes_continue_bit_for_bit_with_dropout(world):
+    whole, _ = start_real(world, processes=2, name="two_whole", num_epochs=2)
+    for epochs in (1, 2):
+        directory, _ = start_real(world, processes=2, name="two_parts", num_epochs=epochs)
+    assert_same_run(directory, whole, 2)
+
+
+def test_every_process_has_random_streams_of_its_own():
+    def draw(*arguments):
+        set_seed(*arguments)
+        return torch.rand(3).tolist()
+
+    assert draw(0, 1) == draw(0, 1)
+    assert len({tuple(draw(*arguments)) for arguments in ((0,), (0, 0), (0, 1), (1, 0), (1, 1))}) == 5
+
+
+# --- loggers ----------------------------------------------------------------------------------------------------------
+
+
+def test_wandb_without_an_account_logs_offline_and_never_asks(world, tmp_path):
+    place = {"HOME": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path), "WANDB_CONFIG_DIR": str(tmp_path / "config")}
+    for epochs in (1, 2):
+        directory, printed = start_real(world, name="wandb", logger="wandb", num_epochs=epochs, env=place)
+    assert "offline" in printed
+    folders = [path for path in (directory / "wandb").glob("offline-run-*") if path.is_dir()]
+    assert len({path.name.rsplit("-", 1)[1] for path in folders}) == 1  # a continued run keeps its id
+    assert all(list(path.glob("*.wandb")) for path in folders)
+    assert len(metrics(directory, "eval/")) == 2
+    assert not (world / "wandb").exists()
+
+
+@pytest.mark.slow
+def test_logger_none_does_not_import_a_logger(world):
+    code = "import sys, run; run.main(sys.argv[1:]); print(sorted({'wandb', 'tensorboard'} & set(sys.modules)))"
+    command = [sys.executable, "-c", code, str(world / "config.yaml"), "name=light", "debug=True"]
+    finished = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=True)
+    assert finished.stdout.endswith("[]\n")
