@@ -16,7 +16,7 @@ from coconut import Coconut
 from curriculum import METHODS
 from lora import merged
 from parallel import Processes, collect_state, spread_optimizer_state
-from pretrained import DESCRIPTION, Pretrained
+from pretrained import DESCRIPTION, Pretrained, read_description
 from utils import Config, UserError
 
 STATE = "training_state.pt"
@@ -103,11 +103,16 @@ def lm_weights(lm: torch.nn.Module, weights: dict) -> dict:
     return {name: value for name, value in named.items() if name not in tied}
 
 
-def describe(config: Config, state: TrainState, pretrained: Pretrained) -> dict:
+def describe(config: Config, state: TrainState, pretrained: Pretrained, improved: bool) -> dict:
     """What coconut.json says of a checkpoint: how to prompt the model, and which added tokens it has rows for."""
     ids = {token: pretrained.token_id(token) for token in METHODS[config.method].tokens}
     keys = ("method", "c_thought", "max_latent_stage", "pad_latent_to_max")
-    return {key: getattr(config, key) for key in keys} | {"stage": state.stage, "epoch": state.epoch, "token_ids": ids}
+    return {key: getattr(config, key) for key in keys} | {
+        "stage": state.stage,
+        "epoch": state.epoch,
+        "improved": improved,
+        "token_ids": ids,
+    }
 
 
 def random_state(device: torch.device) -> dict:
@@ -156,15 +161,17 @@ def latest_checkpoint(run_directory: Path) -> Path | None:
     return None
 
 
-def prune(run_directory: Path, keep: int | None) -> None:
-    """Removes all but the newest `keep` checkpoints (None: none), and those within an epoch but for the newest two.
+def prune(run_directory: Path, keep: int | None, only_improved: bool) -> None:
+    """Removes checkpoints that a newer one makes superfluous; what best and last point to stays in any case.
 
-    What best and last point to stays in any case.
+    Those are all but the newest `keep` (None: none), those within an epoch but for the newest two, and with
+    `only_improved` those that were no improvement.
     """
     linked = {(run_directory / name).resolve() for name in ("best", "last")}
     for age, path in enumerate(checkpoints(run_directory)):
         old = (keep is not None and age >= keep) or (age >= 2 and "_step_" in path.name)
-        if old and path.resolve() not in linked:
+        poor = only_improved and not read_description(path).get("improved")
+        if (old or poor) and path.resolve() not in linked:
             shutil.rmtree(path)
 
 

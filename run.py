@@ -14,6 +14,7 @@ import os
 import sys
 from pathlib import Path
 
+import transformers
 import yaml
 
 from build import Run, build, evaluation_stage
@@ -32,6 +33,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("config", help="a YAML file, such as args/gsm_coconut.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config keys to set on top of the file")
     arguments = parser.parse_args(words)
+    transformers.logging.disable_progress_bar()  # only the training's own bars
     with StopRequest() as stop:
         try:
             config = load_config(arguments.config, arguments.overrides)

@@ -55,6 +55,8 @@ class Trainer:
         if run.config.resume:
             processes.print("resume is ignored: the run's directory holds a checkpoint to continue from")
         state = load_training_state(run.checkpoint, run.model, self.optimizer, processes)
+        if processes.is_main:  # the run may have died before it set the links
+            self.link(run.checkpoint, best=run.pretrained.description["improved"])
         processes.print(f"continuing {run.directory} after epoch {state.epoch}, step {state.step}")
         return state
 
@@ -172,8 +174,7 @@ class Trainer:
             state.best_stage, state.best_accuracy = state.stage, evaluation.accuracy
         if run.processes.is_main and not config.debug:
             write_predictions(evaluation.predictions, run.directory / f"predictions_{state.epoch}.jsonl")
-        if improved or not config.save_only_improve:
-            self.save(best=improved)
+        self.save(best=improved)
 
     def save(self, best: bool = False) -> None:
         """Saves a checkpoint of the present state, and removes those that need not be kept."""
@@ -182,14 +183,18 @@ class Trainer:
             return
         state.metrics_bytes = self.log.flush()
         name = f"checkpoint_{state.epoch}" + (f"_step_{state.step}" if state.examples else "")
-        description = describe(run.config, state, run.pretrained)
+        description = describe(run.config, state, run.pretrained, improved=best)
         checkpoint = run.directory / name
         save_checkpoint(checkpoint, run.pretrained, run.model, self.optimizer, state, description, run.processes)
         if run.processes.is_main:
-            for link_name in ("best", "last") if best else ("last",):
-                link(link_name, checkpoint)
-            prune(run.directory, run.config.keep_checkpoints)
+            self.link(checkpoint, best)
+            prune(run.directory, run.config.keep_checkpoints, run.config.save_only_improve)
             print(f"saved {checkpoint}" + (", the best of this stage so far" if best else ""), flush=True)
+
+    def link(self, checkpoint: Path, best: bool) -> None:
+        """Points last, and best where it is due, to a checkpoint."""
+        for name in ("best", "last") if best else ("last",):
+            link(name, checkpoint)
 
 
 def train(run: Run) -> None:

@@ -102,7 +102,9 @@ class Config:
     # validation and checkpoints
     batch_size_eval: int | None = option(None, "problems per process in validation (None: batch_size_training)", low=1)
     max_new_tokens: int | None = option(None, "longest answer (None: 64 where val_path contains gsm, else 128)", low=1)
-    save_only_improve: bool = option(False, "save only when validation accuracy improves")
+    save_only_improve: bool = option(
+        False, "keep only checkpoints that improved accuracy, and the newest to go on from"
+    )
     save_every_steps: int | None = option(None, "also save within an epoch, after so many optimizer steps", low=1)
     keep_checkpoints: int | None = option(None, "newest checkpoints to keep besides best (None: all)", low=1)
 
