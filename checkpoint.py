@@ -207,6 +207,8 @@ def sync(path: Path) -> None:
 
 def link(name: str, checkpoint: Path) -> None:
     """Points the relative link `name` (best, last) beside a checkpoint to it, in one atomic step."""
+    if checkpoint.with_name(name).resolve() == checkpoint.resolve():
+        return
     partial = checkpoint.with_name(name + ".partial")
     partial.unlink(missing_ok=True)
     partial.symlink_to(checkpoint.name)

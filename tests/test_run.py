@@ -400,7 +400,7 @@ def test_best_is_the_best_of_the_newest_stage_and_last_the_newest(world, scripte
         ({"save_only_improve": True}, [1, 3, 4, 5, 6], 6),
         ({"keep_checkpoints": 2}, [5, 6], 6),
         ({"keep_checkpoints": 1, "epochs_per_stage": 6}, [1, 6], 6),
-        ({"save_only_improve": True, "epochs_per_stage": 6}, [1], 1),
+        ({"save_only_improve": True, "epochs_per_stage": 6}, [1, 6], 6),
     ],
 )
 def test_the_checkpoints_that_are_kept(world, scripted, options, kept, last):
