@@ -130,9 +130,12 @@ class Coconut(nn.Module):
         if position_ids is None:
             position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)  # (batch, length)
         is_latent = input_ids == self.latent_token_id  # (batch, length)
+        cuts = self.cuts(is_latent, min_passes)
+        if cuts and self.training and getattr(self.base_causallm, "is_gradient_checkpointing", False):
+            raise ValueError("gradient checkpointing drops the cache that thoughts are computed with; turn it off")
         embeds = self.base_causallm.get_input_embeddings()(input_ids)  # (batch, length, hidden)
         hidden, inputs = [], []
-        for start, end in pairwise([0, *self.cuts(is_latent, min_passes), input_ids.shape[1]]):
+        for start, end in pairwise([0, *cuts, input_ids.shape[1]]):
             stretch = embeds[:, start:end]
             if start > 0:
                 thought = hidden[-1][:, -1:]  # (batch, 1, hidden)

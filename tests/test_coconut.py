@@ -194,6 +194,28 @@ def test_the_vocabulary_projection_sees_supervised_positions_only():
     assert sum(shape.numel() for shape in seen) == sum(id != -100 for target in labels for id in target)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_checkpointing_would_drop_the_cache_and_is_refused(kind):
+    model = wrap(exact_model(kind)).train()
+    model.base_causallm.gradient_checkpointing_enable()
+    ids = torch.tensor([[5, START, LATENT, END, 6]])
+    with pytest.raises(ValueError, match="gradient checkpointing"):
+        model(ids, torch.ones_like(ids), labels=ids)
+    plain = torch.tensor([[5, 6, 7]])  # one pass needs no cache
+    loss = model(plain, torch.ones_like(plain), labels=plain).loss
+    close(loss, oracle_loss(model.base_causallm, plain.tolist(), plain.tolist()))
+    model.eval()(ids, torch.ones_like(ids), labels=ids)
+
+
+@pytest.mark.parametrize("offsets", [align(BATCHES["mixed"]), [3, 6, 0, 1, 2]], ids=["aligned", "left_padded"])
+def test_eager_attention_equals_the_oracle_too(offsets):
+    rows, lm = BATCHES["mixed"], exact_model("gpt2", attn_implementation="eager")
+    assert lm.config._attn_implementation == "eager"
+    mask, labels = pad([[1] * len(row) for row in rows], offsets), make_labels(rows)
+    output = wrap(lm)(pad(rows, offsets), mask, labels=pad(labels, offsets, fill=-100))
+    close(output.loss, oracle_loss(lm, rows, labels))
+
+
 def test_a_batch_without_supervision_has_loss_zero():
     rows = BATCHES["thoughts_2"]
     mask = pad([[1] * len(row) for row in rows], align(rows))
