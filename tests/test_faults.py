@@ -187,7 +187,7 @@ def test_no_process_is_left_hanging_and_the_run_goes_on(setting, name, fault, pa
     assert_same(setting.directory / name, setting.reference(2, parallel=parallel))
 
 
-@pytest.mark.parametrize("parallel", ["fsdp"])
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_exact_resume_with_four_processes(setting, name, parallel):
     changes = {"parallel": parallel, "batch_size_training": 1}
     outcome = setting.run(name, 4, Fault("kill", "backward", 6, rank=2), **changes)
