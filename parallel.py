@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 TRAINING_BYTES = 16  # per parameter: float32 weight, gradient and AdamW's two moments
 DDP_SHARE = 0.4  # of a GPU's memory that these may take before `auto` shards them
+# For how long processes wait for one that does not answer, before they give up. More than the longest save takes.
+PATIENCE = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
@@ -75,12 +78,12 @@ def start_processes() -> Processes:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     return Processes(rank, world_size, device)
 
 
 def stop_processes() -> None:
-    """Leaves the process group, if there is one."""
+    """Leaves the process group, if there is one; for an orderly end only, since the processes wait for each other."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -97,13 +100,25 @@ def distribute(model: nn.Module, strategy: str, bf16: bool, processes: Processes
         strategy = "ddp" if fits(model, processes.device) else "fsdp"
         processes.print(f"parallel: auto chooses {strategy}")
     if strategy == "ddp":
-        return DistributedDataParallel(model)
+        return settle_buckets(DistributedDataParallel(model))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     options = {"mp_policy": policy} if bf16 else {}
     mesh = dist.init_device_mesh(processes.device.type, (processes.world_size,))
     for block in transformer_blocks(model):
         fully_shard(block, mesh=mesh, **options)
     return fully_shard(model, mesh=mesh, **options)
+
+
+def settle_buckets(model: DistributedDataParallel) -> DistributedDataParallel:
+    """Makes a first backward pass, for nothing, after which DDP keeps its buckets of gradients as they are.
+
+    DDP orders the buckets anew after the first pass, and sums in other buckets differ in their last bits. Without this
+    a continued run would not compute what an undisturbed one does.
+    """
+    model.reducer.prepare_for_backward([])
+    sum(p.sum() for p in model.parameters() if p.requires_grad).backward()
+    model.zero_grad()
+    return model
 
 
 def fits(model: nn.Module, device: torch.device) -> bool:
@@ -141,10 +156,12 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
     for unit in units:
         unit.unshard()
         unit.set_reshard_after_forward(False, recurse=False)
-    yield
-    for unit in units:
-        unit.set_reshard_after_forward(unit is not model, recurse=False)
-        unit.reshard()
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.set_reshard_after_forward(unit is not model, recurse=False)
+            unit.reshard()
 
 
 def collect_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:

@@ -1,0 +1,243 @@
+"""A run that cannot be lost: whatever happens to it, the same command again ends as if nothing had happened.
+
+Every run here is the real program in processes of its own. Most are forked by `faults.launch`; a few, to be sure, are
+started as a user starts them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from faults import Fault, Outcome, launch
+from helpers import byte_tokenizer, make_problems, read_lines, save_model, tiny_gpt2, words, write_json
+
+TIMING = ("tokens_per_second", "seconds")  # what may differ between two equal runs
+
+
+# --- the run that everything is compared with -------------------------------------------------------------------------
+
+
+class Setting:
+    """A small experiment with all that a resume has to get right: dropout, random stages, stage switches, warm-up.
+
+    14 problems make 4 optimizer steps in each of 4 epochs (with two processes, 2 steps), the last of them short.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        tokenizer = byte_tokenizer()
+        model = tiny_gpt2(len(tokenizer), positions=128, dropout=0.1)
+        self.config = directory / "config.yaml"
+        self.config.write_text("method: coconut\nlogger: none\n")
+        self.values = {
+            "save_path": str(directory),
+            "model_id": save_model(directory / "model", model, tokenizer),
+            "train_path": write_json(directory / "train.json", make_problems(14)),
+            "val_path": write_json(directory / "valid.json", make_problems(5, seed=1)),
+            "num_epochs": 4,
+            "epochs_per_stage": 2,
+            "max_latent_stage": 1,
+            "uniform_prob": 0.3,
+            "reset_optimizer": True,
+            "batch_size_training": 2,
+            "gradient_accumulation_steps": 2,
+            "max_new_tokens": 4,
+            "save_every_steps": 3,
+            "lr": 0.01,
+            "warmup_steps": 3,
+            "max_grad_norm": 1.0,
+        }
+
+    def words(self, name: str, **changes) -> list[str]:
+        """The command line of a run, after run.py."""
+        return [str(self.config), *words({**self.values, "name": name, **changes})]
+
+    def run(self, name: str, ranks: int = 1, fault: Fault | None = None, **changes) -> Outcome:
+        """A run, forked; its directory is directory/name."""
+        return launch(self.words(name, **changes), ranks, fault)
+
+    def reference(self, ranks: int = 1, **changes) -> Path:
+        """The directory of a run that nothing disturbed (made once)."""
+        directory = self.directory / "-".join(["reference", str(ranks), *(f"{k}={v}" for k, v in changes.items())])
+        if not directory.exists():
+            outcome = self.run(directory.name, ranks, **changes)
+            assert outcome.codes == [0] * ranks, outcome.output
+        return directory
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory) -> Setting:
+    return Setting(tmp_path_factory.mktemp("faults"))
+
+
+@pytest.fixture
+def name(request) -> str:
+    """A run's name of its own for every test."""
+    return re.sub(r"\W+", "_", request.node.name)
+
+
+def metrics(directory: Path) -> list[dict]:
+    """The lines of metrics.jsonl without what measures time."""
+    lines = read_lines(directory / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if not k.endswith(TIMING)} for line in lines]
+
+
+def training_state(checkpoint: Path) -> dict:
+    """The training state of a checkpoint, flat, without the run id and the length of the metrics."""
+    flat = {}
+
+    def collect(prefix: str, value) -> None:
+        children = (
+            value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+        )
+        for key, child in children:
+            collect(f"{prefix}/{key}", child)
+        if not isinstance(value, dict | list | tuple):
+            flat[prefix] = value
+
+    collect("", torch.load(checkpoint / "training_state.pt", weights_only=True))
+    return {name: value for name, value in flat.items() if not name.endswith(("/run_id", "/metrics_bytes"))}
+
+
+def differences(mine: dict, theirs: dict) -> list[str]:
+    """The names under which two mappings of tensors and other values differ in a single bit."""
+
+    def same(a, b) -> bool:
+        return torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
+
+    return [
+        name
+        for name in {**mine, **theirs}
+        if name not in mine or name not in theirs or not same(mine[name], theirs[name])
+    ]
+
+
+def assert_same(run: Path, reference: Path) -> None:
+    """Two finished runs are equal bit by bit: weights, optimizer, random streams, metrics, predictions, best, last."""
+    assert metrics(run) == metrics(reference)
+    for link in ("best", "last"):
+        assert os.readlink(run / link) == os.readlink(reference / link)
+    weights = [load_file(directory / "last" / "model.safetensors") for directory in (run, reference)]
+    assert differences(*weights) == []
+    assert differences(training_state(run / "last"), training_state(reference / "last")) == []
+    names = sorted(path.name for path in reference.glob("predictions_*"))
+    assert sorted(path.name for path in run.glob("predictions_*")) == names
+    for name in names:
+        assert (run / name).read_bytes() == (reference / name).read_bytes()
+    assert not list(run.glob("*.partial"))
+
+
+# --- killed -----------------------------------------------------------------------------------------------------------
+
+KILLS = [
+    Fault("kill", "step", 1),  # before anything is saved
+    Fault("kill", "step", 6),  # between two saves
+    Fault("kill", "backward", 9),  # in the middle of the first step of a stage, which resets the optimizer
+    Fault("kill", "validation", 8),
+    Fault("kill", "log", 6),
+    Fault("kill", "state", 3),  # during the first save
+    Fault("kill", "state", 12),
+    Fault("kill", "rename", 6),
+]
+
+
+def show(fault: Fault) -> str:
+    return f"{fault.action}-{fault.place}-{fault.step}" + (f"-rank{fault.rank}" if fault.rank else "")
+
+
+@pytest.mark.parametrize("fault", KILLS, ids=show)
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(setting, name, fault):
+    assert setting.run(name, fault=fault).codes == [-9]
+    again = setting.run(name)
+    assert again.codes == [0], again.output
+    assert_same(setting.directory / name, setting.reference())
+
+
+def test_a_run_that_is_killed_again_and_again(setting, name):
+    for step in range(2, 17, 2):
+        assert setting.run(name, fault=Fault("kill", "backward", step)).codes == [-9]
+    assert setting.run(name).codes == [0]
+    assert_same(setting.directory / name, setting.reference())
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("kill", "backward", 4, rank=1),
+        Fault("kill", "step", 6, rank=0),
+        Fault("kill", "state", 4),
+        Fault("kill", "validation", 4, rank=1),
+        Fault("raise", "step", 6, rank=1),
+    ],
+    ids=show,
+)
+def test_no_process_is_left_hanging_and_the_run_goes_on(setting, name, fault, parallel):
+    outcome = setting.run(name, 2, fault, parallel=parallel)
+    assert 0 not in outcome.codes
+    assert outcome.codes[fault.rank] == (-9 if fault.action == "kill" else 1)
+    again = setting.run(name, 2, parallel=parallel)
+    assert again.codes == [0, 0], again.output
+    assert_same(setting.directory / name, setting.reference(2, parallel=parallel))
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_exact_resume_with_four_processes(setting, name, parallel):
+    changes = {"parallel": parallel, "batch_size_training": 1}
+    outcome = setting.run(name, 4, Fault("kill", "backward", 6, rank=2), **changes)
+    assert outcome.codes[2] == -9 and 0 not in outcome.codes
+    assert setting.run(name, 4, **changes).codes == [0] * 4
+    assert_same(setting.directory / name, setting.reference(4, **changes))
+
+
+# --- stopped by a signal ----------------------------------------------------------------------------------------------
+
+STOPS = [
+    Fault("sigterm", "step", 6),
+    Fault("sigint", "step", 6),
+    Fault("sigterm", "step", 8),  # the last step of an epoch: what is left is its validation
+    Fault("sigterm", "validation", 8),
+    Fault("sigint", "validation", 16),
+    Fault("sigterm", "state", 8),  # during an epoch's save
+    Fault("sigterm", "renamed", 12),
+]
+CODES = {"sigterm": 143, "sigint": 130}
+
+
+@pytest.mark.parametrize("fault", STOPS, ids=show)
+def test_a_signal_saves_and_the_same_command_goes_on(setting, name, fault):
+    outcome = setting.run(name, fault=fault)
+    assert outcome.codes == [CODES[fault.action]]
+    assert "the same command continues this run" in outcome.output
+    last = training_state(setting.directory / name / "last")["/state/step"]
+    assert last == fault.step + (fault.place in ("state", "renamed"))  # the step in progress is finished
+    again = setting.run(name)
+    assert again.codes == [0], again.output
+    assert f", step {last}" in again.output
+    assert_same(setting.directory / name, setting.reference())
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    "fault", [Fault("sigterm", "step", 5, rank=1), Fault("sigint", "validation", 4, rank=1)], ids=show
+)
+def test_a_signal_to_one_process_stops_all_after_saving(setting, name, fault, parallel):
+    outcome = setting.run(name, 2, fault, parallel=parallel)
+    assert outcome.codes == [CODES[fault.action]] * 2, outcome.output
+    assert setting.run(name, 2, parallel=parallel).codes == [0, 0]
+    assert_same(setting.directory / name, setting.reference(2, parallel=parallel))
+
+
+def test_a_run_that_is_stopped_in_the_same_validation_twice(setting, name):
+    for _ in range(2):
+        outcome = setting.run(name, fault=Fault("sigterm", "validation", 8))
+        assert outcome.codes == [143]
+    again = setting.run(name)
+    assert not re.search(r"epoch 2/4 stage \d: +[1-9]", again.output)  # no step of the second epoch is trained again
+    assert_same(setting.directory / name, setting.reference())
