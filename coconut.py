@@ -104,7 +104,8 @@ class Coconut(nn.Module):
         """One training pass.
 
         Args: input_ids, attention_mask, labels and position_ids, all (batch, length); labels are -100 where nothing is
-        supervised; position_ids default to counting each row's real tokens.
+        supervised; position_ids default to counting each row's real tokens. They may lie on the CPU while the model is
+        on a GPU: where thoughts and labels are is then known without waiting for the GPU.
         With labels, the vocabulary projection is computed only where it is supervised. Raises ValueError for a thought
         in the first column, which has no hidden state before it. min_passes cuts the columns into more stretches than
         the thoughts need, to the same effect: processes that shard the weights must make equally many passes.
@@ -115,9 +116,10 @@ class Coconut(nn.Module):
         if labels is None:
             return CoconutOutput(None, project(hidden), embeds)
         rows, columns = (labels[:, 1:] != -100).nonzero(as_tuple=True)  # (supervised,) each
-        logits = project(hidden[rows, columns])  # (supervised, vocabulary)
+        targets, device = labels[rows, columns + 1], hidden.device
+        logits = project(hidden[rows.to(device), columns.to(device)])  # (supervised, vocabulary)
         exact = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bfloat16 would round the loss
-        total = F.cross_entropy(exact, labels[rows, columns + 1], reduction="sum")
+        total = F.cross_entropy(exact, targets.to(device), reduction="sum")
         return CoconutOutput(total / max(len(rows), 1), None, embeds)
 
     def think(
@@ -133,6 +135,10 @@ class Coconut(nn.Module):
         cuts = self.cuts(is_latent, min_passes)
         if cuts and self.training and getattr(self.base_causallm, "is_gradient_checkpointing", False):
             raise ValueError("gradient checkpointing drops the cache that thoughts are computed with; turn it off")
+        input_ids, attention_mask, position_ids, is_latent = (
+            tensor.to(self.base_causallm.device, non_blocking=True)
+            for tensor in (input_ids, attention_mask, position_ids, is_latent)
+        )
         embeds = self.base_causallm.get_input_embeddings()(input_ids)  # (batch, length, hidden)
         hidden, inputs = [], []
         for start, end in pairwise([0, *cuts, input_ids.shape[1]]):
@@ -180,6 +186,7 @@ class Coconut(nn.Module):
         Returns (batch, <= length + max_new_tokens) token ids: the padded prompts, then the new tokens. A row stops
         before its first eos, or where it fills the model's last position; eos follows there while other rows go on.
         """
+        input_ids, attention_mask = (t.to(self.base_causallm.device) for t in (input_ids, attention_mask))
         cache = self.new_cache(input_ids.shape[1] + max_new_tokens)
         hidden, _ = self.think(input_ids, attention_mask, position_ids, cache)
         columns = torch.arange(input_ids.shape[1], device=input_ids.device)

@@ -103,7 +103,7 @@ def mean_loss(run: Run, sequences: SequenceDataset) -> float:
     for batch in batches(run, sequences, "validation loss"):
         count = (batch["labels"][:, 1:] != -100).sum().to(total)
         with autocast(run):
-            loss = run.model(**inputs(run, batch)).loss
+            loss = run.model(**inputs(batch)).loss
         total += torch.stack([loss.double() * count, count])
     loss, count = run.processes.sum(total.tolist())
     stop_together(run)
@@ -116,7 +116,7 @@ def answers(run: Run, prompts: SequenceDataset) -> list[dict]:
     predictions = []
     for batch in batches(run, prompts, "validation answers"):
         with autocast(run):
-            output = run.model.generate(**inputs(run, batch), max_new_tokens=limit)  # (batch, length + new)
+            output = run.model.generate(**inputs(batch), max_new_tokens=limit)  # (batch, length + new)
         thoughts = (batch["input_ids"] == run.model.latent_token_id).sum(1).tolist()
         new = output[:, batch["input_ids"].shape[1] :].tolist()
         for idx, tokens, count in zip(batch["idx"].tolist(), new, thoughts, strict=True):
@@ -154,9 +154,9 @@ def batches(run: Run, dataset: SequenceDataset, title: str) -> Iterator[dict[str
         yield run.collate([dataset[i] for i in order[start : start + size]])
 
 
-def inputs(run: Run, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the model takes of a batch, on this process's device."""
-    return {key: value.to(run.processes.device, non_blocking=True) for key, value in batch.items() if key != "idx"}
+def inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the model takes of a batch."""
+    return {key: value for key, value in batch.items() if key != "idx"}
 
 
 def autocast(run: Run):

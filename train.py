@@ -23,7 +23,7 @@ from dataset import SequenceDataset, get_cot_latent_dataset, step_batches
 from evaluate import Evaluation, Interrupted, autocast, inputs, stop_together, validate, write_predictions
 from lora import parameter_groups
 from parallel import distribute, gradient_sync, is_sharded
-from utils import MetricLogger, write_text
+from utils import Config, MetricLogger, write_text
 
 
 class NotFiniteError(Exception):
@@ -56,7 +56,7 @@ class Trainer:
             processes.print("resume is ignored: the run's directory holds a checkpoint to continue from")
         state = load_training_state(run.checkpoint, run.model, self.optimizer, processes)
         if processes.is_main:  # the run may have died before it set the links
-            self.link(run.checkpoint, best=run.pretrained.description["improved"])
+            self.link(run.checkpoint, best=run.pretrained.description.get("improved", False))
         processes.print(f"continuing {run.directory} after epoch {state.epoch}, step {state.step}")
         return state
 
@@ -132,7 +132,7 @@ class Trainer:
         for number, (batch, count) in enumerate(zip(batches, supervised, strict=True), 1):
             with gradient_sync(self.model, last=number == len(batches)):
                 with autocast(self.run):
-                    loss = self.model(**inputs(self.run, batch), **self.equal_passes(batch)).loss
+                    loss = self.model(**inputs(batch), **self.equal_passes(batch)).loss
                 loss = loss * (count / all_supervised)
                 (loss * processes.world_size).backward()  # gradients are averaged over processes
             total += loss.detach()
@@ -203,7 +203,7 @@ def train(run: Run) -> None:
     if trainer.state.epoch >= run.config.num_epochs:
         run.processes.print(f"{run.directory} is trained for {trainer.state.epoch} epochs; raise num_epochs to go on")
         return
-    run.processes.print(schedule_table(run.config))
+    run.processes.print(resolved_text(run.config) + "\n" + schedule_table(run.config))
     trainer.fit()
 
 
@@ -219,14 +219,14 @@ def collate(run: Run, dataset: SequenceDataset, indices: list[int]) -> dict[str,
 def open_log(run: Run, state: TrainState) -> MetricLogger:
     """Makes the run's directory with its config.yaml, and opens its log where the checkpoint left off."""
     run.directory.mkdir(parents=True, exist_ok=True)
-    text = "".join(f"# {line}\n" for line in versions()) + yaml.safe_dump(run.config.resolved(), sort_keys=False)
-    write_text(run.directory / "config.yaml", text)
+    write_text(run.directory / "config.yaml", resolved_text(run.config))
     return MetricLogger(run.directory, run.config, state.run_id, state.metrics_bytes)
 
 
-def versions() -> list[str]:
-    """The versions that a result depends on."""
+def resolved_text(config: Config) -> str:
+    """The resolved config as YAML, with the versions that a result depends on as comments."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
     names = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-    return [f"{name} {version}" for name, version in {**names, "commit": commit}.items()]
+    comments = "".join(f"# {name} {version}\n" for name, version in {**names, "commit": commit}.items())
+    return comments + yaml.safe_dump(config.resolved(), sort_keys=False)
