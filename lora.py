@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from utils import UserError
-
 ADAPTER = "default"  # peft's name for the only adapter
 
 
@@ -14,12 +12,9 @@ def add_lora(lm: nn.Module, rank: int, new_rows: list[int]) -> None:
     for the embedding and head rows of the added tokens, which no adapter could teach.
 
     Other rows get no gradient, so AdamW leaves them as they are while their weight decay is off (`parameter_groups`).
-    Raises UserError where peft is not installed.
     """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise UserError("lora_rank: needs the package peft; pip install peft, or lora_rank: None") from error
+    from peft import LoraConfig, inject_adapter_in_model  # an optional package
+
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     inject_adapter_in_model(config, lm, adapter_name=ADAPTER)
     if new_rows:

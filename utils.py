@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import json
 import math
 import os
@@ -229,7 +230,18 @@ def run_problems(config: Config, given: dict) -> list[str]:
     problems += [f"{key}: missing; a run needs it" for key in needed if not given.get(key)]
     if config.name and (Path(config.name).name != config.name or config.name == ".."):
         problems.append(f"name: {config.name!r} must be a plain directory name; directories belong into save_path")
+    problems += missing_packages(config)
     return problems + [p for key in PATH_KEYS for p in path_problem(key, config)]
+
+
+def missing_packages(config: Config) -> list[str]:
+    """A line for each optional package that a training run asks for and that is not installed."""
+    asked = {} if config.only_eval else {"logger": config.logger, "lora_rank": "peft" if config.lora_rank else "none"}
+    return [
+        f"{key}: the package {package} is not installed; pip install {package}, or do without ({key}: {off})"
+        for (key, package), off in zip(asked.items(), ("none", "None"), strict=False)
+        if package != "none" and importlib.util.find_spec(package) is None
+    ]
 
 
 PATH_KEYS = ("save_path", "model_id", "load_model_path", *SPLIT_PATHS)
