@@ -45,7 +45,7 @@ class BufferedLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Appends (batch, heads, n, size) keys and values, and returns those of all columns."""
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+            self.is_initialized, self.dtype, self.device = True, key_states.dtype, key_states.device
             self.keys = self.values = None
             self.buffers = [
                 states.new_empty(*states.shape[:-2], self.capacity, states.shape[-1])
