@@ -84,10 +84,12 @@ def train_and_test(dataset: str, method: str, seed: int, processes: int, words: 
     directory = Path(config.save_path) / f"{config.name}-seed{seed}"
     test = config.val_path.replace("_valid", "_test")
     best = (ROOT / directory / "best").resolve().name
-    metrics = ROOT / directory / f"eval_{best}" / f"metrics_{Path(test).stem}.yaml"
-    if not metrics.exists():
+    tested = ROOT / directory / f"eval_{best}"
+    pattern = f"metrics_{Path(test).stem}*.yaml"
+    if not any(tested.glob(pattern)):
         evaluation = ["only_eval=True", f"load_model_path={directory}/best", f"val_path={test}", "resume=0"]
         launch(processes, path, [w for w in own if not w.startswith("load_model_path=")] + evaluation)
+    metrics = max(tested.glob(pattern), key=lambda path: path.stat().st_mtime)
     return {**yaml.safe_load(metrics.read_text(encoding="utf-8")), "directory": directory}
 
 
