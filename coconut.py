@@ -133,7 +133,7 @@ class Coconut(nn.Module):
             position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)  # (batch, length)
         is_latent = input_ids == self.latent_token_id  # (batch, length)
         cuts = self.cuts(is_latent, min_passes)
-        if cuts and self.training and getattr(self.base_causallm, "is_gradient_checkpointing", False):
+        if cuts and self.training and any(getattr(m, "gradient_checkpointing", False) for m in self.modules()):
             raise ValueError("gradient checkpointing drops the cache that thoughts are computed with; turn it off")
         input_ids, attention_mask, position_ids, is_latent = (
             tensor.to(self.base_causallm.device, non_blocking=True)
