@@ -217,6 +217,21 @@ def test_validation_never_mixes_stages(world):
     assert metrics(plain, "eval/") == metrics(mixed, "eval/")
 
 
+def test_only_training_needs_room_for_mixed_stages(world):
+    plain, longer = {"question": "1+1", "answer": "2", "steps": []}, make_problems(1, steps=1)
+    paths = {"train_path": write_json(world / "short.json", [plain])}
+    paths["val_path"] = write_json(world / "longer.json", longer)
+    start(world, name="room", uniform_prob=0.5, c_thought=60, num_epochs=1, **paths)
+    paths["train_path"] = paths["val_path"]
+    start(world, name="no_room", uniform_prob=0.5, c_thought=60, num_epochs=1, **paths, code=2)
+
+
+def test_every_epoch_has_an_order_of_its_own(world):
+    directory = start(world, name="order", lr=0, num_epochs=2, model_id=world / "plain")
+    first, second = losses(directory)[:STEPS], losses(directory)[STEPS:]
+    assert not set(first) & set(second)
+
+
 def test_resume_skips_epochs_of_a_fresh_run(world):
     directory = start(world, name="skipped", resume=2, num_epochs=3)
     assert {line["train/epoch"] for line in metrics(directory, "train/")} == {3}
@@ -485,6 +500,8 @@ def single(world):
 
 def assert_equal_training(directory, single):
     assert losses(directory) == pytest.approx(losses(single), rel=1e-5)
+    norms = [[line["train/grad_norm"] for line in metrics(d, "train/")] for d in (directory, single)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)  # AdamW alone would not tell a gradient from half of it
     assert len(losses(single)) == 9
     for one, other in zip(metrics(directory, "eval/"), metrics(single, "eval/"), strict=True):
         assert one.pop("eval/loss") == pytest.approx(other.pop("eval/loss"), rel=1e-5)
