@@ -35,19 +35,19 @@ def main(words: list[str] | None = None) -> int:
     arguments = parser.parse_args(words)
     transformers.logging.disable_progress_bar()  # only the training's own bars
     with StopRequest() as stop:
+        code = 0
         try:
             config = load_config(arguments.config, arguments.overrides)
             run = build(config, start_processes(), stop)
             test(run) if config.only_eval else train(run)
         except tuple(EXIT_CODES) as error:
-            if int(os.environ.get("RANK", 0)) == 0:
+            code = EXIT_CODES[type(error)]
+            if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # once on every node: a file may be missing on one alone
                 print(f"error: {error}", file=sys.stderr, flush=True)
-            return EXIT_CODES[type(error)]
         except Interrupted as interruption:
-            return 128 + interruption.signal
-        finally:
-            stop_processes()
-    return 0
+            code = 128 + interruption.signal
+    stop_processes()  # not after a crash, which the other processes may not even know of
+    return code
 
 
 def test(run: Run) -> None:
