@@ -1,11 +1,13 @@
 """What users write: configs that work, and mistakes, each of them a short message, exit code 2 and nothing written."""
 
+import importlib.util
+
 import pytest
 import yaml
 
 import run
 from helpers import REPOSITORY, byte_tokenizer, make_problems, run_script, save_model, snapshot, words, write_json
-from utils import Config, UserError, load_config, read_yaml
+from utils import Config, UserError, load_config, missing_packages, read_yaml
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
@@ -350,3 +352,15 @@ def test_the_shipped_experiments_hold_the_papers_numbers(experiment):
     if evaluates:
         starts_from = {experiment: f"checkpoints/{data}-coconut/best"}
     assert config.load_model_path == starts_from.get(experiment)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "package"), [("logger", "tensorboard", "tensorboard"), ("lora_rank", 4, "peft")]
+)
+def test_a_missing_optional_package_is_named(key, value, package, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else name)
+    config = Config({key: value} | ({} if key == "logger" else {"logger": "none"}))
+    [problem] = missing_packages(config)
+    assert problem.startswith(f"{key}: ") and f"pip install {package}" in problem
+    config.only_eval = True
+    assert missing_packages(config) == []

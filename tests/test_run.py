@@ -582,3 +582,14 @@ def test_logger_none_does_not_import_a_logger(world):
     command = [sys.executable, "-c", code, str(world / "config.yaml"), "name=light", "debug=True"]
     finished = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=True)
     assert finished.stdout.endswith("[]\n")
+
+
+@pytest.mark.parametrize(
+    ("beyond", "stages", "steps"), [(39, [0, 0, 0, 1, 1, 2, 2, 2, 3, 3], 2), (2, [0, 0, 0, 1, 1, 2, 2, 2, 2, 2], 5)]
+)
+def test_icot_removes_tokens_within_the_epoch_each_time_with_a_fresh_optimizer(world, beyond, stages, steps):
+    options = {"method": "icot", "num_epochs": 2, "remove_per_epoch": 2, "remove_all_when_remove_beyond": beyond}
+    directory = start(world, name=f"icot_{beyond}", reset_optimizer=True, **options)
+    assert [line["train/stage"] for line in metrics(directory, "train/")] == stages
+    states = training_state(directory / "checkpoint_2")["optimizer"]["state"].values()
+    assert {int(state["step"]) for state in states} == {steps}
