@@ -29,7 +29,7 @@ class TrainState:
 
     run_id: the logger's name for the run, kept when it is continued; epoch: finished epochs; examples: those done of
     the epoch in progress; step: finished optimizer steps of the whole run; stage: that of the last step (-1: none);
-    best_accuracy: that of the stage best_stage; metrics_bytes: the size of metrics.jsonl.
+    best_accuracy: that of the stage best_stage, reached after best_epoch; metrics_bytes: the size of metrics.jsonl.
     """
 
     run_id: str
@@ -39,6 +39,7 @@ class TrainState:
     stage: int = -1
     best_accuracy: float = -1.0
     best_stage: int = -1
+    best_epoch: int = 0
     metrics_bytes: int = 0
 
 
@@ -203,6 +204,14 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def set_links(last: Path, best_epoch: int) -> None:
+    """Points last to a checkpoint, and best to that of the best epoch, where it is still there."""
+    link("last", last)
+    best = last.with_name(f"checkpoint_{best_epoch}")
+    if best.is_dir():
+        link("best", best)
 
 
 def link(name: str, checkpoint: Path) -> None:

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from build import Run
-from checkpoint import TrainState, describe, link, load_training_state, prune, save_checkpoint
+from checkpoint import TrainState, describe, load_training_state, prune, save_checkpoint, set_links
 from curriculum import schedule_table, stage_of
 from dataset import SequenceDataset, get_cot_latent_dataset, step_batches
 from evaluate import Evaluation, Interrupted, autocast, inputs, stop_together, validate, write_predictions
@@ -55,8 +55,8 @@ class Trainer:
         if run.config.resume:
             processes.print("resume is ignored: the run's directory holds a checkpoint to continue from")
         state = load_training_state(run.checkpoint, run.model, self.optimizer, processes)
-        if processes.is_main:  # the run may have died before it set the links
-            self.link(run.checkpoint, best=run.pretrained.description.get("improved", False))
+        if processes.is_main:  # the run may have died before it set the links, or a newer checkpoint is damaged
+            set_links(run.checkpoint, state.best_epoch)
         processes.print(f"continuing {run.directory} after epoch {state.epoch}, step {state.step}")
         return state
 
@@ -171,7 +171,7 @@ class Trainer:
         # Early stages still write steps and score higher, so the best starts afresh at every stage.
         improved = state.stage != state.best_stage or evaluation.accuracy > state.best_accuracy
         if improved:
-            state.best_stage, state.best_accuracy = state.stage, evaluation.accuracy
+            state.best_stage, state.best_accuracy, state.best_epoch = state.stage, evaluation.accuracy, state.epoch
         if run.processes.is_main and not config.debug:
             write_predictions(evaluation.predictions, run.directory / f"predictions_{state.epoch}.jsonl")
         self.save(best=improved)
@@ -187,14 +187,9 @@ class Trainer:
         checkpoint = run.directory / name
         save_checkpoint(checkpoint, run.pretrained, run.model, self.optimizer, state, description, run.processes)
         if run.processes.is_main:
-            self.link(checkpoint, best)
+            set_links(checkpoint, state.best_epoch)
             prune(run.directory, run.config.keep_checkpoints, run.config.save_only_improve)
             print(f"saved {checkpoint}" + (", the best of this stage so far" if best else ""), flush=True)
-
-    def link(self, checkpoint: Path, best: bool) -> None:
-        """Points last, and best where it is due, to a checkpoint."""
-        for name in ("best", "last") if best else ("last",):
-            link(name, checkpoint)
 
 
 def train(run: Run) -> None:

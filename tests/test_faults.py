@@ -144,6 +144,8 @@ KILLS = [
     Fault("kill", "state", 3),  # during the first save
     Fault("kill", "state", 12),
     Fault("kill", "rename", 6),
+    Fault("kill", "renamed", 12),  # the checkpoint is there, best and last do not point to it yet
+    Fault("kill", "renamed", 16),  # the very last save
 ]
 
 
@@ -241,3 +243,23 @@ def test_a_run_that_is_stopped_in_the_same_validation_twice(setting, name):
     again = setting.run(name)
     assert not re.search(r"epoch 2/4 stage \d: +[1-9]", again.output)  # no step of the second epoch is trained again
     assert_same(setting.directory / name, setting.reference())
+
+
+# --- what is on the disk ----------------------------------------------------------------------------------------------
+
+
+def stopped(setting: Setting, name: str, step: int = 11, **changes) -> Path:
+    """The directory of a run that a signal stopped in an optimizer step."""
+    assert setting.run(name, fault=Fault("sigterm", "step", step), **changes).codes == [143]
+    return setting.directory / name
+
+
+def test_missing_links_come_back(setting, name):
+    run = stopped(setting, name)
+    before = [os.readlink(run / link) for link in ("best", "last")]
+    (run / "best").unlink()
+    (run / "last").unlink()
+    assert setting.run(name, fault=Fault("kill", "step", 12)).codes == [-9]
+    assert [os.readlink(run / link) for link in ("best", "last")] == before
+    assert setting.run(name).codes == [0]
+    assert_same(run, setting.reference())
