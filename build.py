@@ -56,7 +56,7 @@ def build(config: Config, processes: Processes, stop: StopRequest) -> Run:
     train_size, valid_size = (DEBUG_TRAIN, DEBUG_VALID) if config.debug else (None, None)
     train_problems = [] if config.only_eval else read_problems(config.train_path, train_size)
     valid_problems = read_problems(config.val_path, valid_size)
-    checkpoint = find_checkpoint(config)
+    checkpoint = find_checkpoint(config, processes)
     set_seed(config.seed)  # the same random weights everywhere
     pretrained = load_pretrained(config, checkpoint or config.load_model_path)
     if config.lora_rank and not config.only_eval:
@@ -79,10 +79,15 @@ def evaluation_stage(config: Config, pretrained: Pretrained) -> int:
     return stage_of(config.resume, config) if config.resume else pretrained.description.get("stage", 0)
 
 
-def find_checkpoint(config: Config) -> Path | None:
-    """The checkpoint from which the same command, given again, continues its run. None for a fresh start."""
+def find_checkpoint(config: Config, processes: Processes) -> Path | None:
+    """The checkpoint from which the same command, given again, continues its run. None for a fresh start.
+
+    The main process looks and decides for all.
+    """
     directory = Path(config.save_path) / config.name
-    checkpoint = None if config.debug or config.only_eval else latest_checkpoint(directory)
+    if config.debug or config.only_eval:
+        return None
+    checkpoint = processes.on_main(lambda: latest_checkpoint(directory))
     if checkpoint is not None:
         check_same_training(read_yaml(directory / "config.yaml"), config, directory)
     return checkpoint

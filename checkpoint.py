@@ -17,7 +17,7 @@ from curriculum import METHODS
 from lora import merged
 from parallel import Processes, collect_state, spread_optimizer_state
 from pretrained import DESCRIPTION, Pretrained, read_description
-from utils import Config, UserError
+from utils import Config, UserError, saving
 
 STATE = "training_state.pt"
 MANIFEST = "manifest.json"
@@ -43,10 +43,6 @@ class TrainState:
     metrics_bytes: int = 0
 
 
-class SaveError(Exception):
-    """A checkpoint could not be saved; every earlier one is as it was."""
-
-
 def save_checkpoint(
     directory: Path,
     pretrained: Pretrained,
@@ -65,24 +61,35 @@ def save_checkpoint(
     weights, optimizer_state = collect_state(model, optimizer)
     weights = lm_weights(pretrained.lm, weights)
     random_states = processes.gather(random_state(processes.device))
-    problem = None
-    if processes.is_main:
-        training = {"state": asdict(state), "optimizer": optimizer_state, "random_states": random_states}
-        if any(".lora_" in name for name in weights):  # the model's file holds them merged, which rounds
-            training["weights"] = weights
-        try:
+    training = {"state": asdict(state), "optimizer": optimizer_state, "random_states": random_states}
+    if any(".lora_" in name for name in weights):  # the model's file holds them merged, which rounds
+        training["weights"] = weights
+
+    def write() -> None:
+        with saving(directory):
             write_checkpoint(directory, pretrained, weights, description, training)
-        except Exception as error:  # besides OSError, the libraries have errors of their own for a full disk
-            problem = f"{directory} could not be saved: {error}; earlier checkpoints are as they were"
-    problem = processes.gather(problem)[0]
-    if problem is not None:
-        raise SaveError(problem)
+            set_links(directory, state.best_epoch)
+
+    processes.on_main(write)
 
 
 def write_checkpoint(directory: Path, pretrained: Pretrained, weights: dict, description: dict, training: dict) -> None:
     """Writes the files of a checkpoint beside its place, and moves them there when they are complete."""
+    if damage(directory) is None:
+        return  # a run that was stopped before it went on from there
     partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        write_files(partial, pretrained, weights, description, training)
+        shutil.rmtree(directory, ignore_errors=True)  # a damaged one
+        os.replace(partial, directory)
+        sync(directory.parent)
+    except Exception:
+        shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room
+        raise
+
+
+def write_files(partial: Path, pretrained: Pretrained, weights: dict, description: dict, training: dict) -> None:
+    """Writes the files of a checkpoint into a new directory, the manifest last, and syncs them."""
     pretrained.lm.save_pretrained(partial, state_dict=merged(pretrained.lm, weights))
     pretrained.tokenizer.save_pretrained(partial)
     (partial / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
@@ -91,9 +98,6 @@ def write_checkpoint(directory: Path, pretrained: Pretrained, weights: dict, des
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     for path in (*partial.iterdir(), partial):
         sync(path)
-    shutil.rmtree(directory, ignore_errors=True)  # a damaged one, or one of a run that went back before it
-    os.replace(partial, directory)
-    sync(directory.parent)
 
 
 def lm_weights(lm: torch.nn.Module, weights: dict) -> dict:
@@ -158,22 +162,38 @@ def latest_checkpoint(run_directory: Path) -> Path | None:
     for path in checkpoints(run_directory):
         if (complaint := damage(path)) is None:
             return path
-        print(f"warning: {path} is damaged ({complaint}), so an earlier checkpoint is used", flush=True)
+        print(f"warning: {path} is damaged ({complaint}), so it is passed over", flush=True)
+    if checkpoints(run_directory):
+        print(f"warning: {run_directory} has no complete checkpoint left, so the run starts afresh", flush=True)
     return None
 
 
-def prune(run_directory: Path, keep: int | None, only_improved: bool) -> None:
-    """Removes checkpoints that a newer one makes superfluous; what best and last point to stays in any case.
+def remove_partial(run_directory: Path) -> None:
+    """Removes what a save left behind that a crash cut short."""
+    for path in run_directory.glob("*.partial"):
+        path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path)
+
+
+def prune(newest: Path, keep: int | None, only_improved: bool) -> None:
+    """Removes checkpoints that the `newest` makes superfluous; what best and last point to stays in any case.
 
     Those are all but the newest `keep` (None: none), those within an epoch but for the newest two, and with
-    `only_improved` those that were no improvement.
+    `only_improved` those that were no improvement. Damaged ones ahead of the newest do not count.
     """
-    linked = {(run_directory / name).resolve() for name in ("best", "last")}
-    for age, path in enumerate(checkpoints(run_directory)):
+    linked, all_of_run = {newest.with_name(name).resolve() for name in ("best", "last")}, checkpoints(newest.parent)
+    for age, path in enumerate(all_of_run[all_of_run.index(newest) :]):
         old = (keep is not None and age >= keep) or (age >= 2 and "_step_" in path.name)
-        poor = only_improved and not read_description(path).get("improved")
+        poor = only_improved and not improved(path)
         if (old or poor) and path.resolve() not in linked:
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def improved(checkpoint: Path) -> bool:
+    """Whether a checkpoint says that it was the best of its stage when it was saved."""
+    try:
+        return read_description(checkpoint).get("improved", False)
+    except UserError:  # a damaged one
+        return False
 
 
 def damage(checkpoint: Path) -> str | None:

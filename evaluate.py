@@ -16,6 +16,7 @@ from build import Run
 from curriculum import METHODS
 from dataset import SequenceDataset, get_cot_latent_dataset, get_question_latent_dataset
 from parallel import whole_weights
+from utils import saving, write_text
 
 
 class Interrupted(Exception):
@@ -195,4 +196,5 @@ def normalize(answer: str) -> str:
 def write_predictions(predictions: list[dict], path: Path) -> None:
     """Writes one JSON line per problem."""
     lines = [json.dumps(prediction, ensure_ascii=False) for prediction in predictions]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with saving(path):
+        write_text(path, "\n".join(lines) + "\n")

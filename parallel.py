@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -68,6 +68,19 @@ class Processes:
         values = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
+
+    def on_main(self, function: Callable):
+        """What a function returns on the main process, which alone calls it, for all; what it raises, all raise."""
+        result = error = None
+        if self.is_main:
+            try:
+                result = function()
+            except Exception as raised:
+                error = raised
+        result, copy = self.gather((result, error))[0]
+        if copy is not None:
+            raise error or copy  # the original has the traceback
+        return result
 
 
 def start_processes() -> Processes:

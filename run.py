@@ -18,11 +18,10 @@ import transformers
 import yaml
 
 from build import Run, build, evaluation_stage
-from checkpoint import SaveError
 from evaluate import Interrupted, validate, write_predictions
 from parallel import start_processes, stop_processes
 from train import NotFiniteError, train
-from utils import StopRequest, UserError, load_config
+from utils import SaveError, StopRequest, UserError, load_config, saving
 
 EXIT_CODES = {UserError: 2, NotFiniteError: 3, SaveError: 4}
 
@@ -56,14 +55,20 @@ def test(run: Run) -> None:
     stage = evaluation_stage(config, run.pretrained)
     run.processes.print(f"evaluating {checkpoint} on {config.val_path} at stage {stage}")
     evaluation = validate(run, stage)
-    if run.processes.is_main and not config.debug:
+    summary = {"checkpoint": str(checkpoint), "val_path": config.val_path, "stage": stage, **evaluation.metrics()}
+    if not config.debug:
         directory = run.directory / f"eval_{checkpoint.resolve().name}"
+        run.processes.on_main(lambda: write_evaluation(evaluation.predictions, summary, directory))
+        run.processes.print(f"predictions and metrics: {directory}")
+
+
+def write_evaluation(predictions: list[dict], summary: dict, directory: Path) -> None:
+    """Writes what only_eval found, beside what it found before."""
+    with saving(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        path = unused(directory / f"predictions_{Path(config.val_path).stem}.jsonl")
-        write_predictions(evaluation.predictions, path)
-        summary = {"checkpoint": str(checkpoint), "val_path": config.val_path, "stage": stage, **evaluation.metrics()}
+        path = unused(directory / f"predictions_{Path(summary['val_path']).stem}.jsonl")
+        write_predictions(predictions, path)
         path.with_name(path.stem.replace("predictions", "metrics") + ".yaml").write_text(yaml.safe_dump(summary))
-        print(f"predictions and metrics: {path.parent}")
 
 
 def unused(path: Path) -> Path:

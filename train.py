@@ -17,13 +17,13 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from build import Run
-from checkpoint import TrainState, describe, load_training_state, prune, save_checkpoint, set_links
+from checkpoint import TrainState, describe, load_training_state, prune, remove_partial, save_checkpoint, set_links
 from curriculum import schedule_table, stage_of
 from dataset import SequenceDataset, get_cot_latent_dataset, step_batches
 from evaluate import Evaluation, Interrupted, autocast, inputs, stop_together, validate, write_predictions
 from lora import parameter_groups
 from parallel import distribute, gradient_sync, is_sharded
-from utils import Config, MetricLogger, write_text
+from utils import Config, MetricLogger, saving, write_text
 
 
 class NotFiniteError(Exception):
@@ -63,18 +63,30 @@ class Trainer:
     def fit(self) -> None:
         """Trains epoch after epoch, with validation and a checkpoint after each."""
         run, config, state = self.run, self.run.config, self.state
-        if run.processes.is_main and not config.debug:
-            self.log = open_log(run, state)
+        run.processes.on_main(self.open_log)
         try:
             for epoch in range(state.epoch, config.num_epochs):
                 self.train_epoch(epoch)
                 self.end_epoch(epoch, validate(run, state.stage))
+            run.processes.on_main(self.log.flush)
         except Interrupted:
             self.save()
             run.processes.print("stopped by a signal; the same command continues this run")
             raise
         finally:
             self.log.close()
+
+    def open_log(self) -> None:
+        """Opens the log where the checkpoint left off, in the run's directory with its config.yaml."""
+        run = self.run
+        if run.config.debug:
+            return
+        with saving(run.directory):
+            run.directory.mkdir(parents=True, exist_ok=True)
+        self.log = MetricLogger(run.directory, run.config, self.state.run_id, self.state.metrics_bytes)
+        with saving(run.directory):
+            remove_partial(run.directory)
+            write_text(run.directory / "config.yaml", resolved_text(run.config))
 
     def train_epoch(self, epoch: int) -> None:
         """The optimizer steps of an epoch, or those that are left of it."""
@@ -172,8 +184,9 @@ class Trainer:
         improved = state.stage != state.best_stage or evaluation.accuracy > state.best_accuracy
         if improved:
             state.best_stage, state.best_accuracy, state.best_epoch = state.stage, evaluation.accuracy, state.epoch
-        if run.processes.is_main and not config.debug:
-            write_predictions(evaluation.predictions, run.directory / f"predictions_{state.epoch}.jsonl")
+        if not config.debug:
+            path = run.directory / f"predictions_{state.epoch}.jsonl"
+            run.processes.on_main(lambda: write_predictions(evaluation.predictions, path))
         self.save(best=improved)
 
     def save(self, best: bool = False) -> None:
@@ -181,14 +194,13 @@ class Trainer:
         run, state = self.run, self.state
         if run.config.debug:
             return
-        state.metrics_bytes = self.log.flush()
+        state.metrics_bytes = run.processes.on_main(self.log.flush)
         name = f"checkpoint_{state.epoch}" + (f"_step_{state.step}" if state.examples else "")
         description = describe(run.config, state, run.pretrained, improved=best)
         checkpoint = run.directory / name
         save_checkpoint(checkpoint, run.pretrained, run.model, self.optimizer, state, description, run.processes)
         if run.processes.is_main:
-            set_links(checkpoint, state.best_epoch)
-            prune(run.directory, run.config.keep_checkpoints, run.config.save_only_improve)
+            prune(checkpoint, run.config.keep_checkpoints, run.config.save_only_improve)
             print(f"saved {checkpoint}" + (", the best of this stage so far" if best else ""), flush=True)
 
 
@@ -209,13 +221,6 @@ def collate(run: Run, dataset: SequenceDataset, indices: list[int]) -> dict[str,
         batch["labels"].fill_(-100)
         batch["idx"].fill_(-1)
     return batch
-
-
-def open_log(run: Run, state: TrainState) -> MetricLogger:
-    """Makes the run's directory with its config.yaml, and opens its log where the checkpoint left off."""
-    run.directory.mkdir(parents=True, exist_ok=True)
-    write_text(run.directory / "config.yaml", resolved_text(run.config))
-    return MetricLogger(run.directory, run.config, state.run_id, state.metrics_bytes)
 
 
 def resolved_text(config: Config) -> str:

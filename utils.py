@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import fcntl
 import importlib.util
 import json
 import math
@@ -12,6 +13,8 @@ import signal
 import time
 import types
 import typing
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -268,6 +271,22 @@ REMEDIES = {
 }
 
 
+class SaveError(Exception):
+    """Something of a run could not be written; every earlier checkpoint is as it was."""
+
+
+@contextmanager
+def saving(path: Path) -> Iterator[None]:
+    """Turns what goes wrong while something is written (a full, read-only or failing disk) into a SaveError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # besides OSError, the libraries have errors of their own for a full disk
+        advice = "earlier checkpoints are as they were; make room, and the same command continues the run"
+        raise SaveError(f"{path} could not be written: {error}; {advice}") from error
+
+
 def set_seed(seed: int, rank: int | None = None) -> None:
     """Seeds Python's and torch's generators, on the CPU and every GPU; with a rank, a stream of its own for each."""
     if rank is not None:
@@ -319,11 +338,14 @@ class MetricLogger:
     """
 
     def __init__(self, directory: Path | None, config: Config, run_id: str, keep_bytes: int = 0):
-        self.file = self.backend = None
+        self.file = self.backend = self.error = None
         if directory is None:
             return
-        self.file = open(directory / "metrics.jsonl", "ab")  # noqa: SIM115 (closed by close)
-        self.file.truncate(keep_bytes)
+        self.path = directory / "metrics.jsonl"
+        with saving(self.path):
+            self.file = open(self.path, "ab")  # noqa: SIM115 (closed by close)
+            lock(self.file, directory)
+            self.cut(keep_bytes)
         if config.logger == "wandb":
             self.backend = start_wandb(directory, config, run_id)
         elif config.logger == "tensorboard":
@@ -331,11 +353,22 @@ class MetricLogger:
 
             self.backend = SummaryWriter(str(directory / "tensorboard"))
 
+    def cut(self, keep_bytes: int) -> None:
+        """Cuts off what the checkpoint does not know of: the steps that will be made again."""
+        size = self.path.read_bytes().rfind(b"\n", 0, keep_bytes) + 1  # whole lines
+        if size < keep_bytes:
+            print(f"warning: {self.path} lacks lines that it had when the checkpoint was saved", flush=True)
+        self.file.truncate(size)
+        self.file.seek(0, os.SEEK_END)
+
     def write(self, metrics: dict, step: int) -> None:
-        """Logs named numbers of the given optimizer step."""
+        """Logs named numbers of the given optimizer step. `flush` tells of an error."""
         if self.file is None:
             return
-        self.file.write(json.dumps({"step": step, **metrics}).encode() + b"\n")
+        try:
+            self.file.write(json.dumps({"step": step, **metrics}).encode() + b"\n")
+        except OSError as error:
+            self.error = error
         if hasattr(self.backend, "add_scalar"):
             for name, value in metrics.items():
                 self.backend.add_scalar(name, value, step)
@@ -346,18 +379,33 @@ class MetricLogger:
         """Makes what was logged durable and returns the size of metrics.jsonl in bytes."""
         if self.file is None:
             return 0
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        with saving(self.path):
+            if self.error is not None:
+                raise self.error
+            self.file.flush()
+            os.fsync(self.file.fileno())
         return self.file.tell()
 
     def close(self) -> None:
         """Ends the log."""
         if self.file is not None:
-            self.file.close()
+            with suppress(OSError):  # flush has complained
+                self.file.close()
         if hasattr(self.backend, "add_scalar"):
             self.backend.close()
         elif self.backend is not None:
             self.backend.finish()
+
+
+def lock(file, directory: Path) -> None:
+    """Claims a run's directory for this process, until it ends. Raises UserError if another one works there."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        advice = "wait for its end or stop it, or choose another name"
+        raise UserError(f"name: another process is training in {directory}; {advice}") from error
+    except OSError:
+        pass  # a file system without locks
 
 
 def start_wandb(directory: Path, config: Config, run_id: str):

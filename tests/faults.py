@@ -31,11 +31,11 @@ sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tests")) if path not in
 class Fault:
     """Something that goes wrong once in a run.
 
-    action: kill (SIGKILL), sigterm, sigint, raise (an exception), full (ENOSPC), limit (no file may grow beyond
-            `limit` bytes from now on, as on a full disk), nan (the loss of a forward pass)
+    action: kill (SIGKILL), sigterm, sigint, impatient (SIGTERM, and later once more), raise (an exception), full
+            (ENOSPC), limit (no file may grow beyond `limit` bytes from now on, as on a full disk), nan (a loss)
     place:  step (an optimizer step begins), backward (its gradients are there), validation (an answer is there),
             state (a save has written the weights and begins with the training state), rename (a save is about to
-            rename its files), renamed (it has), log (metrics are about to be made durable)
+            rename its files), renamed (it has), log (metrics are about to be made durable), forward (for nan)
     step:   the number of the optimizer step; for places in saves and validation, the last finished one
     once:   a file that says that the fault has struck, so that a restarted process is spared
     """
@@ -61,7 +61,7 @@ class Fault:
             "state": self.at_state,
             "rename": lambda: self.at_rename(after=False),
             "renamed": lambda: self.at_rename(after=True),
-            "log": lambda: wrap(__import__("utils").MetricLogger, "flush", lambda *_: self.strike(self.step)),
+            "log": self.at_log,
             "forward": self.at_forward,
         }[self.place]()
 
@@ -98,6 +98,15 @@ class Fault:
 
         os.replace = patched
 
+    def at_log(self) -> None:
+        """Strikes where the metrics are made durable."""
+
+        def before(descriptor):
+            if os.readlink(f"/proc/self/fd/{descriptor}").endswith("metrics.jsonl"):
+                self.strike(self.step)
+
+        wrap(os, "fsync", before)
+
     def at_forward(self) -> None:
         """Multiplies the loss of a training step's passes by NaN."""
         from coconut import Coconut
@@ -126,6 +135,12 @@ class Fault:
             os.kill(os.getpid(), signal.SIGKILL)
         elif self.action in ("sigterm", "sigint"):
             signal.raise_signal(getattr(signal, self.action.upper()))
+        elif self.action == "impatient":
+            import utils
+
+            utils.StopRequest.SAME_WISH = -1  # no need to wait
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         elif self.action == "raise":
             raise RuntimeError("an injected error")
         elif self.action == "full":

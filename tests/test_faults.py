@@ -6,7 +6,10 @@ started as a user starts them.
 
 from __future__ import annotations
 
+import fcntl
+import itertools
 import os
+import random
 import re
 from pathlib import Path
 
@@ -14,8 +17,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from faults import Fault, Outcome, launch
-from helpers import byte_tokenizer, make_problems, read_lines, save_model, tiny_gpt2, words, write_json
+from checkpoint import checkpoints, damage
+from dataset import step_batches
+from faults import Fault, Outcome, flip, launch, truncate
+from helpers import byte_tokenizer, make_problems, read_lines, save_model, snapshot, tiny_gpt2, words, write_json
 
 TIMING = ("tokens_per_second", "seconds")  # what may differ between two equal runs
 
@@ -245,6 +250,41 @@ def test_a_run_that_is_stopped_in_the_same_validation_twice(setting, name):
     assert_same(setting.directory / name, setting.reference())
 
 
+def test_a_second_signal_ends_the_run_at_once(setting, name):
+    outcome = setting.run(name, fault=Fault("impatient", "step", 6))
+    assert outcome.codes == [143]
+    assert "continues this run" not in outcome.output
+    assert os.readlink(setting.directory / name / "last") == "checkpoint_1"  # after step 4; nothing was saved since
+    assert setting.run(name).codes == [0]
+    assert_same(setting.directory / name, setting.reference())
+
+
+# --- a loss that is not finite ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("ranks", "parallel"), [(1, "ddp"), (2, "ddp"), (2, "fsdp")])
+def test_a_nan_stops_all_processes_before_the_weights_change(setting, name, ranks, parallel):
+    fault = Fault("nan", "forward", 4, rank=ranks - 1)
+    outcome = setting.run(name, ranks, fault, parallel=parallel)
+    assert outcome.codes == [3] * ranks
+    run, epoch = setting.directory / name, 1 if ranks == 1 else 2
+    [message] = re.findall(r"error: (.*)", outcome.output)
+    assert f"epoch {epoch}, step 4: loss nan" in message
+    idx = [int(number) for number in re.findall(r"\d+", message.split("training problems")[1])]
+    assert idx == step_indices(setting, epoch - 1, range(12, 14) if ranks == 1 else range(8, 14), ranks)
+    assert all(damage(path) is None for path in checkpoints(run))
+    assert os.readlink(run / "last") == ("checkpoint_0_step_3" if ranks == 1 else "checkpoint_1_step_3")
+    assert setting.run(name, ranks, parallel=parallel).codes == [0] * ranks
+    assert_same(run, setting.reference(ranks, parallel=parallel))
+
+
+def step_indices(setting: Setting, epoch: int, places: range, ranks: int) -> list[int]:
+    """The problems at some places of an epoch's order, as they are dealt out to the processes and their passes."""
+    order = list(range(14))
+    random.Random(f"order 0 {epoch}").shuffle(order)
+    return [order[i] for rank in range(ranks) for i in itertools.chain(*step_batches(places, 2, 2, rank, ranks)[0][1])]
+
+
 # --- what is on the disk ----------------------------------------------------------------------------------------------
 
 
@@ -252,6 +292,58 @@ def stopped(setting: Setting, name: str, step: int = 11, **changes) -> Path:
     """The directory of a run that a signal stopped in an optimizer step."""
     assert setting.run(name, fault=Fault("sigterm", "step", step), **changes).codes == [143]
     return setting.directory / name
+
+
+def missing(path: Path) -> None:
+    path.unlink()
+
+
+def empty(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+@pytest.mark.parametrize(
+    ("harm", "file"),
+    [
+        (truncate, "training_state.pt"),
+        (truncate, "model.safetensors"),
+        (flip, "model.safetensors"),
+        (flip, "training_state.pt"),
+        (flip, "coconut.json"),
+        (missing, "tokenizer.json"),
+        (missing, "manifest.json"),
+        (empty, "manifest.json"),
+    ],
+)
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(setting, name, harm, file):
+    run = stopped(setting, name)
+    newest, before = checkpoints(run)[:2]
+    assert [newest.name, before.name] == ["checkpoint_2_step_11", "checkpoint_2_step_9"]
+    harm(newest / file)
+    again = setting.run(name)
+    assert again.codes == [0], again.output
+    [warning] = re.findall(r"warning: .*", again.output)
+    assert str(newest) in warning and file in warning
+    assert ", step 9" in again.output
+    assert_same(run, setting.reference())
+
+
+def test_damaged_checkpoints_all_around_are_a_fresh_start(setting, name):
+    run = stopped(setting, name, 5)
+    for checkpoint in checkpoints(run):
+        flip(checkpoint / "model.safetensors")
+    again = setting.run(name)
+    assert again.codes == [0]
+    assert "no complete checkpoint left, so the run starts afresh" in again.output
+    assert_same(run, setting.reference())
+
+
+def test_damaged_checkpoints_do_not_count_among_those_to_keep(setting, name):
+    run = stopped(setting, name)
+    flip(checkpoints(run)[0] / "model.safetensors")
+    assert setting.run(name, fault=Fault("sigterm", "step", 10), keep_checkpoints=2).codes == [143]
+    sound = [path.name for path in checkpoints(run) if damage(path) is None]
+    assert sound == ["checkpoint_2_step_10", "checkpoint_2_step_9", "checkpoint_1"]  # the last one is best
 
 
 def test_missing_links_come_back(setting, name):
@@ -263,3 +355,115 @@ def test_missing_links_come_back(setting, name):
     assert [os.readlink(run / link) for link in ("best", "last")] == before
     assert setting.run(name).codes == [0]
     assert_same(run, setting.reference())
+
+
+def test_what_a_crash_left_unfinished_is_cleared_away(setting, name):
+    run = stopped(setting, name)
+    (run / "checkpoint_7.partial").mkdir()
+    (run / "checkpoint_7.partial" / "model.safetensors").write_bytes(b"torn")
+    (run / "best.partial").symlink_to("checkpoint_7")
+    (run / "config.yaml.partial").write_text("na")
+    assert setting.run(name).codes == [0]
+    assert_same(run, setting.reference())
+
+
+@pytest.mark.parametrize("kept", [0, 3.5])
+def test_lost_metrics_are_missed_and_no_harm_done(setting, name, kept):
+    run = stopped(setting, name)
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    lost = lines[int(kept) :]
+    (run / "metrics.jsonl").write_text(
+        "".join(f"{line}\n" for line in lines[: int(kept)]) + (lost[0][:9] if kept % 1 else "")
+    )
+    again = setting.run(name)
+    assert again.codes == [0]
+    assert "metrics.jsonl lacks lines" in again.output
+    assert metrics(run) == metrics(setting.reference())[: int(kept)] + metrics(setting.reference())[len(lines) :]
+
+
+def test_a_run_in_the_same_directory_is_refused(setting, name):
+    run = stopped(setting, name)
+    with (run / "metrics.jsonl").open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # as the process does that trains there
+        before = snapshot(run)
+        outcome = setting.run(name, 2)
+        assert outcome.codes == [2, 2]
+        assert f"error: name: another process is training in {run}" in outcome.output
+        assert snapshot(run) == before
+    assert setting.run(name).codes == [0]
+    assert_same(run, setting.reference())
+
+
+def test_resume_is_for_a_fresh_start_only(setting, name):
+    assert setting.run(name, fault=Fault("kill", "step", 6), resume=1).codes == [-9]
+    again = setting.run(name, resume=1)
+    assert again.codes == [0]
+    assert "resume is ignored" in again.output
+    assert_same(setting.directory / name, setting.reference(resume=1))
+    assert [line["eval/epoch"] for line in metrics(setting.directory / name) if "eval/epoch" in line] == [2, 3, 4]
+
+
+# --- a disk that takes no more ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fault", "ranks"),
+    [
+        (Fault("full", "state", 8), 1),
+        (Fault("full", "state", 4), 2),
+        (Fault("full", "rename", 8), 1),
+        (Fault("full", "log", 6), 2),
+        (Fault("limit", "step", 8, limit=40_000), 1),  # the weights do not fit any more
+    ],
+    ids=lambda value: show(value) if isinstance(value, Fault) else str(value),
+)
+def test_a_full_disk_is_a_clear_error_and_harms_no_checkpoint(setting, name, fault, ranks):
+    outcome = setting.run(name, ranks, fault)
+    run = setting.directory / name
+    assert outcome.codes == [4] * ranks, outcome.output
+    [message] = re.findall(r"error: (.*)", outcome.output)
+    assert str(run) in message and ("No space left" in message or "File too large" in message)
+    assert "Traceback" not in outcome.output
+    assert not list(run.glob("*.partial"))  # the room is given back
+    assert checkpoints(run) and all(damage(path) is None for path in checkpoints(run))
+    assert setting.run(name, ranks).codes == [0] * ranks
+    assert_same(run, setting.reference(ranks))
+
+
+def test_a_run_whose_directory_cannot_be_made(setting, name):
+    (setting.directory / name).write_text("a file in its place")
+    outcome = setting.run(name, 2)
+    assert outcome.codes == [4, 4]
+    assert re.search(rf"error: {setting.directory / name} could not be written", outcome.output)
+    assert "Traceback" not in outcome.output
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes in read-only directories")
+def test_a_read_only_directory_is_a_clear_error(setting, name):
+    run = stopped(setting, name)
+    before = snapshot(run)
+    run.chmod(0o500)
+    try:
+        outcome = setting.run(name)
+    finally:
+        run.chmod(0o700)
+    assert outcome.codes == [4]
+    assert "Permission denied" in outcome.output
+    assert snapshot(run) == before
+
+
+# --- another number of processes --------------------------------------------------------------------------------------
+
+
+def test_another_number_of_processes_takes_up_the_problems_that_are_left(setting, name):
+    stopped(setting, name, 6)  # two steps of the second epoch: 8 of 14 problems
+    outcome = setting.run(name, 2, Fault("nan", "forward", 7))
+    assert outcome.codes == [3, 3]
+    assert "written by 1 processes, so random streams are seeded afresh" in outcome.output
+    [listed] = re.findall(r"training problems (.*)", outcome.output)
+    idx = [int(number) for number in re.findall(r"\d+", listed)]
+    assert idx == step_indices(setting, 1, range(8, 14), 2)
+    assert setting.run(name, 3).codes == [0] * 3
+    steps = [(line["train/epoch"], line["step"]) for line in metrics(setting.directory / name) if "train/loss" in line]
+    epochs = [1] * 4 + [2] * 3 + [3] * 2 + [4] * 2  # 6 problems are left for one step, then 14 for two of 12 and 2
+    assert steps == list(zip(epochs, range(1, 12), strict=True))
