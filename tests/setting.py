@@ -20,11 +20,11 @@ class Setting:
     14 problems make 4 optimizer steps in each of 4 epochs (with two processes, 2 steps), the last of them short.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, dropout: float = 0.1):
         self.directory = directory
         tokenizer = byte_tokenizer()
         torch.manual_seed(0)
-        model = tiny_gpt2(len(tokenizer), positions=128, dropout=0.1)
+        model = tiny_gpt2(len(tokenizer), positions=192, dropout=dropout)
         self.config = directory / "config.yaml"
         self.config.write_text("method: coconut\nlogger: none\n")
         self.values = {
