@@ -1,0 +1,186 @@
+"""Many processes make the steps that one process makes, whoever computes what, and wherever the weights are."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import parallel
+from faults import ROOT, Fault, free_port
+from helpers import make_problems, read_lines, write_json
+from setting import Setting, assert_same, metrics
+
+CLOSE = {"rtol": 1e-5, "atol": 3e-6}  # float32, of sums that are added up in another order
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory) -> Setting:
+    """Without dropout, whose masks depend on who computes what. An epoch is two steps of 16 problems, one of 1."""
+    setting = Setting(tmp_path_factory.mktemp("parallel"), dropout=0.0)
+    setting.values |= {"train_path": write_json(setting.directory / "odd.json", make_problems(33)), "num_epochs": 3}
+    setting.values |= {"epochs_per_stage": 1, "max_latent_stage": 2, "lr": 1e-3, "save_every_steps": None}
+    setting.values |= {"batch_size_training": 16, "gradient_accumulation_steps": 1}
+    return setting
+
+
+@pytest.fixture(scope="module")
+def single(setting) -> Path:
+    """The run of one process that makes a whole step in one pass."""
+    return setting.reference()
+
+
+def finish(setting: Setting, name: str, ranks: int, **changes) -> Path:
+    """The directory of a run that goes through."""
+    outcome = setting.run(name, ranks, **changes)
+    assert outcome.codes == [0] * ranks, outcome.output
+    return setting.directory / name
+
+
+def assert_close(run: Path, reference: Path) -> None:
+    """Two runs agree to float32 accuracy in every number that they log and in their weights; predictions are equal.
+
+    But for the biases of attention keys: the softmax cancels them, so their gradient is nothing but rounding errors,
+    which AdamW divides by their own size and so turns into steps as large as any other's.
+    """
+    mine, theirs = metrics(run), metrics(reference)
+    assert [list(line) for line in mine] == [list(line) for line in theirs]
+    for line, other in zip(mine, theirs, strict=True):
+        assert line == pytest.approx(other, rel=1e-5)
+    weights, others = (load_file(directory / "last" / "model.safetensors") for directory in (run, reference))
+    assert weights.keys() == others.keys()
+    for name, weight in weights.items():
+        parts = zip(weight.chunk(3), others[name].chunk(3), strict=True)  # of c_attn: queries, keys, values
+        for part, (a, b) in zip("qkv", parts, strict=True):
+            if not (part == "k" and name.endswith("attn.c_attn.bias")):
+                torch.testing.assert_close(a, b, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+    for path in reference.glob("predictions_*"):
+        assert (run / path.name).read_bytes() == path.read_bytes()
+
+
+# --- the same steps ---------------------------------------------------------------------------------------------------
+
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("ranks", "per_pass", "passes", "strategy"),
+    [
+        (1, 4, 4, "auto"),
+        (2, 8, 1, "ddp"),
+        (2, 2, 4, "ddp"),
+        (2, 8, 1, "fsdp"),
+        (2, 2, 4, "fsdp"),
+        pytest.param(4, 4, 1, "ddp", marks=slow),
+        pytest.param(4, 1, 4, "ddp", marks=slow),
+        pytest.param(4, 4, 1, "fsdp", marks=slow),
+        pytest.param(4, 1, 4, "fsdp", marks=slow),
+    ],
+)
+def test_the_division_of_labour_changes_nothing(setting, single, ranks, per_pass, passes, strategy):
+    shape = {"batch_size_training": per_pass, "gradient_accumulation_steps": passes, "parallel": strategy}
+    name = f"{ranks}-{per_pass}-{passes}-{strategy}"
+    assert_close(finish(setting, name, ranks, **shape), single)
+
+
+@pytest.mark.parametrize(
+    "ranks", [2, pytest.param(3, marks=slow)]
+)  # by three, the validation set does not divide evenly either
+def test_any_number_of_thoughts_under_fsdp(setting, ranks):
+    """Other processes have other numbers of thoughts in training and validation, up to twelve."""
+    problems = [problem for steps in range(1, 13) for problem in make_problems(3, steps, seed=steps)]
+    mixed = write_json(setting.directory / "mixed.json", problems)
+    changes = {"max_latent_stage": 12, "pad_latent_to_max": False, "uniform_prob": 0.5, "resume": 11, "num_epochs": 13}
+    changes |= {"train_path": mixed, "val_path": mixed, "batch_size_eval": 2}
+    alone = finish(setting, f"thoughts-alone-{ranks}", 1, batch_size_training=2 * ranks, **changes)
+    shared = finish(setting, f"thoughts-{ranks}", ranks, batch_size_training=2, parallel="fsdp", **changes)
+    assert_close(shared, alone)
+    texts = [line["generated"] for line in read_lines(shared / "predictions_13.jsonl")]
+    assert any(text.startswith("[12 thoughts]") for text in texts) and any(
+        text.startswith("[1 thought]") for text in texts
+    )
+
+
+def test_bf16_under_fsdp(setting, single):
+    run = finish(setting, "bf16", 2, bf16=True, parallel="fsdp", batch_size_training=8)
+    losses, exact = ([line["train/loss"] for line in metrics(d) if "train/loss" in line] for d in (run, single))
+    assert losses == pytest.approx(exact, rel=0.05) and losses != exact
+    assert {weight.dtype for weight in load_file(run / "last" / "model.safetensors").values()} == {torch.float32}
+    assert setting.run("bf16-killed", 2, Fault("kill", "step", 5), bf16=True, parallel="fsdp", batch_size_training=8)
+    assert_same(finish(setting, "bf16-killed", 2, bf16=True, parallel="fsdp", batch_size_training=8), run)
+
+
+# --- continued by others ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("before", "after"), [("ddp", "fsdp"), ("fsdp", "ddp")])
+def test_a_checkpoint_continues_under_another_strategy(setting, single, before, after):
+    name, shape = f"{before}-{after}", {"batch_size_training": 8}
+    outcome = setting.run(name, 2, Fault("sigterm", "step", 5), parallel=before, **shape)
+    assert outcome.codes == [143, 143]
+    assert_close(finish(setting, name, 2, parallel=after, **shape), single)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "strategy"), [(1, 2, "fsdp"), (2, 1, "auto"), pytest.param(2, 4, "fsdp", marks=slow)]
+)
+def test_a_checkpoint_continues_with_another_number_of_processes(setting, before, after, strategy):
+    """The same as one process that from there on takes as many problems in a step."""
+    name, shape = f"{before}-{after}", {"batch_size_training": 4}
+    for run in (name, f"{name}-alone"):
+        outcome = setting.run(run, before, Fault("sigterm", "step", 3), parallel="fsdp", **shape)
+        assert outcome.codes == [143] * before
+    outcome = setting.run(name, after, parallel=strategy, **shape)
+    assert outcome.codes == [0] * after
+    assert f"written by {before} processes, so random streams are seeded afresh" in outcome.output
+    alone = setting.directory / f"{name}-alone"
+    config = yaml.safe_load((alone / "config.yaml").read_text()) | {"batch_size_training": 4 * after}
+    (alone / "config.yaml").write_text(yaml.safe_dump(config))  # or the change would be refused
+    assert_close(setting.directory / name, finish(setting, alone.name, 1, batch_size_training=4 * after))
+
+
+# --- several nodes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_two_nodes_train_together_and_one_process_writes(setting, single):
+    """Two torchrun agents, as on two machines; what the second one wrote would go to a directory of its own."""
+    port, agents = str(free_port()), []
+    shape = {"batch_size_training": 4, "gradient_accumulation_steps": 2, "parallel": "fsdp"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    for node in (0, 1):
+        launcher = ["--nnodes", "2", "--node_rank", str(node), "--nproc_per_node", "1"]
+        launcher += ["--master_addr", "127.0.0.1", "--master_port", port]
+        save_path = setting.directory / f"node-{node}"
+        run = [str(ROOT / "run.py"), *setting.words("nodes", save_path=str(save_path), **shape)]
+        command = [sys.executable, "-m", "torch.distributed.run", *launcher, *run]
+        agents.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment))
+    try:
+        outputs = [agent.communicate(timeout=200)[0].decode(errors="replace") for agent in agents]
+    finally:
+        for agent in agents:
+            agent.terminate()
+    assert [agent.returncode for agent in agents] == [0, 0], outputs
+    assert_close(setting.directory / "node-0" / "nodes", single)
+    assert not (setting.directory / "node-1").exists()
+    assert "saved" in outputs[0] and "saved" not in outputs[1]
+
+
+def test_a_process_takes_the_gpu_of_its_local_rank(monkeypatch):
+    """The sixth process of all may be the second one on its node."""
+    taken = []
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(parallel.dist, "init_process_group", lambda backend, timeout: taken.append(backend))
+    processes = parallel.start_processes()
+    assert (processes.rank, processes.world_size, str(processes.device)) == (5, 8, "cuda:1")
+    assert [str(value) for value in taken] == ["cuda:1", "nccl"]
