@@ -65,7 +65,7 @@ def build(config: Config, processes: Processes, stop: StopRequest) -> Run:
     train_examples = tokenize_problems(train_problems, pretrained.tokenizer)
     valid_examples = tokenize_problems(valid_problems, pretrained.tokenizer)
     if limit := getattr(pretrained.lm.config, "max_position_embeddings", None):
-        stages = {stage_of(epoch, config) for epoch in range(config.num_epochs)}
+        stages = {stage_of(epoch, config) for epoch in range(config.resume, config.num_epochs)}
         if config.only_eval:
             stages = {evaluation_stage(config, pretrained)}
         check_lengths(train_examples, stages, config, limit, config.train_path)
@@ -89,5 +89,5 @@ def find_checkpoint(config: Config, processes: Processes) -> Path | None:
         return None
     checkpoint = processes.on_main(lambda: latest_checkpoint(directory))
     if checkpoint is not None:
-        check_same_training(read_yaml(directory / "config.yaml"), config, directory)
+        check_same_training(read_yaml(directory / "config.yaml"), config, checkpoint, processes)
     return checkpoint

@@ -108,6 +108,11 @@ def lm_weights(lm: torch.nn.Module, weights: dict) -> dict:
     return {name: value for name, value in named.items() if name not in tied}
 
 
+def problems_per_step(config: Config, processes: Processes) -> int:
+    """The number of problems in an optimizer step, over all processes."""
+    return config.batch_size_training * config.gradient_accumulation_steps * processes.world_size
+
+
 def describe(config: Config, state: TrainState, pretrained: Pretrained, improved: bool) -> dict:
     """What coconut.json says of a checkpoint: how to prompt the model, and which added tokens it has rows for."""
     ids = {token: pretrained.token_id(token) for token in METHODS[config.method].tokens}
@@ -260,15 +265,26 @@ FREE_KEYS |= {"batch_size_eval", "max_new_tokens", "save_only_improve", "save_ev
 FREE_KEYS |= {"parallel", "trust_remote_code"}
 
 
-def check_same_training(saved: dict, config: Config, run_directory: Path) -> None:
-    """Raises UserError for keys of the config that would alter the training that a run directory holds."""
-    changed = [
-        f"  - {key}: {saved[key]!r} there, {value!r} now"
+def check_same_training(saved: dict, config: Config, checkpoint: Path, processes: Processes) -> None:
+    """Raises UserError for keys of the config that would alter the training that a run's checkpoint continues.
+
+    Batch and accumulation may change with the number of processes while a step takes as many problems as before. With
+    other processes alone it takes another number, which is worth a warning.
+    """
+    changed = {
+        key: f"  - {key}: {saved[key]!r} there, {value!r} now"
         for key, value in config.resolved().items()
         if key in saved and key not in FREE_KEYS and saved[key] != value
-    ]
+    }
+    before = read_description(str(checkpoint)).get("problems_per_step")
+    now = problems_per_step(config, processes)
+    if before == now:
+        changed.pop("batch_size_training", None)
+        changed.pop("gradient_accumulation_steps", None)
+    elif before:
+        processes.print(f"warning: an optimizer step took {before} problems so far, and takes {now} from now on")
     if changed:
         raise UserError(
-            f"{run_directory} holds a run that was trained differently:\n" + "\n".join(changed) + "\n"
+            f"{checkpoint.parent} holds a run that was trained differently:\n" + "\n".join(changed.values()) + "\n"
             "set them back to continue it, or choose another name for a new run"
         )

@@ -105,7 +105,7 @@ class Coconut(nn.Module):
 
         Args: input_ids, attention_mask, labels and position_ids, all (batch, length); labels are -100 where nothing is
         supervised; position_ids default to counting each row's real tokens. They may lie on the CPU while the model is
-        on a GPU: where thoughts and labels are is then known without waiting for the GPU.
+        on a GPU: where thoughts and labels are is then looked up without the GPU.
         With labels, the vocabulary projection is computed only where it is supervised. Raises ValueError for a thought
         in the first column, which has no hidden state before it. min_passes cuts the columns into more stretches than
         the thoughts need, to the same effect: processes that shard the weights must make equally many passes.
@@ -117,9 +117,10 @@ class Coconut(nn.Module):
             return CoconutOutput(None, project(hidden), embeds)
         rows, columns = (labels[:, 1:] != -100).nonzero(as_tuple=True)  # (supervised,) each
         targets, device = labels[rows, columns + 1], hidden.device
-        logits = project(hidden[rows.to(device), columns.to(device)])  # (supervised, vocabulary)
+        rows, columns, targets = (t.to(device, non_blocking=True) for t in (rows, columns, targets))
+        logits = project(hidden[rows, columns])  # (supervised, vocabulary)
         exact = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bfloat16 would round the loss
-        total = F.cross_entropy(exact, targets.to(device), reduction="sum")
+        total = F.cross_entropy(exact, targets, reduction="sum")
         return CoconutOutput(total / max(len(rows), 1), None, embeds)
 
     def think(

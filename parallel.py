@@ -20,6 +20,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from utils import UserError
+
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 TRAINING_BYTES = 16  # per parameter: float32 weight, gradient and AdamW's two moments
 DDP_SHARE = 0.4  # of a GPU's memory that these may take before `auto` shards them
@@ -88,6 +90,9 @@ def start_processes() -> Processes:
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
+        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if here > gpus:
+            raise UserError(f"{here} processes for {gpus} GPU(s); lower --nproc_per_node to {gpus}")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if world_size > 1:
@@ -113,7 +118,7 @@ def distribute(model: nn.Module, strategy: str, bf16: bool, processes: Processes
         strategy = "ddp" if fits(model, processes.device) else "fsdp"
         processes.print(f"parallel: auto chooses {strategy}")
     if strategy == "ddp":
-        return settle_buckets(DistributedDataParallel(model))
+        return settle_buckets(DistributedDataParallel(model, broadcast_buffers=False))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     options = {"mp_policy": policy} if bf16 else {}
     mesh = dist.init_device_mesh(processes.device.type, (processes.world_size,))
@@ -143,8 +148,10 @@ def fits(model: nn.Module, device: torch.device) -> bool:
 
 
 def transformer_blocks(model: nn.Module) -> nn.ModuleList:
-    """The list of the model's blocks, whatever the architecture calls it: its longest list of modules."""
-    return max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
+    """The list of the model's blocks, whatever the architecture calls it: its longest list that is in no other one."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    inner = {module for outer in lists for module in outer.modules() if module is not outer}
+    return max((module for module in lists if module not in inner), key=len)
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -69,6 +69,7 @@ def load_pretrained(config: Config, load_path: str | Path | None) -> Pretrained:
     add_tokens(tokenizer, config.method)
     if is_file:
         known |= load_official_file(lm, tokenizer, path, own_tokens)
+    check_head(lm, tokenizer)
     if METHODS[config.method].markers:
         add_rows(lm, tokenizer, known, config.new_token_init)
     return Pretrained(lm, tokenizer, description)
@@ -88,6 +89,20 @@ def load_model(folder: str, config: Config, is_checkpoint: bool) -> PreTrainedMo
         key = "load_model_path" if is_checkpoint else "model_id"
         raise UserError(f"{key}: {folder!r}: weights are missing or unexpected: {name_some(lost)}")
     return lm
+
+
+@torch.no_grad()
+def check_head(lm: PreTrainedModel, tokenizer) -> None:
+    """Raises UserError for a model whose logits are more than its head of the last hidden state (scaled or capped
+    ones, as in Gemma 2, Granite and Cohere): Coconut would train it on another loss than its own."""
+    input_ids = torch.full((1, 2), tokenizer.eos_token_id)
+    was_training = lm.training
+    lm.eval()
+    expected = lm(input_ids=input_ids).logits  # (1, 2, vocabulary)
+    logits = lm.get_output_embeddings()(lm.base_model(input_ids=input_ids).last_hidden_state)
+    lm.train(was_training)
+    if not torch.allclose(logits, expected, atol=1e-3, rtol=1e-3):
+        raise UserError("model_id: this model changes its logits behind the head (scaling or capping), not supported")
 
 
 def load_official_file(lm: PreTrainedModel, tokenizer, path: Path, own_tokens: int) -> set[str]:

@@ -54,6 +54,9 @@ def test(run: Run) -> None:
     config, checkpoint = run.config, Path(run.config.load_model_path)
     stage = evaluation_stage(config, run.pretrained)
     run.processes.print(f"evaluating {checkpoint} on {config.val_path} at stage {stage}")
+    for key, trained in run.pretrained.description.items():
+        if getattr(config, key, trained) != trained:
+            run.processes.print(f"warning: {key} is {getattr(config, key)} here, but the checkpoint has {trained}")
     evaluation = validate(run, stage)
     summary = {"checkpoint": str(checkpoint), "val_path": config.val_path, "stage": stage, **evaluation.metrics()}
     if not config.debug:

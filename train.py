@@ -14,10 +14,20 @@ import transformers
 import yaml
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from build import Run
-from checkpoint import TrainState, describe, load_training_state, prune, remove_partial, save_checkpoint, set_links
+from checkpoint import (
+    TrainState,
+    describe,
+    load_training_state,
+    problems_per_step,
+    prune,
+    remove_partial,
+    save_checkpoint,
+    set_links,
+)
 from curriculum import schedule_table, stage_of
 from dataset import SequenceDataset, get_cot_latent_dataset, step_batches
 from evaluate import Evaluation, Interrupted, autocast, inputs, stop_together, validate, write_predictions
@@ -144,7 +154,7 @@ class Trainer:
         for number, (batch, count) in enumerate(zip(batches, supervised, strict=True), 1):
             with gradient_sync(self.model, last=number == len(batches)):
                 with autocast(self.run):
-                    loss = self.model(**inputs(batch), **self.equal_passes(batch)).loss
+                    loss = self.model(**self.equal_passes(inputs(batch))).loss
                 loss = loss * (count / all_supervised)
                 (loss * processes.world_size).backward()  # gradients are averaged over processes
             total += loss.detach()
@@ -160,12 +170,18 @@ class Trainer:
         return {"loss": loss, "grad_norm": norm, "lr": lr, "tokens": all_tokens}
 
     def equal_passes(self, batch: dict[str, Tensor]) -> dict:
-        """Sharded weights are gathered anew for every pass, so all processes must make equally many."""
+        """Sharded weights are gathered anew for every pass, so all processes must make equally many.
+
+        Returns the batch with as many passes as any process needs, padded where it has fewer columns than that.
+        """
         if not is_sharded(self.model):
-            return {}
-        own = 1 + len(self.run.model.cuts(batch["input_ids"] == self.run.model.latent_token_id))
-        [most] = self.run.processes.max([own])
-        return {"min_passes": int(most)}
+            return batch
+        model, tokenizer = self.run.model, self.run.pretrained.tokenizer
+        [most] = self.run.processes.max([1 + len(model.cuts(batch["input_ids"] == model.latent_token_id))])
+        padding = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "position_ids": 0, "labels": -100}
+        missing = max(int(most) - batch["input_ids"].shape[1], 0)
+        padded = {key: F.pad(value, (0, missing), value=padding[key]) for key, value in batch.items()}
+        return {**padded, "min_passes": int(most)}
 
     def gradient_norm(self) -> float:
         """The gradient's norm over all parameters; clips the gradient where the config asks for it."""
@@ -197,6 +213,7 @@ class Trainer:
         state.metrics_bytes = run.processes.on_main(self.log.flush)
         name = f"checkpoint_{state.epoch}" + (f"_step_{state.step}" if state.examples else "")
         description = describe(run.config, state, run.pretrained, improved=best)
+        description["problems_per_step"] = problems_per_step(run.config, run.processes)
         checkpoint = run.directory / name
         save_checkpoint(checkpoint, run.pretrained, run.model, self.optimizer, state, description, run.processes)
         if run.processes.is_main:

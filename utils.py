@@ -230,7 +230,7 @@ def run_problems(config: Config, given: dict) -> list[str]:
     if config.lora_rank and config.parallel == "fsdp":
         problems.append("parallel: fsdp does not go with lora_rank; use ddp, adapters need little memory")
     needed = ("name", "val_path") if config.only_eval else ("name", *SPLIT_PATHS)
-    problems += [f"{key}: missing; a run needs it" for key in needed if not given.get(key)]
+    problems += [f"{key}: missing; a run needs it" for key in needed if given.get(key) in (None, "", "None")]
     if config.name and (Path(config.name).name != config.name or config.name == ".."):
         problems.append(f"name: {config.name!r} must be a plain directory name; directories belong into save_path")
     problems += missing_packages(config)

@@ -60,7 +60,7 @@ PAPER = {
 
 
 def launch(processes: int, config: Path, words: list[str]) -> None:
-    """Runs run.py to its end; a failure ends this program with the same exit code."""
+    """Runs run.py to its end; a failure ends this program with its exit code."""
     command = [sys.executable, "run.py", str(config), *words]
     if processes > 1:
         torchrun = ["-m", "torch.distributed.run", "--nnodes", "1", "--nproc_per_node", str(processes)]
@@ -77,9 +77,9 @@ def train_and_test(dataset: str, method: str, seed: int, processes: int, words: 
     path = ROOT / "args" / f"{dataset}_{method}.yaml"
     config = Config(read_yaml(path) | read_words(words))
     own = [*words, f"name={config.name}-seed{seed}", f"seed={seed}"]
-    start = config.load_model_path
-    if start:  # .../NAME/best -> .../NAME-seedS/best
-        own.append(f"load_model_path={Path(start).parent}-seed{seed}/{Path(start).name}")
+    if config.load_model_path and not any(word.startswith("load_model_path=") for word in words):
+        start = Path(config.load_model_path)  # .../NAME/best -> save_path/NAME-seedS/best
+        own.append(f"load_model_path={config.save_path}/{start.parent.name}-seed{seed}/{start.name}")
     launch(processes, path, own)
     directory = Path(config.save_path) / f"{config.name}-seed{seed}"
     test = config.val_path.replace("_valid", "_test")
@@ -121,7 +121,8 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=1, help="how many, from 0")
     parser.add_argument("--processes", type=int, default=1, help="per run, under torchrun where more than one")
-    arguments, words = parser.parse_known_args()
+    words = [word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]
+    arguments = parser.parse_args([word for word in sys.argv[1:] if word not in words])
     methods = sorted(arguments.methods, key=list(METHODS).index)  # cot first: others may start from it
     results = {method: [] for method in methods}
     try:
