@@ -31,8 +31,9 @@ sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tests")) if path not in
 class Fault:
     """Something that goes wrong once in a run.
 
-    action: kill (SIGKILL), sigterm, sigint, impatient (SIGTERM, and later once more), wait (until a signal
-            comes), raise (an exception), full (ENOSPC), limit (no file may grow beyond `limit` bytes from now on, as on a full disk), nan (a loss)
+    action: kill (SIGKILL), sigterm, sigint, impatient (SIGTERM, and later once more), wait (until a signal comes),
+            raise (an exception), full (ENOSPC), limit (no file may grow beyond `limit` bytes from now on, as on a full
+            disk), nan (a loss)
     place:  step (an optimizer step begins), backward (its gradients are there), validation (an answer is there),
             state (a save has written the weights and begins with the training state), rename (a save is about to
             rename its files), renamed (it has), log (metrics are about to be made durable), forward (for nan)

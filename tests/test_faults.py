@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import fcntl
 import itertools
+import json
 import os
 import random
 import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from checkpoint import checkpoints, damage
 from dataset import step_batches
-from faults import Fault, flip, truncate
-from helpers import snapshot
+from faults import ROOT, Fault, flip, launch, truncate
+from helpers import run_script, snapshot
 from setting import Setting, assert_same, metrics, training_state
 
 
@@ -362,3 +368,83 @@ def test_another_number_of_processes_takes_up_the_problems_that_are_left(setting
     steps = [(line["train/epoch"], line["step"]) for line in metrics(setting.directory / name) if "train/loss" in line]
     epochs = [1] * 4 + [2] * 3 + [3] * 2 + [4] * 2  # 6 problems are left for one step, then 14 for two of 12 and 2
     assert steps == list(zip(epochs, range(1, 12), strict=True))
+
+
+# --- as a user starts it: python, torchrun, a scheduler ---------------------------------------------------------------
+
+DRIVER = ROOT / "tests" / "faults.py"
+
+
+def command(setting: Setting, name: str, fault: Fault, *torchrun: str) -> list[str]:
+    """A run with a fault, by python or torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", *torchrun] if torchrun else []
+    return [sys.executable, *launcher, str(DRIVER), json.dumps(asdict(fault)), *setting.words(name)]
+
+
+def start(words: list[str]) -> subprocess.Popen:
+    """A command whose output is read at its end."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, text=True)
+
+
+def signal_when_struck(setting: Setting, name: str, number: int, *torchrun: str) -> tuple[int, str]:
+    """Sends a signal to a run, or to its torchrun, in optimizer step 6; returns the exit code and the output."""
+    struck = setting.directory / f"{name}.struck"
+    with start(command(setting, name, Fault("wait", "step", 6, once=str(struck)), *torchrun)) as process:
+        for _ in range(1200):
+            if struck.exists() or process.poll() is not None:
+                break
+            time.sleep(0.1)
+        process.send_signal(number)
+        try:
+            output, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    return process.returncode, output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_the_exit_code_that_a_scheduler_sees(setting, name, number, code):
+    returned, output = signal_when_struck(setting, name, number)
+    assert returned == code, output
+    assert "stopped by a signal; the same command continues this run" in output
+    finished = run_script(setting.config, *setting.words(name)[1:])
+    assert finished.returncode == 0, finished.stderr
+    assert_same(setting.directory / name, setting.reference())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_torchrun_hands_the_signal_on(setting, name):
+    returned, output = signal_when_struck(setting, name, signal.SIGTERM, "--nproc_per_node", "2")
+    assert returned != 0
+    assert "stopped by a signal; the same command continues this run" in output
+    assert training_state(setting.directory / name / "last")["/state/step"] == 6
+    finished = run_script(setting.config, *setting.words(name)[1:], processes=2)
+    assert finished.returncode == 0, finished.stderr
+    assert_same(setting.directory / name, setting.reference(2))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_torchrun_restarts_a_worker_that_died(setting, name):
+    fault = Fault("kill", "backward", 6, rank=1, once=str(setting.directory / f"{name}.struck"))
+    with start(command(setting, name, fault, "--nproc_per_node", "2", "--max-restarts", "1")) as process:
+        try:
+            output, _ = process.communicate(timeout=240)
+        finally:
+            process.kill()
+    assert process.returncode == 0, output
+    assert Path(fault.once).exists() and "continuing" in output
+    assert_same(setting.directory / name, setting.reference(2))
+
+
+@pytest.mark.slow
+def test_wandb_goes_on_with_the_same_run(setting, name):
+    env = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    for fault, code in ((Fault("sigterm", "step", 6), 143), (None, 0)):
+        outcome = launch(setting.words(name, logger="wandb"), fault=fault, env=env)
+        assert outcome.codes == [code], outcome.output
+    runs = [path.name.rsplit("-", 1)[1] for path in (setting.directory / name / "wandb").glob("offline-run-*")]
+    assert len(runs) == 2 and len(set(runs)) == 1

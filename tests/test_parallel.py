@@ -17,7 +17,7 @@ from faults import ROOT, Fault, free_port
 from helpers import make_problems, read_lines, write_json
 from setting import Setting, assert_same, metrics
 
-CLOSE = {"rtol": 1e-5, "atol": 3e-6}  # float32, of sums that are added up in another order
+CLOSE = {"rtol": 1e-5, "atol": 2e-5}  # sums in another order, through AdamW: a fiftieth of one step, lr 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +89,7 @@ def test_the_division_of_labour_changes_nothing(setting, single, ranks, per_pass
     assert_close(finish(setting, name, ranks, **shape), single)
 
 
-@pytest.mark.parametrize(
-    "ranks", [2, pytest.param(3, marks=slow)]
-)  # by three, the validation set does not divide evenly either
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=slow)])
 def test_any_number_of_thoughts_under_fsdp(setting, ranks):
     """Other processes have other numbers of thoughts in training and validation, up to twelve."""
     problems = [problem for steps in range(1, 13) for problem in make_problems(3, steps, seed=steps)]
@@ -102,9 +100,7 @@ def test_any_number_of_thoughts_under_fsdp(setting, ranks):
     shared = finish(setting, f"thoughts-{ranks}", ranks, batch_size_training=2, parallel="fsdp", **changes)
     assert_close(shared, alone)
     texts = [line["generated"] for line in read_lines(shared / "predictions_13.jsonl")]
-    assert any(text.startswith("[12 thoughts]") for text in texts) and any(
-        text.startswith("[1 thought]") for text in texts
-    )
+    assert {1, 12} <= {int(text[1:].split()[0]) for text in texts}
 
 
 def test_bf16_under_fsdp(setting, single):
