@@ -96,8 +96,21 @@ def start_processes() -> Processes:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        store = dist.PrefixStore(attempt(), next(dist.rendezvous("env://", timeout=PATIENCE))[0])
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=PATIENCE)
     return Processes(rank, world_size, device)
+
+
+def attempt() -> str:
+    """A name for this start of the processes, under which they find each other.
+
+    Workers that torchrun restarts share a store with their dead forerunners, whose addresses they must not take. The
+    agents of several nodes count restarts each for itself, so a name there is the same for all: docs/faults.md tells
+    how to get a store for each attempt.
+    """
+    one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    return f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0) if one_node else 0}"
 
 
 def stop_processes() -> None:

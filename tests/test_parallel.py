@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch.distributed import HashStore
 
 import parallel
 from faults import ROOT, Fault, free_port
@@ -144,29 +147,49 @@ def test_a_checkpoint_continues_with_another_number_of_processes(setting, before
 # --- several nodes ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(240)
-def test_two_nodes_train_together_and_one_process_writes(setting, single):
-    """Two torchrun agents, as on two machines; what the second one wrote would go to a directory of its own."""
-    port, agents = str(free_port()), []
-    shape = {"batch_size_training": 4, "gradient_accumulation_steps": 2, "parallel": "fsdp"}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    for node in (0, 1):
-        launcher = ["--nnodes", "2", "--node_rank", str(node), "--nproc_per_node", "1"]
-        launcher += ["--master_addr", "127.0.0.1", "--master_port", port]
-        save_path = setting.directory / f"node-{node}"
-        run = [str(ROOT / "run.py"), *setting.words("nodes", save_path=str(save_path), **shape)]
-        command = [sys.executable, "-m", "torch.distributed.run", *launcher, *run]
-        agents.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment))
+def two_nodes(launcher: list[str], programs: list[list[str]], **variables: str) -> list[str]:
+    """What two torchrun agents print, as on two machines, which run a program each; both must succeed."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **variables}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment}
+    agents = []
+    for node, program in enumerate(programs):
+        options = ["--nnodes", "2", "--node_rank", str(node), "--nproc_per_node", "1", *launcher]
+        command = [sys.executable, "-m", "torch.distributed.run", *options, *program]
+        agents.append(subprocess.Popen(command, **pipes))
     try:
-        outputs = [agent.communicate(timeout=200)[0].decode(errors="replace") for agent in agents]
+        outputs = [agent.communicate(timeout=200)[0] for agent in agents]
     finally:
         for agent in agents:
             agent.terminate()
-    assert [agent.returncode for agent in agents] == [0, 0], outputs
+    assert [agent.returncode for agent in agents] == [0, 0], "\n".join(outputs)
+    return outputs
+
+
+SHAPE = {"batch_size_training": 4, "gradient_accumulation_steps": 2, "parallel": "fsdp"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_two_nodes_train_together_and_one_process_writes(setting, single):
+    """What the second node wrote would go to a directory of its own."""
+    launcher = ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+    paths = [str(setting.directory / f"node-{node}") for node in (0, 1)]
+    programs = [[str(ROOT / "run.py"), *setting.words("nodes", save_path=path, **SHAPE)] for path in paths]
+    outputs = two_nodes(launcher, programs)
     assert_close(setting.directory / "node-0" / "nodes", single)
     assert not (setting.directory / "node-1").exists()
     assert "saved" in outputs[0] and "saved" not in outputs[1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_two_nodes_restart_when_a_worker_dies(setting, single):
+    launcher = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--max-restarts", "2"]
+    fault = Fault("kill", "step", 5, rank=1, once=str(setting.directory / "struck"))
+    program = [str(ROOT / "tests" / "faults.py"), json.dumps(asdict(fault)), *setting.words("restarted", **SHAPE)]
+    outputs = two_nodes(launcher, [program, program], TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    assert Path(fault.once).exists() and "continuing" in "".join(outputs)
+    assert_close(setting.directory / "restarted", single)
 
 
 def test_a_process_takes_the_gpu_of_its_local_rank(monkeypatch):
@@ -176,7 +199,8 @@ def test_a_process_takes_the_gpu_of_its_local_rank(monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    monkeypatch.setattr(parallel.dist, "init_process_group", lambda backend, timeout: taken.append(backend))
+    monkeypatch.setattr(parallel.dist, "rendezvous", lambda *_, **__: iter([(HashStore(), 5, 8)]))
+    monkeypatch.setattr(parallel.dist, "init_process_group", lambda backend, **_: taken.append(backend))
     processes = parallel.start_processes()
     assert (processes.rank, processes.world_size, str(processes.device)) == (5, 8, "cuda:1")
     assert [str(value) for value in taken] == ["cuda:1", "nccl"]
