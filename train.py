@@ -93,7 +93,7 @@ class Trainer:
             return
         with saving(run.directory):
             run.directory.mkdir(parents=True, exist_ok=True)
-        self.log = MetricLogger(run.directory, run.config, self.state.run_id, self.state.metrics_bytes)
+        self.log = MetricLogger(run.directory, run.config, self.state.run_id, self.state.metrics_bytes, self.state.step)
         with saving(run.directory):
             remove_partial(run.directory)
             write_text(run.directory / "config.yaml", resolved_text(run.config))
@@ -159,8 +159,8 @@ class Trainer:
                 (loss * processes.world_size).backward()  # gradients are averaged over processes
             total += loss.detach()
         norm = self.gradient_norm()
-        [loss] = processes.sum([total.item()])
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        loss, norms = processes.sum([total.item(), norm])  # all agree, even if one device alone miscalculates
+        if not math.isfinite(loss + norms):
             idx = processes.gather([i for batch in batches for i in batch["idx"].tolist() if i >= 0])
             raise NotFiniteError(f"{place}: loss {loss}, gradient norm {norm}, on the training problems {idx}")
         lr = self.run.config.lr * min(1, (self.state.step + 1) / max(self.run.config.warmup_steps, 1))

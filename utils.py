@@ -333,11 +333,11 @@ class StopRequest:
 class MetricLogger:
     """Writes metrics to metrics.jsonl and, as the config's `logger` says, to wandb or tensorboard.
 
-    Args: the run's directory (None: log nowhere), the config, the run id that a continued run keeps, and the number of
-    bytes of metrics.jsonl that the checkpoint being continued knows of; later lines are cut off.
+    Args: the run's directory (None: log nowhere), the config, the run id that a continued run keeps, and what the
+    checkpoint being continued knows of: the bytes of metrics.jsonl and the finished steps; what is later is cut off.
     """
 
-    def __init__(self, directory: Path | None, config: Config, run_id: str, keep_bytes: int = 0):
+    def __init__(self, directory: Path | None, config: Config, run_id: str, keep_bytes: int = 0, steps: int = 0):
         self.file = self.backend = self.error = None
         if directory is None:
             return
@@ -351,7 +351,7 @@ class MetricLogger:
         elif config.logger == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter  # an optional package
 
-            self.backend = SummaryWriter(str(directory / "tensorboard"))
+            self.backend = SummaryWriter(str(directory / "tensorboard"), purge_step=steps + 1)
 
     def cut(self, keep_bytes: int) -> None:
         """Cuts off what the checkpoint does not know of: the steps that will be made again."""

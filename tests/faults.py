@@ -33,7 +33,7 @@ class Fault:
 
     action: kill (SIGKILL), sigterm, sigint, impatient (SIGTERM, and later once more), wait (until a signal comes),
             raise (an exception), full (ENOSPC), limit (no file may grow beyond `limit` bytes from now on, as on a full
-            disk), nan (a loss)
+            disk), nan (a loss), inf (all gradients of this process)
     place:  step (an optimizer step begins), backward (its gradients are there), validation (an answer is there),
             state (a save has written the weights and begins with the training state), rename (a save is about to
             rename its files), renamed (it has), log (metrics are about to be made durable), forward (for nan)
@@ -142,6 +142,9 @@ class Fault:
             utils.StopRequest.SAME_WISH = -1  # no need to wait
             signal.raise_signal(signal.SIGTERM)
             signal.raise_signal(signal.SIGTERM)
+        elif self.action == "inf":
+            for parameter in self.trainer.model.parameters():
+                parameter.grad.mul_(float("inf"))
         elif self.action == "wait":
             while not self.trainer.run.stop.signal:
                 time.sleep(0.01)

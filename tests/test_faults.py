@@ -39,24 +39,32 @@ def name(request) -> str:
     return re.sub(r"\W+", "_", request.node.name)
 
 
+def slow(*values):
+    """Values of a parametrized test that are left out of the everyday suite."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def show(value) -> str:
+    """A short name of a test's value."""
+    if not isinstance(value, Fault):
+        return str(getattr(value, "__name__", value))
+    return f"{value.action}-{value.place}-{value.step}" + (f"-rank{value.rank}" if value.rank else "")
+
+
 # --- killed -----------------------------------------------------------------------------------------------------------
 
 KILLS = [
     Fault("kill", "step", 1),  # before anything is saved
-    Fault("kill", "step", 6),  # between two saves
+    slow(Fault("kill", "step", 6)),  # between two saves
     Fault("kill", "backward", 9),  # in the middle of the first step of a stage, which resets the optimizer
-    Fault("kill", "validation", 8),
-    Fault("kill", "log", 6),
+    slow(Fault("kill", "validation", 8)),
+    slow(Fault("kill", "log", 6)),
     Fault("kill", "state", 3),  # during the first save
-    Fault("kill", "state", 12),
-    Fault("kill", "rename", 6),
+    slow(Fault("kill", "state", 12)),
+    slow(Fault("kill", "rename", 6)),
     Fault("kill", "renamed", 12),  # the checkpoint is there, best and last do not point to it yet
-    Fault("kill", "renamed", 16),  # the very last save
+    slow(Fault("kill", "renamed", 16)),  # the very last save
 ]
-
-
-def show(fault: Fault) -> str:
-    return f"{fault.action}-{fault.place}-{fault.step}" + (f"-rank{fault.rank}" if fault.rank else "")
 
 
 @pytest.mark.parametrize("fault", KILLS, ids=show)
@@ -74,16 +82,18 @@ def test_a_run_that_is_killed_again_and_again(setting, name):
     assert_same(setting.directory / name, setting.reference())
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+DEATHS = [
+    Fault("kill", "backward", 4, rank=1),
+    Fault("raise", "step", 6, rank=1),
+    Fault("kill", "step", 6, rank=0),
+    Fault("kill", "state", 4),
+    Fault("kill", "validation", 4, rank=1),
+]
+
+
 @pytest.mark.parametrize(
-    "fault",
-    [
-        Fault("kill", "backward", 4, rank=1),
-        Fault("kill", "step", 6, rank=0),
-        Fault("kill", "state", 4),
-        Fault("kill", "validation", 4, rank=1),
-        Fault("raise", "step", 6, rank=1),
-    ],
+    ("fault", "parallel"),
+    [(DEATHS[0], "ddp"), *(slow(fault, "ddp") for fault in DEATHS[1:]), *(slow(fault, "fsdp") for fault in DEATHS)],
     ids=show,
 )
 def test_no_process_is_left_hanging_and_the_run_goes_on(setting, name, fault, parallel):
@@ -95,6 +105,7 @@ def test_no_process_is_left_hanging_and_the_run_goes_on(setting, name, fault, pa
     assert_same(setting.directory / name, setting.reference(2, parallel=parallel))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_exact_resume_with_four_processes(setting, name, parallel):
     changes = {"parallel": parallel, "batch_size_training": 1}
@@ -108,12 +119,12 @@ def test_exact_resume_with_four_processes(setting, name, parallel):
 
 STOPS = [
     Fault("sigterm", "step", 6),
-    Fault("sigint", "step", 6),
+    slow(Fault("sigint", "step", 6)),
     Fault("sigterm", "step", 8),  # the last step of an epoch: what is left is its validation
-    Fault("sigterm", "validation", 8),
-    Fault("sigint", "validation", 16),
+    slow(Fault("sigterm", "validation", 8)),
+    slow(Fault("sigint", "validation", 16)),
     Fault("sigterm", "state", 8),  # during an epoch's save
-    Fault("sigterm", "renamed", 12),
+    slow(Fault("sigterm", "renamed", 12)),
 ]
 CODES = {"sigterm": 143, "sigint": 130}
 
@@ -131,9 +142,15 @@ def test_a_signal_saves_and_the_same_command_goes_on(setting, name, fault):
     assert_same(setting.directory / name, setting.reference())
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 @pytest.mark.parametrize(
-    "fault", [Fault("sigterm", "step", 5, rank=1), Fault("sigint", "validation", 4, rank=1)], ids=show
+    ("fault", "parallel"),
+    [
+        (Fault("sigterm", "step", 5, rank=1), "ddp"),
+        slow(Fault("sigint", "validation", 4, rank=1), "ddp"),
+        slow(Fault("sigterm", "step", 5, rank=1), "fsdp"),
+        (Fault("sigint", "validation", 4, rank=1), "fsdp"),
+    ],
+    ids=show,
 )
 def test_a_signal_to_one_process_stops_all_after_saving(setting, name, fault, parallel):
     outcome = setting.run(name, 2, fault, parallel=parallel)
@@ -163,7 +180,7 @@ def test_a_second_signal_ends_the_run_at_once(setting, name):
 # --- a loss that is not finite ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("ranks", "parallel"), [(1, "ddp"), (2, "ddp"), (2, "fsdp")])
+@pytest.mark.parametrize(("ranks", "parallel"), [(1, "ddp"), (2, "ddp"), slow(2, "fsdp")])
 def test_a_nan_stops_all_processes_before_the_weights_change(setting, name, ranks, parallel):
     fault = Fault("nan", "forward", 4, rank=ranks - 1)
     outcome = setting.run(name, ranks, fault, parallel=parallel)
@@ -177,6 +194,14 @@ def test_a_nan_stops_all_processes_before_the_weights_change(setting, name, rank
     assert os.readlink(run / "last") == ("checkpoint_0_step_3" if ranks == 1 else "checkpoint_1_step_3")
     assert setting.run(name, ranks, parallel=parallel).codes == [0] * ranks
     assert_same(run, setting.reference(ranks, parallel=parallel))
+
+
+def test_a_gradient_that_is_not_finite_in_one_process_stops_all(setting, name):
+    outcome = setting.run(name, 2, Fault("inf", "backward", 4, rank=1))
+    assert outcome.codes == [3, 3]
+    assert re.search(r"error: epoch 2, step 4: loss \d.*, gradient norm .*, on the training problems", outcome.output)
+    assert setting.run(name, 2).codes == [0, 0]
+    assert_same(setting.directory / name, setting.reference(2))
 
 
 def step_indices(setting: Setting, epoch: int, places: range, ranks: int) -> list[int]:
@@ -207,13 +232,13 @@ def empty(path: Path) -> None:
     ("harm", "file"),
     [
         (truncate, "training_state.pt"),
-        (truncate, "model.safetensors"),
+        slow(truncate, "model.safetensors"),
         (flip, "model.safetensors"),
-        (flip, "training_state.pt"),
-        (flip, "coconut.json"),
-        (missing, "tokenizer.json"),
+        slow(flip, "training_state.pt"),
+        slow(flip, "coconut.json"),
+        slow(missing, "tokenizer.json"),
         (missing, "manifest.json"),
-        (empty, "manifest.json"),
+        slow(empty, "manifest.json"),
     ],
 )
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(setting, name, harm, file):
@@ -229,6 +254,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(setting
     assert_same(run, setting.reference())
 
 
+@pytest.mark.slow
 def test_damaged_checkpoints_all_around_are_a_fresh_start(setting, name):
     run = stopped(setting, name, 5)
     for checkpoint in checkpoints(run):
@@ -247,6 +273,7 @@ def test_damaged_checkpoints_do_not_count_among_those_to_keep(setting, name):
     assert sound == ["checkpoint_2_step_10", "checkpoint_2_step_9", "checkpoint_1"]  # the last one is best
 
 
+@pytest.mark.slow
 def test_missing_links_come_back(setting, name):
     run = stopped(setting, name)
     before = [os.readlink(run / link) for link in ("best", "last")]
@@ -268,7 +295,7 @@ def test_what_a_crash_left_unfinished_is_cleared_away(setting, name):
     assert_same(run, setting.reference())
 
 
-@pytest.mark.parametrize("kept", [0, 3.5])
+@pytest.mark.parametrize("kept", [slow(0), 3.5])
 def test_lost_metrics_are_missed_and_no_harm_done(setting, name, kept):
     run = stopped(setting, name)
     lines = (run / "metrics.jsonl").read_text().splitlines()
@@ -310,13 +337,13 @@ def test_resume_is_for_a_fresh_start_only(setting, name):
 @pytest.mark.parametrize(
     ("fault", "ranks"),
     [
-        (Fault("full", "state", 8), 1),
+        slow(Fault("full", "state", 8), 1),
         (Fault("full", "state", 4), 2),
-        (Fault("full", "rename", 8), 1),
-        (Fault("full", "log", 6), 2),
+        slow(Fault("full", "rename", 8), 1),
+        slow(Fault("full", "log", 6), 2),
         (Fault("limit", "step", 8, limit=40_000), 1),  # the weights do not fit any more
     ],
-    ids=lambda value: show(value) if isinstance(value, Fault) else str(value),
+    ids=show,
 )
 def test_a_full_disk_is_a_clear_error_and_harms_no_checkpoint(setting, name, fault, ranks):
     outcome = setting.run(name, ranks, fault)

@@ -20,6 +20,7 @@ from faults import ROOT, Fault, free_port
 from helpers import make_problems, read_lines, write_json
 from setting import Setting, assert_same, metrics
 
+slow = pytest.mark.slow
 CLOSE = {"rtol": 1e-5, "atol": 2e-5}  # sums in another order, through AdamW: a fiftieth of one step, lr 1e-3
 
 
@@ -69,16 +70,14 @@ def assert_close(run: Path, reference: Path) -> None:
 
 # --- the same steps ---------------------------------------------------------------------------------------------------
 
-slow = pytest.mark.slow
-
 
 @pytest.mark.parametrize(
     ("ranks", "per_pass", "passes", "strategy"),
     [
         (1, 4, 4, "auto"),
         (2, 8, 1, "ddp"),
-        (2, 2, 4, "ddp"),
-        (2, 8, 1, "fsdp"),
+        pytest.param(2, 2, 4, "ddp", marks=slow),
+        pytest.param(2, 8, 1, "fsdp", marks=slow),
         (2, 2, 4, "fsdp"),
         pytest.param(4, 4, 1, "ddp", marks=slow),
         pytest.param(4, 1, 4, "ddp", marks=slow),
@@ -92,7 +91,8 @@ def test_the_division_of_labour_changes_nothing(setting, single, ranks, per_pass
     assert_close(finish(setting, name, ranks, **shape), single)
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=slow)])
+@slow
+@pytest.mark.parametrize("ranks", [2, 3])
 def test_any_number_of_thoughts_under_fsdp(setting, ranks):
     """Other processes have other numbers of thoughts in training and validation, up to twelve."""
     problems = [problem for steps in range(1, 13) for problem in make_problems(3, steps, seed=steps)]
@@ -106,6 +106,7 @@ def test_any_number_of_thoughts_under_fsdp(setting, ranks):
     assert {1, 12} <= {int(text[1:].split()[0]) for text in texts}
 
 
+@slow
 def test_bf16_under_fsdp(setting, single):
     run = finish(setting, "bf16", 2, bf16=True, parallel="fsdp", batch_size_training=8)
     losses, exact = ([line["train/loss"] for line in metrics(d) if "train/loss" in line] for d in (run, single))
@@ -118,7 +119,7 @@ def test_bf16_under_fsdp(setting, single):
 # --- continued by others ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("before", "after"), [("ddp", "fsdp"), ("fsdp", "ddp")])
+@pytest.mark.parametrize(("before", "after"), [("ddp", "fsdp"), pytest.param("fsdp", "ddp", marks=slow)])
 def test_a_checkpoint_continues_under_another_strategy(setting, single, before, after):
     name, shape = f"{before}-{after}", {"batch_size_training": 8}
     outcome = setting.run(name, 2, Fault("sigterm", "step", 5), parallel=before, **shape)
@@ -127,7 +128,8 @@ def test_a_checkpoint_continues_under_another_strategy(setting, single, before, 
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "strategy"), [(1, 2, "fsdp"), (2, 1, "auto"), pytest.param(2, 4, "fsdp", marks=slow)]
+    ("before", "after", "strategy"),
+    [(1, 2, "fsdp"), pytest.param(2, 1, "auto", marks=slow), pytest.param(2, 4, "fsdp", marks=slow)],
 )
 def test_a_checkpoint_continues_with_another_number_of_processes(setting, before, after, strategy):
     """The same as one process that from there on takes as many problems in a step."""
@@ -168,7 +170,7 @@ def two_nodes(launcher: list[str], programs: list[list[str]], **variables: str) 
 SHAPE = {"batch_size_training": 4, "gradient_accumulation_steps": 2, "parallel": "fsdp"}
 
 
-@pytest.mark.slow
+@slow
 @pytest.mark.timeout(240)
 def test_two_nodes_train_together_and_one_process_writes(setting, single):
     """What the second node wrote would go to a directory of its own."""
@@ -181,7 +183,7 @@ def test_two_nodes_train_together_and_one_process_writes(setting, single):
     assert "saved" in outputs[0] and "saved" not in outputs[1]
 
 
-@pytest.mark.slow
+@slow
 @pytest.mark.timeout(240)
 def test_two_nodes_restart_when_a_worker_dies(setting, single):
     launcher = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--max-restarts", "2"]
@@ -195,9 +197,10 @@ def test_two_nodes_restart_when_a_worker_dies(setting, single):
 def test_a_process_takes_the_gpu_of_its_local_rank(monkeypatch):
     """The sixth process of all may be the second one on its node."""
     taken = []
-    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}.items():
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     monkeypatch.setattr(parallel.dist, "rendezvous", lambda *_, **__: iter([(HashStore(), 5, 8)]))
     monkeypatch.setattr(parallel.dist, "init_process_group", lambda backend, **_: taken.append(backend))
