@@ -148,7 +148,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(setting, name, fault):
         (Fault("sigterm", "step", 5, rank=1), "ddp"),
         slow(Fault("sigint", "validation", 4, rank=1), "ddp"),
         slow(Fault("sigterm", "step", 5, rank=1), "fsdp"),
-        (Fault("sigint", "validation", 4, rank=1), "fsdp"),
+        slow(Fault("sigint", "validation", 4, rank=1), "fsdp"),
     ],
     ids=show,
 )
@@ -180,7 +180,7 @@ def test_a_second_signal_ends_the_run_at_once(setting, name):
 # --- a loss that is not finite ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("ranks", "parallel"), [(1, "ddp"), (2, "ddp"), slow(2, "fsdp")])
+@pytest.mark.parametrize(("ranks", "parallel"), [slow(1, "ddp"), (2, "ddp"), slow(2, "fsdp")])
 def test_a_nan_stops_all_processes_before_the_weights_change(setting, name, ranks, parallel):
     fault = Fault("nan", "forward", 4, rank=ranks - 1)
     outcome = setting.run(name, ranks, fault, parallel=parallel)
@@ -322,6 +322,7 @@ def test_a_run_in_the_same_directory_is_refused(setting, name):
     assert_same(run, setting.reference())
 
 
+@pytest.mark.slow
 def test_resume_is_for_a_fresh_start_only(setting, name):
     assert setting.run(name, fault=Fault("kill", "step", 6), resume=1).codes == [-9]
     again = setting.run(name, resume=1)

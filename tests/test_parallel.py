@@ -127,10 +127,8 @@ def test_a_checkpoint_continues_under_another_strategy(setting, single, before, 
     assert_close(finish(setting, name, 2, parallel=after, **shape), single)
 
 
-@pytest.mark.parametrize(
-    ("before", "after", "strategy"),
-    [(1, 2, "fsdp"), pytest.param(2, 1, "auto", marks=slow), pytest.param(2, 4, "fsdp", marks=slow)],
-)
+@slow
+@pytest.mark.parametrize(("before", "after", "strategy"), [(1, 2, "fsdp"), (2, 1, "auto"), (2, 4, "fsdp")])
 def test_a_checkpoint_continues_with_another_number_of_processes(setting, before, after, strategy):
     """The same as one process that from there on takes as many problems in a step."""
     name, shape = f"{before}-{after}", {"batch_size_training": 4}
