@@ -127,6 +127,13 @@ def test_a_checkpoint_continues_under_another_strategy(setting, single, before, 
     assert_close(finish(setting, name, 2, parallel=after, **shape), single)
 
 
+def test_fewer_processes_make_the_same_steps(setting, single):
+    """Two processes lost a GPU: one goes on, and accumulates the share of both."""
+    outcome = setting.run("fewer", 2, Fault("sigterm", "step", 5), parallel="fsdp", batch_size_training=8)
+    assert outcome.codes == [143, 143]
+    assert_close(finish(setting, "fewer", 1, batch_size_training=8, gradient_accumulation_steps=2), single)
+
+
 @slow
 @pytest.mark.parametrize(("before", "after", "strategy"), [(1, 2, "fsdp"), (2, 1, "auto"), (2, 4, "fsdp")])
 def test_a_checkpoint_continues_with_another_number_of_processes(setting, before, after, strategy):
