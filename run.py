@@ -36,8 +36,9 @@ def main(words: list[str] | None = None) -> int:
     with StopRequest() as stop:
         code = 0
         try:
+            processes = start_processes()  # first, so that torchrun does not end the one that prints before it can
             config = load_config(arguments.config, arguments.overrides)
-            run = build(config, start_processes(), stop)
+            run = build(config, processes, stop)
             test(run) if config.only_eval else train(run)
         except tuple(EXIT_CODES) as error:
             code = EXIT_CODES[type(error)]
