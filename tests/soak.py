@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +32,7 @@ from setting import Setting, assert_same, metrics  # noqa: E402
 
 
 class Process:
-    """A run as a user starts it, in a session of its own, so that it can be killed with all its workers."""
+    """A run as a user starts it."""
 
     def __init__(self, setting: Setting, name: str, processes: int):
         self.directory = setting.directory / name
@@ -40,7 +41,7 @@ class Process:
         command = [sys.executable, *launcher, str(ROOT / "run.py"), *setting.words(name)]
         self.started, self.output = time.monotonic(), setting.directory / f"{name}.txt"
         with self.output.open("wb") as output:
-            self.process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+            self.process = subprocess.Popen(command, stdout=output, stderr=output)
 
     def wait(self, seconds: float | None) -> int | None:
         """The exit code, or None if the run goes on after so many seconds."""
@@ -58,7 +59,10 @@ class Process:
     def kill(self) -> str:
         """Kills the run and says what it was doing."""
         place = self.place()
-        os.killpg(self.process.pid, signal.SIGKILL)
+        os.kill(self.process.pid, signal.SIGSTOP)  # torchrun starts no more workers
+        for pid in [self.process.pid, *descendants(self.process.pid)]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self.process.wait()
         return place
 
@@ -68,6 +72,13 @@ class Process:
             return "saving"
         text = self.output.read_text(errors="replace")
         return max(("start-up", "step/s", "validation"), key=text.rfind).replace("step/s", "training")
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that a process started, and those that they started."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    children = [int(child) for task in tasks for child in task.read_text().split()]
+    return [*children, *(pid for child in children for pid in descendants(child))]
 
 
 def longest_delay(startup: float, training: float, kills: int) -> float:
