@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -127,57 +128,70 @@ def peak_memory(device: str) -> int:
     return torch.cuda.max_memory_allocated() if device == "cuda" else resident("VmHWM")
 
 
+def retain_memory(retain: bool) -> None:
+    """Whether memory that is freed stays with the process. On the CPU the kernel's zeroing of fresh pages takes up to
+    half of a step's time, and erratically; times are taken without it, sizes with it."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-4, 0 if retain else 65536)  # M_MMAP_MAX: how many tensors get a mapping of their own
+    libc.mallopt(-1, -1 if retain else 131072)  # M_TRIM_THRESHOLD: -1 for never
+
+
 def resident(key: str) -> int:
     """A size in bytes from the kernel's account of this process (Linux)."""
     return 1024 * int(Path("/proc/self/status").read_text().split(key + ":")[1].split()[0])
 
 
-def step(variant, lm: nn.Module, batch: dict[str, Tensor], arguments) -> tuple[float, int, float]:
-    """The seconds, the peak memory in bytes and the loss of one forward and backward pass."""
+def run_step(variant, lm: nn.Module, batch: dict[str, Tensor], arguments) -> Tensor:
+    """One forward and backward pass; returns the loss, a scalar."""
     lm.zero_grad(set_to_none=True)
-    before = start_memory(arguments.device)
-    if arguments.device == "cuda":
-        started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        started.record()
-    else:
-        started = time.process_time()
     with torch.autocast(arguments.device, dtype=torch.bfloat16, enabled=arguments.bf16):
         loss = variant(lm, batch)
     loss.backward()
-    if arguments.device == "cuda":
-        ended.record()
-        torch.cuda.synchronize()
-        seconds = started.elapsed_time(ended) / 1000
-    else:
-        seconds = time.process_time() - started
-    return seconds, peak_memory(arguments.device) - before, loss.item()
+    return loss.detach()
+
+
+def seconds_of(function, device: str) -> float:
+    """The time that a call takes: CPU seconds of the process, or the GPU's between two events."""
+    if device == "cpu":
+        started = time.process_time()
+        function()
+        return time.process_time() - started
+    started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    started.record()
+    function()
+    ended.record()
+    torch.cuda.synchronize()
+    return started.elapsed_time(ended) / 1000
 
 
 def compare(lm: nn.Module, batch: dict[str, Tensor], arguments) -> list[dict]:
     """One row for each variant: median seconds, ratio to the floor (median, least, most), memory ratio, tokens/s."""
-    variants = {name: VARIANTS[name] for name in arguments.variants}
-    rounds = []
-    for number in range(arguments.warmup + arguments.repeats):
-        measured = {name: step(variant, lm, batch, arguments) for name, variant in variants.items()}
-        if number >= arguments.warmup:
-            rounds.append(measured)
-    check_losses(rounds[0], arguments.bf16)
+    steps = {name: partial(run_step, VARIANTS[name], lm, batch, arguments) for name in arguments.variants}
+    retain_memory(False)
+    losses, memory = {}, {}
+    for name, step in steps.items():  # also the warm-up
+        before = start_memory(arguments.device)
+        losses[name] = step().item()
+        memory[name] = peak_memory(arguments.device) - before
+    check_losses(losses, arguments.bf16)
+    retain_memory(True)
+    for step in steps.values():
+        step()
+    rounds = [{n: seconds_of(s, arguments.device) for n, s in steps.items()} for _ in range(arguments.repeats)]
     tokens, rows = int(batch["attention_mask"].sum()), []
-    for name in variants:
-        seconds = statistics.median(measured[name][0] for measured in rounds)
-        ratios = sorted(measured[name][0] / measured["floor"][0] for measured in rounds)
-        memory = statistics.median(measured[name][1] for measured in rounds)
-        least = statistics.median(measured["floor"][1] for measured in rounds)
+    for name in steps:
+        seconds = statistics.median(measured[name] for measured in rounds)
+        ratios = sorted(measured[name] / measured["floor"] for measured in rounds)
         row = {"variant": name, "seconds": seconds, "ratio": statistics.median(ratios), "least": ratios[0]}
-        row |= {"most": ratios[-1], "memory_mib": memory / 2**20, "memory_ratio": memory / max(least, 1)}
+        row |= {"most": ratios[-1], "memory_mib": memory[name] / 2**20, "memory_ratio": memory[name] / memory["floor"]}
         rows.append(row | {"tokens_per_second": tokens / seconds})
     return rows
 
 
-def check_losses(measured: dict[str, tuple], bf16: bool) -> None:
+def check_losses(losses: dict[str, float], bf16: bool) -> None:
     """The fast path must compute what the straightforward one does, or its time means nothing."""
-    if "recompute" in measured:
-        fast, slow = measured["ours"][2], measured["recompute"][2]
+    if "recompute" in losses:
+        fast, slow = losses["ours"], losses["recompute"]
         assert abs(fast - slow) <= (2e-2 if bf16 else 1e-4) * abs(slow), f"losses differ: {fast} and {slow}"
 
 
@@ -216,7 +230,6 @@ def parse(words: list[str] | None = None):
     parser.add_argument("--thoughts", type=int, default=6)
     parser.add_argument("--answer", type=int, default=32, help="tokens")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--sweep", action="store_true", help="thoughts 0 to 16 at the batch, and batch 1 to 64")
