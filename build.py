@@ -40,8 +40,11 @@ class Run:
         return Path(self.config.save_path) / self.config.name
 
     def collate(self, features: list[dict]) -> dict:
-        """Pads features into a batch; see `MyCollator`."""
-        return MyCollator(self.pretrained.tokenizer, self.model.latent_token_id)(features)
+        """Pads features into a batch (see `MyCollator`), for a GPU in pinned memory, from where copies need no wait."""
+        batch = MyCollator(self.pretrained.tokenizer, self.model.latent_token_id)(features)
+        if self.processes.device.type == "cuda":
+            batch = {key: value.pin_memory() for key, value in batch.items()}
+        return batch
 
     def sequences(self, make, stage: int, examples: list[dict], **options) -> SequenceDataset:
         """A data set of `make` (get_cot_latent_dataset or get_question_latent_dataset) for the run's method."""

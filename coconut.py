@@ -56,6 +56,16 @@ class BufferedLayer(DynamicLayer):
         return self.keys, self.values
 
 
+def causal_mask(attention_mask: Tensor, columns: int) -> Tensor:
+    """Where the last columns may look: (batch, all columns) real tokens -> (batch, 1, columns, all columns), boolean.
+
+    Every column sees itself, padding too: attention over nothing is not a number.
+    """
+    keys = torch.arange(attention_mask.shape[1], device=attention_mask.device)  # (all columns,)
+    queries = keys[-columns:, None]  # (columns, 1)
+    return (attention_mask[:, None, None].bool() & (keys < queries)) | (keys == queries)
+
+
 @dataclass
 class CoconutOutput:
     """What `Coconut.forward` returns.
@@ -92,6 +102,15 @@ class Coconut(nn.Module):
         self.start_latent_id = start_latent_id
         self.end_latent_id = end_latent_id
         self.eos_token_id = eos_token_id
+        self.compiled = None
+
+    def compile(self) -> None:
+        """Compiles the passes of training (torch.compile), which takes a minute or so when the first ones come.
+
+        Shapes stay symbolic, so that a pass is compiled again only where it is of another kind: without a past, of one
+        column, the last one. Validation and generation are not compiled.
+        """
+        self.compiled = torch.compile(self.base_causallm.base_model.forward, dynamic=True)
 
     def forward(
         self,
@@ -162,14 +181,27 @@ class Coconut(nn.Module):
         return sorted([*columns, *islice(others, max(min_passes - 1 - len(columns), 0))])
 
     def new_cache(self, capacity: int) -> DynamicCache:
-        """An empty cache for `capacity` columns; its plain layers are buffered, others (sliding windows) stay."""
+        """An empty cache for `capacity` columns; its plain layers are buffered, others (sliding windows) stay.
+
+        A compiled pass must not write into what it is given, so it gets transformers' own layers, which concatenate.
+        """
         cache = DynamicCache(config=self.base_causallm.config)
+        if self.compiled and torch.is_grad_enabled():
+            return cache
         cache.layers = [BufferedLayer(capacity) if type(x) is DynamicLayer else x for x in cache.layers]
         return cache
 
     def hidden_states(self, inputs_embeds: Tensor, attention_mask: Tensor, position_ids: Tensor, cache) -> Tensor:
-        """Last hidden states (batch, columns, hidden) of the columns that follow those in the cache."""
-        return self.base_causallm.base_model(
+        """Last hidden states (batch, columns, hidden) of the columns that follow those in the cache.
+
+        attention_mask (batch, all columns). transformers would look at its values to choose a kernel, and so wait for
+        the GPU in every pass; plain attention gets a finished mask instead.
+        """
+        plain = all(type(layer) in (BufferedLayer, DynamicLayer) for layer in cache.layers)
+        if plain and self.base_causallm.config._attn_implementation == "sdpa":
+            attention_mask = causal_mask(attention_mask, inputs_embeds.shape[1])
+        run = self.compiled if self.compiled and torch.is_grad_enabled() else self.base_causallm.base_model
+        return run(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,

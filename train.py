@@ -45,7 +45,9 @@ class Trainer:
 
     def __init__(self, run: Run):
         self.run = run
-        strategy = "ddp" if run.config.lora_rank else run.config.parallel
+        if run.config.compile:
+            run.model.compile()
+        strategy = "ddp" if run.config.lora_rank or run.config.compile else run.config.parallel
         self.model = distribute(run.model, strategy, run.config.bf16, run.processes)
         self.new_optimizer()
         self.state = self.restore()

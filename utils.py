@@ -9,6 +9,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import time
 import types
@@ -100,6 +101,7 @@ class Config:
         choices=(False, True, "every_epoch"),
     )
     bf16: bool = option(False, "bfloat16 autocast over float32 weights")
+    compile: bool = option(False, "torch.compile the training passes; needs a C++ compiler and patience at first")
     parallel: str = option(
         "auto", "several processes: a copy of the model in each (ddp) or shards (fsdp)", choices=("auto", "ddp", "fsdp")
     )
@@ -229,6 +231,10 @@ def run_problems(config: Config, given: dict) -> list[str]:
         problems.append(f"resume: {config.resume} leaves nothing of num_epochs {config.num_epochs}; raise num_epochs")
     if config.lora_rank and config.parallel == "fsdp":
         problems.append("parallel: fsdp does not go with lora_rank; use ddp, adapters need little memory")
+    if config.compile and config.parallel == "fsdp":
+        problems.append("compile: does not go with parallel: fsdp; use ddp, or compile: False")
+    if config.compile and not shutil.which(os.environ.get("CXX", "c++")):
+        problems.append("compile: no C++ compiler found (c++); install one, or name it in CXX, or compile: False")
     needed = ("name", "val_path") if config.only_eval else ("name", *SPLIT_PATHS)
     problems += [f"{key}: missing; a run needs it" for key in needed if given.get(key) in (None, "", "None")]
     if config.name and (Path(config.name).name != config.name or config.name == ".."):

@@ -98,6 +98,17 @@ def ours(lm: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return Coconut(lm, LATENT, START, END, EOS)(**batch).loss
 
 
+compiled_models = {}
+
+
+def compiled(lm: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Coconut's loss, with compiled passes."""
+    if lm not in compiled_models:
+        compiled_models[lm] = Coconut(lm, LATENT, START, END, EOS)
+        compiled_models[lm].compile()
+    return compiled_models[lm](**batch).loss
+
+
 def recompute(lm: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Coconut's loss by the book: for every thought the whole prefix again. (For latents that share their columns.)"""
     embeds = lm.get_input_embeddings()(batch["input_ids"])
@@ -110,7 +121,7 @@ def recompute(lm: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return supervised_loss(lm, hidden, batch["labels"])
 
 
-VARIANTS = {"floor": floor, "hf": hf, "ours": ours, "recompute": recompute}
+VARIANTS = {"floor": floor, "hf": hf, "ours": ours, "compiled": compiled, "recompute": recompute}
 
 
 def start_memory(device: str) -> int:

@@ -334,3 +334,17 @@ def test_generation_leaves_no_graph_and_the_mode_as_it_was():
     output = model.generate(torch.tensor([[1, 2, 3]]), torch.ones(1, 3, dtype=torch.long), max_new_tokens=2)
     assert output.dtype == torch.int64
     assert model.training
+
+
+# --- the GPU ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("offsets", [align(BATCHES["mixed"]), [3, 6, 0, 1, 2]], ids=["aligned", "left_padded"])
+def test_a_training_pass_never_waits_for_the_gpu(offsets):
+    """The meta device holds no values: whatever would bring one back to the CPU raises an error there."""
+    rows = BATCHES["mixed"]
+    model = wrap(exact_model("gpt2").to("meta"))
+    mask = pad([[1] * len(row) for row in rows], offsets)
+    loss = model(pad(rows, offsets), mask, pad(make_labels(rows), offsets, -100)).loss
+    loss.backward()
+    assert loss.device.type == "meta"

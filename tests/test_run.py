@@ -210,6 +210,21 @@ def test_bf16_trains_over_float32_weights(world, whole):
     assert losses(directory) != losses(whole)[: 2 * STEPS]
 
 
+@pytest.mark.slow
+def test_compiled_passes_train_alike(world):
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    options = {"model_id": world / "plain", "num_epochs": 6}  # stages 0 to 2: no thoughts, one, two
+    plain = start(world, name="eager", **options)
+    assert counters["stats"]["unique_graphs"] == 0
+    compiled = start(world, name="compiled", compile=True, **options)
+    assert 0 < counters["stats"]["unique_graphs"] <= 8, "a pass is compiled for each of its kinds, not for each shape"
+    assert not counters["graph_break"]
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
+    loss = [[line["eval/loss"] for line in metrics(directory, "eval/")] for directory in (compiled, plain)]
+    assert loss[0] == pytest.approx(loss[1], rel=1e-4)
+
+
 def test_validation_never_mixes_stages(world):
     options = {"lr": 0, "num_epochs": 1, "resume": 0}
     plain, mixed = (start(world, name=f"mix_{p}", uniform_prob=p, **options) for p in (0, 1))
