@@ -6,6 +6,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from curriculum import END, LATENT, METHODS, PAUSE, START, placeholders_and_rest
 from utils import UserError
 
+GROUPED_STEPS = 16  # optimizer steps whose problems group_by_length sorts together
 TOKENIZE_CHUNK = 10_000  # problems tokenized in one call: bounds the memory of the call
 SHAPE = '{"question": "...", "answer": "...", "steps": ["...", ...]}'
 
@@ -138,12 +140,13 @@ def get_cot_latent_dataset(
     shuffle=False,
     epoch: int = 0,
     mix_stages: bool = True,
+    step_size: int = 1,
 ) -> SequenceDataset:
     """Training sequences at a stage: the prompt as above, then the steps that are left and the answer, with labels.
 
-    The labels are -100 up to and including the end marker. With `shuffle` the order is a permutation that depends on
-    configs.seed and epoch alone; so do the stage and the offset that `draw` makes for an example (mix_stages=False:
-    none is made, as in validation).
+    The labels are -100 up to and including the end marker. With `shuffle` the order is that of `epoch_order`. The stage
+    and the offset that `draw` makes for an example depend on configs.seed and epoch alone (mix_stages=False: none is
+    made, as in validation).
     """
 
     def build(example: dict) -> dict:
@@ -154,11 +157,29 @@ def get_cot_latent_dataset(
         inputs = model_inputs(prompt + target, example["idx"])
         return {**inputs, "labels": [-100] * len(prompt) + target}
 
-    order = None
-    if shuffle:
-        order = list(range(len(base_dataset)))
-        random.Random(f"order {configs.seed} {epoch}").shuffle(order)
+    order = epoch_order(base_dataset, configs, epoch, step_size) if shuffle else None
     return SequenceDataset(base_dataset, build, order)
+
+
+def epoch_order(examples: Sequence[dict], configs, epoch: int, step_size: int) -> list[int]:
+    """The order of an epoch's examples: a permutation that depends on configs.seed and epoch alone.
+
+    configs.group_by_length sorts the problems of every few optimizer steps (of step_size examples) by their length
+    before they are dealt out to these steps, and shuffles the steps.
+    """
+    order, rng = list(range(len(examples))), random.Random(f"order {configs.seed} {epoch}")
+    rng.shuffle(order)
+    if not configs.group_by_length:
+        return order
+    lengths = [len(e["question_tokenized"]) + sum(map(len, e["steps_tokenized"])) for e in examples]
+    grouped, size = [], GROUPED_STEPS * step_size
+    for start in range(0, len(order), size):
+        window = sorted(order[start : start + size], key=lengths.__getitem__)
+        steps = [window[i : i + step_size] for i in range(0, len(window), step_size)]
+        incomplete = steps.pop() if len(steps[-1]) < step_size else []  # this one must stay the epoch's last
+        rng.shuffle(steps)
+        grouped += [*chain(*steps), *incomplete]
+    return grouped
 
 
 def draw(example: dict, stage: int, epoch: int, configs) -> tuple[int, int]:

@@ -111,7 +111,7 @@ class Trainer:
         for count, passes in progress:
             started = time.perf_counter()
             if self.enter_stage(epoch) or dataset is None:
-                options = {"shuffle": True, "epoch": epoch}
+                options = {"shuffle": True, "epoch": epoch, "step_size": problems_per_step(config, processes)}
                 dataset = run.sequences(get_cot_latent_dataset, state.stage, run.train_examples, **options)
                 progress.set_description(f"epoch {epoch + 1}/{config.num_epochs} stage {state.stage}")
             batches = [collate(run, dataset, indices) for indices in passes]

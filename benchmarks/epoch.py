@@ -44,7 +44,7 @@ def train_steps(trainer: Trainer, limit: int) -> tuple[dict[str, float], float]:
     steps = step_batches(range(len(run.train_examples)), config.batch_size_training, 1, 0, 1)
     with clocked(times, "data"):
         trainer.enter_stage(config.resume)
-        options = {"shuffle": True, "epoch": config.resume}
+        options = {"shuffle": True, "epoch": config.resume, "step_size": config.batch_size_training}
         dataset = run.sequences(get_cot_latent_dataset, trainer.state.stage, run.train_examples, **options)
     once = times.pop("data") * min(limit, len(steps)) / len(steps)
     run.model.train()

@@ -1,7 +1,9 @@
 """Sequences, labels and batches, spelled out. Markers are shown as S, L, E and P, bos as ^, eos as $, -100 as a dot."""
 
 import copy
+import random
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from curriculum import END, LATENT, METHODS, PAUSE, START, schedule_table, stage
 from dataset import (
     MyCollator,
     check_lengths,
+    epoch_order,
     get_cot_latent_dataset,
     get_dataset,
     get_question_latent_dataset,
@@ -261,6 +264,29 @@ def test_shuffle_is_a_permutation_that_depends_on_seed_and_epoch(tokenizer):
     assert order(tokenizer) == first
     different = [first, order(tokenizer, epoch=1), order(tokenizer, seed=1), list(range(40))]
     assert len({tuple(indices) for indices in different}) == 4
+
+
+def test_grouping_by_length_fills_each_step_with_alike_problems():
+    rng = random.Random(5)
+    lengths = [rng.randint(5, 500) for _ in range(16 * 8 * 3 + 13)]  # three windows, then one full step and a rest of 5
+    examples = [{"question_tokenized": [0] * (n - 4), "steps_tokenized": [[0], [0, 0, 0]]} for n in lengths]
+
+    def grouped(**change):
+        values = {"seed": 1, "group_by_length": True} | change
+        return epoch_order(examples, Config(values), epoch=2, step_size=8)
+
+    order = grouped()
+    assert sorted(order) == list(range(len(lengths)))
+    assert order == grouped() and order != grouped(seed=2)
+    plain = grouped(group_by_length=False)
+    windows = range(0, len(lengths), 16 * 8)
+    assert [sorted(order[i : i + 128]) for i in windows] == [sorted(plain[i : i + 128]) for i in windows]
+    steps = [[lengths[i] for i in order[start : start + 8]] for start in range(0, len(order), 8)]
+    assert len(steps[-1]) == 5
+    for start in range(0, 48, 16):  # in a window no two steps overlap, and they are not in order
+        window = steps[start : start + 16]
+        assert [max(step) <= min(after) for step, after in pairwise(sorted(window))] == [True] * 15
+        assert window != sorted(window)
 
 
 # --- collator ---------------------------------------------------------------------------------------------------------

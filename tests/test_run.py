@@ -541,6 +541,22 @@ def test_accumulation_equals_one_big_batch(world, single, per_pass, passes):
         assert losses(directory)[:2] != pytest.approx(losses(single)[:2], rel=1e-5)
 
 
+def test_grouping_by_length_is_tied_to_the_problems_of_a_step(world, capsys):
+    values = {"model_id": world / "plain", "num_epochs": 1, "group_by_length": True}
+    sizes = {"grouped_4": (4, 1), "grouped_2": (2, 2)}
+    one, other = (
+        start(world, name=name, batch_size_training=size, gradient_accumulation_steps=passes, **values)
+        for name, (size, passes) in sizes.items()
+    )
+    assert losses(one) == pytest.approx(losses(other), rel=1e-5)
+    ungrouped = start(world, name="ungrouped", **values | {"group_by_length": False})
+    assert losses(one) != pytest.approx(losses(ungrouped), rel=1e-3)
+    capsys.readouterr()
+    start(world, name="grouped_4", code=2, batch_size_training=3, **values | {"num_epochs": 2})
+    message = capsys.readouterr().err
+    assert [part for part in ("group_by_length", "4 problems", "now 3") if part not in message] == []
+
+
 @pytest.mark.parametrize(
     ("parallel", "per_pass", "passes"),
     [
