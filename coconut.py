@@ -55,6 +55,12 @@ class BufferedLayer(DynamicLayer):
         self.values = Append.apply(self.buffers[1], self.values, value_states)
         return self.keys, self.values
 
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the given rows of the batch alone."""
+        columns = self.keys.shape[-2]
+        self.buffers = [buffer[indices] for buffer in self.buffers]
+        self.keys, self.values = (buffer[..., :columns, :] for buffer in self.buffers)
+
 
 def causal_mask(attention_mask: Tensor, columns: int) -> Tensor:
     """Where the last columns may look: (batch, all columns) real tokens -> (batch, 1, columns, all columns), boolean.
@@ -227,21 +233,28 @@ class Coconut(nn.Module):
         last_hidden = hidden[torch.arange(len(hidden), device=hidden.device), last_column]  # (batch, hidden)
         position = attention_mask.sum(1)  # (batch,) where each row's next token goes
         limit = getattr(self.base_causallm.config, "max_position_embeddings", None) or torch.inf
-        finished = torch.zeros_like(position, dtype=torch.bool)  # (batch,)
-        sequences = [input_ids]
-        for _ in range(max_new_tokens):
-            tokens = self.base_causallm.get_output_embeddings()(last_hidden).argmax(-1)  # (batch,)
+        finished = torch.zeros_like(position, dtype=torch.bool)  # (rows,)
+        rows = torch.arange(len(input_ids), device=input_ids.device)  # (rows,) those that are decoded
+        new = torch.full_like(input_ids[:, :1], self.eos_token_id).repeat(1, max_new_tokens)  # (batch, max_new_tokens)
+        for count in range(max_new_tokens):
+            tokens = self.base_causallm.get_output_embeddings()(last_hidden).argmax(-1)  # (rows,)
             finished |= (tokens == self.eos_token_id) | (position >= limit)
-            if finished.all():
+            going = (~finished).nonzero().flatten()
+            if len(going) == 0:
+                return torch.cat([input_ids, new[:, :count]], dim=1)
+            if 2 * len(going) <= len(rows):  # now it pays to go on without those that have ended
+                cache.batch_select_indices(going)
+                rows, tokens, attention_mask, position, finished = (
+                    t[going] for t in (rows, tokens, attention_mask, position, finished)
+                )
+            tokens = tokens.masked_fill(finished, self.eos_token_id)
+            new[rows, count] = tokens
+            if count + 1 == max_new_tokens:
                 break
-            tokens = tokens.masked_fill(finished, self.eos_token_id)[:, None]  # (batch, 1)
-            sequences.append(tokens)
-            if len(sequences) > max_new_tokens:
-                break
-            attention_mask = torch.cat([attention_mask, torch.ones_like(tokens)], dim=1)
-            embeds = self.base_causallm.get_input_embeddings()(tokens)  # (batch, 1, hidden)
+            attention_mask = F.pad(attention_mask, (0, 1), value=1)
+            embeds = self.base_causallm.get_input_embeddings()(tokens[:, None])  # (rows, 1, hidden)
             # A finished row may be past the last position; what it computes is never read.
-            positions = position.masked_fill(finished, 0)[:, None]  # (batch, 1)
+            positions = position.masked_fill(finished, 0)[:, None]  # (rows, 1)
             last_hidden = self.hidden_states(embeds, attention_mask, positions, cache)[:, 0]
             position = position + 1
-        return torch.cat(sequences, dim=1)
+        return torch.cat([input_ids, new], dim=1)

@@ -311,6 +311,14 @@ def test_after_a_rows_eos_comes_eos_while_others_go_on():
     assert new_tokens(model, [[1, 2, 3], [1, 2, 3, 4, 5]], [0, 0], 4) == [[5, 0, 0, 0], [6, 6, 6, 6]]
 
 
+def test_rows_that_have_ended_are_not_decoded_further():
+    model, sizes = model_that_writes([*[5] * 6, EOS, *[5] * 9]), []
+    model.base_causallm.transformer.wte.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
+    rows = [[1] * 6, [1] * 5, [1] * 3, [1] * 7]  # the last one starts behind the eos
+    assert new_tokens(model, rows, [0] * 4, 5) == [[0] * 5, [5, 0, 0, 0, 0], [5, 5, 5, 0, 0], [5] * 5]
+    assert sizes == [4, 4, 2, 2, 1]  # the prompts, then half of the rows and a quarter
+
+
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_max_new_tokens_is_kept(count):
     model = model_that_writes([5] * 64)
