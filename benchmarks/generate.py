@@ -59,7 +59,7 @@ def main() -> None:
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
     few = min(arguments.batch, 2)
     ratios = []
-    for number in range(arguments.warmup + arguments.repeats):
+    for number in range(1 + arguments.repeats):
         with torch.autocast(arguments.device, dtype=torch.bfloat16, enabled=arguments.bf16):
             fast, output = seconds(lambda: model.generate(**inputs, max_new_tokens=arguments.answer), arguments.device)
             slow = 0.0
@@ -69,7 +69,7 @@ def main() -> None:
                 slow += took
                 if not arguments.bf16:  # bfloat16 rounds ties between tokens either way
                     assert torch.equal(alone[0, prompt.shape[1] :], output[row, batch["input_ids"].shape[1] :])
-        if number >= arguments.warmup:
+        if number > 0:
             ratios.append((slow / few) / (fast / arguments.batch))
     row = {"batched_per_second": arguments.batch / fast, "single_per_second": few / slow}
     row |= {"ratio": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
