@@ -32,8 +32,9 @@ from curriculum import schedule_table, stage_of
 from dataset import SequenceDataset, get_cot_latent_dataset, step_batches
 from evaluate import Evaluation, Interrupted, autocast, inputs, stop_together, validate, write_predictions
 from lora import parameter_groups
+from metrics import MetricLogger
 from parallel import distribute, gradient_sync, is_sharded
-from utils import Config, MetricLogger, saving, write_text
+from utils import Config, saving, write_text
 
 
 class NotFiniteError(Exception):

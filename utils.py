@@ -1,11 +1,9 @@
-"""Small things that everyone uses: the config, user errors, seeding, signals and metric logging."""
+"""Small things that everyone uses: the config, user errors, seeding and signals."""
 
 from __future__ import annotations
 
 import difflib
-import fcntl
 import importlib.util
-import json
 import math
 import os
 import random
@@ -15,7 +13,7 @@ import time
 import types
 import typing
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -335,100 +333,3 @@ class StopRequest:
             os._exit(128 + number)
         if not self.signal:
             self.signal, self.time = number, time.monotonic()
-
-
-class MetricLogger:
-    """Writes metrics to metrics.jsonl and, as the config's `logger` says, to wandb or tensorboard.
-
-    Args: the run's directory (None: log nowhere), the config, the run id that a continued run keeps, and what the
-    checkpoint being continued knows of: the bytes of metrics.jsonl and the finished steps; what is later is cut off.
-    """
-
-    def __init__(self, directory: Path | None, config: Config, run_id: str, keep_bytes: int = 0, steps: int = 0):
-        self.file = self.backend = self.error = None
-        if directory is None:
-            return
-        self.path = directory / "metrics.jsonl"
-        with saving(self.path):
-            self.file = open(self.path, "ab")  # noqa: SIM115 (closed by close)
-            lock(self.file, directory)
-            self.cut(keep_bytes)
-        if config.logger == "wandb":
-            self.backend = start_wandb(directory, config, run_id)
-        elif config.logger == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter  # an optional package
-
-            self.backend = SummaryWriter(str(directory / "tensorboard"), purge_step=steps + 1)
-
-    def cut(self, keep_bytes: int) -> None:
-        """Cuts off what the checkpoint does not know of: the steps that will be made again."""
-        size = self.path.read_bytes().rfind(b"\n", 0, keep_bytes) + 1  # whole lines
-        if size < keep_bytes:
-            print(f"warning: {self.path} lacks lines that it had when the checkpoint was saved", flush=True)
-        self.file.truncate(size)
-        self.file.seek(0, os.SEEK_END)
-
-    def write(self, metrics: dict, step: int) -> None:
-        """Logs named numbers of the given optimizer step. `flush` tells of an error."""
-        if self.file is None:
-            return
-        try:
-            self.file.write(json.dumps({"step": step, **metrics}).encode() + b"\n")
-        except OSError as error:
-            self.error = error
-        if hasattr(self.backend, "add_scalar"):
-            for name, value in metrics.items():
-                self.backend.add_scalar(name, value, step)
-        elif self.backend is not None:
-            self.backend.log(metrics, step=step)
-
-    def flush(self) -> int:
-        """Makes what was logged durable and returns the size of metrics.jsonl in bytes."""
-        if self.file is None:
-            return 0
-        with saving(self.path):
-            if self.error is not None:
-                raise self.error
-            self.file.flush()
-            os.fsync(self.file.fileno())
-        return self.file.tell()
-
-    def close(self) -> None:
-        """Ends the log."""
-        if self.file is not None:
-            with suppress(OSError):  # flush has complained
-                self.file.close()
-        if hasattr(self.backend, "add_scalar"):
-            self.backend.close()
-        elif self.backend is not None:
-            self.backend.finish()
-
-
-def lock(file, directory: Path) -> None:
-    """Claims a run's directory for this process, until it ends. Raises UserError if another one works there."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        advice = "wait for its end or stop it, or choose another name"
-        raise UserError(f"name: another process is training in {directory}; {advice}") from error
-    except OSError:
-        pass  # a file system without locks
-
-
-def start_wandb(directory: Path, config: Config, run_id: str):
-    """A wandb run, offline where no account is set up or it cannot be reached; never asks for one."""
-    import wandb  # slow to import, and not needed by other loggers
-
-    settings = {"project": config.project, "name": config.name, "id": run_id, "dir": str(directory)}
-    settings |= {"config": config.resolved(), "resume": "allow"}
-    if os.environ.get("WANDB_MODE") is None and not wandb.login(prompt=False):
-        print(
-            "wandb: no account is set up, so this run is logged offline; `wandb sync` uploads it later",
-            flush=True,
-        )
-        return wandb.init(mode="offline", **settings)
-    try:
-        return wandb.init(**settings)
-    except wandb.errors.Error as error:
-        print(f"wandb: {error}; this run is logged offline", flush=True)
-        return wandb.init(mode="offline", **settings)
