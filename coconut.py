@@ -110,13 +110,13 @@ class Coconut(nn.Module):
         self.eos_token_id = eos_token_id
         self.compiled = None
 
-    def compile(self) -> None:
-        """Compiles the passes of training (torch.compile), which takes a minute or so when the first ones come.
+    def compile(self, **options) -> None:
+        """Compiles the passes of training, with options of torch.compile; the first steps then take minutes.
 
         Shapes stay symbolic, so that a pass is compiled again only where it is of another kind: without a past, of one
         column, the last one. Validation and generation are not compiled.
         """
-        self.compiled = torch.compile(self.base_causallm.base_model.forward, dynamic=True)
+        self.compiled = torch.compile(self.base_causallm.base_model.forward, dynamic=True, **options)
 
     def forward(
         self,

@@ -122,6 +122,7 @@ def get_question_latent_dataset(
     """Prompts for generation at a stage: question, start marker, thoughts, end marker; no steps, no labels."""
 
     def build(example: dict) -> dict:
+        """The prompt of one example."""
         count, _ = placeholders_and_rest(scheduled_stage, example["steps_tokenized"], configs, training=False)
         middle = [latent_id] * count if no_special_marker else [start_id, *[latent_id] * count, end_id]
         return model_inputs(example["question_tokenized"] + middle, example["idx"])
@@ -150,6 +151,7 @@ def get_cot_latent_dataset(
     """
 
     def build(example: dict) -> dict:
+        """The sequence of one example, with labels."""
         stage, offset = draw(example, scheduled_stage, epoch, configs) if mix_stages else (scheduled_stage, 0)
         count, rest = placeholders_and_rest(stage, example["steps_tokenized"], configs, training=True, offset=offset)
         middle = [latent_id] * count if no_special_marker else [start_id, *[latent_id] * count, end_id]
