@@ -271,10 +271,11 @@ def check_same_training(saved: dict, config: Config, checkpoint: Path, processes
     Batch and accumulation may change with the number of processes while a step takes as many problems as before. With
     other processes alone it takes another number, which is worth a warning, or an error where the order depends on it.
     """
+    saved = Config().resolved() | saved  # a key that is newer than the run had its default there
     changed = {
         key: f"  - {key}: {saved[key]!r} there, {value!r} now"
         for key, value in config.resolved().items()
-        if key in saved and key not in FREE_KEYS and saved[key] != value
+        if key not in FREE_KEYS and saved[key] != value
     }
     before = read_description(str(checkpoint)).get("problems_per_step")
     now = problems_per_step(config, processes)

@@ -190,8 +190,11 @@ class Coconut(nn.Module):
         """An empty cache for `capacity` columns; its plain layers are buffered, others (sliding windows) stay.
 
         A compiled pass must not write into what it is given, so it gets transformers' own layers, which concatenate.
+        Raises ValueError for models with recurrent layers: they overwrite the state that gradients need.
         """
         cache = DynamicCache(config=self.base_causallm.config)
+        if any(hasattr(layer, "recurrent_states") for layer in cache.layers):
+            raise ValueError("a model with recurrent layers cannot take thoughts: it keeps no keys and values")
         if self.compiled and torch.is_grad_enabled():
             return cache
         cache.layers = [BufferedLayer(capacity) if type(x) is DynamicLayer else x for x in cache.layers]
@@ -203,8 +206,9 @@ class Coconut(nn.Module):
         attention_mask (batch, all columns). transformers would look at its values to choose a kernel, and so wait for
         the GPU in every pass; plain attention gets a finished mask instead.
         """
+        config = self.base_causallm.config
         plain = all(type(layer) in (BufferedLayer, DynamicLayer) for layer in cache.layers)
-        if plain and self.base_causallm.config._attn_implementation == "sdpa":
+        if plain and config._attn_implementation == "sdpa" and not getattr(config, "alibi", False):
             attention_mask = causal_mask(attention_mask, inputs_embeds.shape[1])
         run = self.compiled if self.compiled and torch.is_grad_enabled() else self.base_causallm.base_model
         return run(

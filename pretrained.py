@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,6 +21,7 @@ from coconut import Coconut
 from curriculum import END, LATENT, METHODS, PAUSE, START
 from utils import Config, UserError
 
+NO_TOKENS = (-1, -1, -1)  # in place of the markers' ids
 DESCRIPTION = "coconut.json"  # beside a checkpoint's weights: method, c_thought, stage, token_ids
 
 
@@ -69,7 +71,7 @@ def load_pretrained(config: Config, load_path: str | Path | None) -> Pretrained:
     add_tokens(tokenizer, config.method)
     if is_file:
         known |= load_official_file(lm, tokenizer, path, own_tokens)
-    check_head(lm, tokenizer)
+    check_model(lm, tokenizer)
     if METHODS[config.method].markers:
         add_rows(lm, tokenizer, known, config.new_token_init)
     return Pretrained(lm, tokenizer, description)
@@ -92,17 +94,29 @@ def load_model(folder: str, config: Config, is_checkpoint: bool) -> PreTrainedMo
 
 
 @torch.no_grad()
-def check_head(lm: PreTrainedModel, tokenizer) -> None:
-    """Raises UserError for a model whose logits are more than its head of the last hidden state (scaled or capped
-    ones, as in Gemma 2, Granite and Cohere): Coconut would train it on another loss than its own."""
-    input_ids = torch.full((1, 2), tokenizer.eos_token_id)
+def check_model(lm: PreTrainedModel, tokenizer) -> None:
+    """Raises UserError for a model that Coconut would not compute as it is.
+
+    Padded and in several passes with a cache it must give the same logits as alone and at once. That leaves out
+    recurrent models, positions that count padding, and logits that are more than the head of the last hidden state
+    (scaled or capped, as in Gemma 2, Granite and Cohere).
+    """
     was_training = lm.training
     lm.eval()
-    expected = lm(input_ids=input_ids).logits  # (1, 2, vocabulary)
-    logits = lm.get_output_embeddings()(lm.base_model(input_ids=input_ids).last_hidden_state)
+    input_ids = torch.arange(6)[None] % lm.config.vocab_size  # (1, 6)
+    expected = lm(input_ids=input_ids, use_cache=False).logits  # (1, 6, vocabulary)
+    padded = F.pad(input_ids, (2, 0), value=tokenizer.eos_token_id)  # (1, 8)
+    attention_mask = F.pad(torch.ones_like(input_ids), (2, 0))  # (1, 8)
+    model = Coconut(lm, *NO_TOKENS, tokenizer.eos_token_id)
+    complaint = f"model_id: {type(lm).__name__} cannot take thoughts"
+    try:
+        found = model(padded, attention_mask, min_passes=4).logits[:, 2:]  # (1, 6, vocabulary)
+    except Exception as error:  # a model's code may fail on a mask or a cache that it was not written for
+        raise UserError(f"{complaint}: {str(error).strip().splitlines()[0]}") from error
+    if not torch.allclose(found, expected, atol=1e-3, rtol=1e-3):
+        head = "its logits are not its head of the last hidden state"
+        raise UserError(f"{complaint}: {head}, or padding or a key-value cache changes them")
     lm.train(was_training)
-    if not torch.allclose(logits, expected, atol=1e-3, rtol=1e-3):
-        raise UserError("model_id: this model changes its logits behind the head (scaling or capping), not supported")
 
 
 def load_official_file(lm: PreTrainedModel, tokenizer, path: Path, own_tokens: int) -> set[str]:

@@ -8,12 +8,12 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 import run
 from curriculum import END, LATENT, PAUSE, START
 from helpers import byte_tokenizer, make_problems, save_model, tiny_gpt2, tiny_llama, words, write_json
-from pretrained import load_pretrained
+from pretrained import check_model, load_pretrained
 from utils import Config, UserError
 
 V = len(byte_tokenizer())  # rows without markers
@@ -368,3 +368,36 @@ def test_a_description_is_written_for_people_and_programs(runs):
     assert json.loads(text)["method"] == "cot"
     assert json.loads(text)["token_ids"] == {}
     assert text.endswith("}\n")
+
+
+SIZES = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "bos_token_id": 0}
+SIZES |= {"eos_token_id": 0, "pad_token_id": 0}
+SIZES |= {"intermediate_size": 48, "initializer_range": 0.3, "max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("granite", {"logits_scaling": 3.0}),  # logits that are more than the head
+        ("mamba", {"state_size": 8, "time_step_rank": 4}),  # recurrent
+    ],
+)
+def test_a_model_that_cannot_take_thoughts_is_refused(kind, options):
+    lm = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**SIZES | options))
+    with pytest.raises(UserError, match="cannot take thoughts"):
+        check_model(lm, byte_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("qwen2", {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+        ("mistral", {"num_key_value_heads": 2}),
+        ("falcon", {"alibi": True}),
+        ("gpt_neox", {}),
+    ],
+)
+def test_other_models_are_taken_as_they_are(kind, options):
+    lm = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**SIZES | options)).train()
+    check_model(lm, byte_tokenizer())
+    assert lm.training
