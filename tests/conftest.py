@@ -1,4 +1,4 @@
-"""Settings for all tests: one thread (the models are tiny), no network, no accounts."""
+"""Settings for all tests: one thread (the models are tiny), no network, no accounts, the same random numbers."""
 
 import os
 
@@ -6,6 +6,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test starts from the same random state, whichever others run."""
+    torch.manual_seed(0)

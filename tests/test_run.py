@@ -39,6 +39,7 @@ CHECKPOINT_FILES |= {"coconut.json", "training_state.pt", "manifest.json", "gene
 def world(tmp_path_factory):
     """A folder with two models (dropout 0 and 0.1), data and a config: coconut with a stage switch after epoch 2."""
     world = tmp_path_factory.mktemp("world")
+    torch.manual_seed(0)
     for name, dropout in (("plain", 0.0), ("dropout", 0.1)):
         save_model(world / name, tiny_gpt2(len(byte_tokenizer()), 64, dropout))
     config = {"save_path": str(world / "runs"), "model_id": str(world / "dropout"), "logger": "none"}
@@ -218,7 +219,7 @@ def test_compiled_passes_train_alike(world):
     plain = start(world, name="eager", **options)
     assert counters["stats"]["unique_graphs"] == 0
     compiled = start(world, name="compiled", compile=True, **options)
-    assert 0 < counters["stats"]["unique_graphs"] <= 8, "a pass is compiled for each of its kinds, not for each shape"
+    assert 0 < counters["stats"]["unique_graphs"] <= 12, "a pass is compiled for each of its kinds, not for each shape"
     assert not counters["graph_break"]
     assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
     loss = [[line["eval/loss"] for line in metrics(directory, "eval/")] for directory in (compiled, plain)]
