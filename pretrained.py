@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -102,18 +101,19 @@ def check_model(lm: PreTrainedModel, tokenizer) -> None:
     (scaled or capped, as in Gemma 2, Granite and Cohere).
     """
     was_training = lm.training
-    lm.eval()
+    model = Coconut(lm, *NO_TOKENS, tokenizer.eos_token_id).eval()
     input_ids = torch.arange(6)[None] % lm.config.vocab_size  # (1, 6)
     expected = lm(input_ids=input_ids, use_cache=False).logits  # (1, 6, vocabulary)
-    padded = F.pad(input_ids, (2, 0), value=tokenizer.eos_token_id)  # (1, 8)
-    attention_mask = F.pad(torch.ones_like(input_ids), (2, 0))  # (1, 8)
-    model = Coconut(lm, *NO_TOKENS, tokenizer.eos_token_id)
+    # Padded on the left as in training, and on the right before three tokens are decoded.
+    attention_mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 1, 1, 1]])  # (2, 8)
+    padded = torch.full_like(attention_mask, tokenizer.eos_token_id)  # (2, 8)
+    padded[attention_mask == 1] = input_ids.repeat(1, 2)[0]
     complaint = f"model_id: {type(lm).__name__} cannot take thoughts"
     try:
-        found = model(padded, attention_mask, min_passes=4).logits[:, 2:]  # (1, 6, vocabulary)
+        found = model(padded, attention_mask, min_passes=4).logits[attention_mask == 1]  # (12, vocabulary)
     except Exception as error:  # a model's code may fail on a mask or a cache that it was not written for
         raise UserError(f"{complaint}: {str(error).strip().splitlines()[0]}") from error
-    if not torch.allclose(found, expected, atol=1e-3, rtol=1e-3):
+    if not torch.allclose(found.view(2, *expected.shape[1:]), expected, atol=1e-3, rtol=1e-3):
         head = "its logits are not its head of the last hidden state"
         raise UserError(f"{complaint}: {head}, or padding or a key-value cache changes them")
     lm.train(was_training)

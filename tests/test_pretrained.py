@@ -379,6 +379,7 @@ SIZES |= {"intermediate_size": 48, "initializer_range": 0.3, "max_position_embed
     ("kind", "options"),
     [
         ("granite", {"logits_scaling": 3.0}),  # logits that are more than the head
+        ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64}),  # positions that count padding
         ("mamba", {"state_size": 8, "time_step_rank": 4}),  # recurrent
     ],
 )
@@ -391,7 +392,7 @@ def test_a_model_that_cannot_take_thoughts_is_refused(kind, options):
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
-        ("qwen2", {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+        ("qwen2", {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
         ("mistral", {"num_key_value_heads": 2}),
         ("falcon", {"alibi": True}),
         ("gpt_neox", {}),
