@@ -113,10 +113,16 @@ class Coconut(nn.Module):
     def compile(self, **options) -> None:
         """Compiles the passes of training, with options of torch.compile; the first steps then take minutes.
 
-        Shapes stay symbolic, so that a pass is compiled again only where it is of another kind: without a past, of one
-        column, the last one. Validation and generation are not compiled.
+        Shapes stay symbolic, so that a pass is compiled again only where it is of another kind: the first or a later
+        one, of one column or several, of one row or several. Validation and generation are not compiled.
         """
+        torch._dynamo.config.recompile_limit = 16  # by default 8; further kinds would be left uncompiled
         self.compiled = torch.compile(self.base_causallm.base_model.forward, dynamic=True, **options)
+
+    @property
+    def backbone(self):
+        """What computes a pass: the model without its head; in training, compiled if `compile` was called."""
+        return self.compiled if self.compiled and torch.is_grad_enabled() else self.base_causallm.base_model
 
     def forward(
         self,
@@ -131,18 +137,19 @@ class Coconut(nn.Module):
         Args: input_ids, attention_mask, labels and position_ids, all (batch, length); labels are -100 where nothing is
         supervised; position_ids default to counting each row's real tokens. They may lie on the CPU while the model is
         on a GPU: where thoughts and labels are is then looked up without the GPU.
-        With labels, the vocabulary projection is computed only where it is supervised. Raises ValueError for a thought
-        in the first column, which has no hidden state before it. min_passes cuts the columns into more stretches than
-        the thoughts need, to the same effect: processes that shard the weights must make equally many passes.
+        With labels, the vocabulary projection is computed only where it is supervised. min_passes cuts the columns into
+        more stretches than the thoughts need, to the same effect: processes that shard the weights must make equally
+        many passes. Raises ValueError for a thought at a row's first token, which has no hidden state before it.
         """
+        if labels is not None:
+            rows, columns = (labels[:, 1:] != -100).nonzero(as_tuple=True)  # (supervised,) each
+            supervised = (rows, columns, labels[rows, columns + 1])
+            rows, columns, targets = (t.to(self.base_causallm.device, non_blocking=True) for t in supervised)
         cache = self.new_cache(input_ids.shape[1])
         hidden, embeds = self.think(input_ids, attention_mask, position_ids, cache, min_passes)
         project = self.base_causallm.get_output_embeddings()
         if labels is None:
             return CoconutOutput(None, project(hidden), embeds)
-        rows, columns = (labels[:, 1:] != -100).nonzero(as_tuple=True)  # (supervised,) each
-        targets, device = labels[rows, columns + 1], hidden.device
-        rows, columns, targets = (t.to(device, non_blocking=True) for t in (rows, columns, targets))
         logits = project(hidden[rows, columns])  # (supervised, vocabulary)
         exact = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bfloat16 would round the loss
         total = F.cross_entropy(exact, targets, reduction="sum")
@@ -158,13 +165,16 @@ class Coconut(nn.Module):
         if position_ids is None:
             position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)  # (batch, length)
         is_latent = input_ids == self.latent_token_id  # (batch, length)
+        if (is_latent & (attention_mask.cumsum(1) <= 1)).any():
+            raise ValueError("a latent token that is a row's first has no hidden state before it to take")
         cuts = self.cuts(is_latent, min_passes)
         if cuts and self.training and any(getattr(m, "gradient_checkpointing", False) for m in self.modules()):
             raise ValueError("gradient checkpointing drops the cache that thoughts are computed with; turn it off")
-        input_ids, attention_mask, position_ids, is_latent = (
+        input_ids, attention_mask, position_ids = (
             tensor.to(self.base_causallm.device, non_blocking=True)
-            for tensor in (input_ids, attention_mask, position_ids, is_latent)
+            for tensor in (input_ids, attention_mask, position_ids)
         )
+        is_latent = input_ids == self.latent_token_id  # the same where the model is
         embeds = self.base_causallm.get_input_embeddings()(input_ids)  # (batch, length, hidden)
         hidden, inputs = [], []
         for start, end in pairwise([0, *cuts, input_ids.shape[1]]):
@@ -181,8 +191,6 @@ class Coconut(nn.Module):
     def cuts(is_latent: Tensor, min_passes: int = 1) -> list[int]:
         """The columns at which a new pass begins: those with thoughts, and the last columns to make up min_passes."""
         columns = is_latent.any(0).nonzero().flatten().tolist()
-        if columns and columns[0] == 0:
-            raise ValueError("a latent token in the first column has no hidden state before it to take")
         others = (column for column in range(is_latent.shape[1] - 1, 0, -1) if column not in columns)
         return sorted([*columns, *islice(others, max(min_passes - 1 - len(columns), 0))])
 
@@ -190,12 +198,12 @@ class Coconut(nn.Module):
         """An empty cache for `capacity` columns; its plain layers are buffered, others (sliding windows) stay.
 
         A compiled pass must not write into what it is given, so it gets transformers' own layers, which concatenate.
-        Raises ValueError for models with recurrent layers: they overwrite the state that gradients need.
+        Raises ValueError for models with recurrent layers, whose state takes in the padding too.
         """
         cache = DynamicCache(config=self.base_causallm.config)
         if any(hasattr(layer, "recurrent_states") for layer in cache.layers):
             raise ValueError("a model with recurrent layers cannot take thoughts: it keeps no keys and values")
-        if self.compiled and torch.is_grad_enabled():
+        if self.backbone is self.compiled:
             return cache
         cache.layers = [BufferedLayer(capacity) if type(x) is DynamicLayer else x for x in cache.layers]
         return cache
@@ -210,8 +218,7 @@ class Coconut(nn.Module):
         plain = all(type(layer) in (BufferedLayer, DynamicLayer) for layer in cache.layers)
         if plain and config._attn_implementation == "sdpa" and not getattr(config, "alibi", False):
             attention_mask = causal_mask(attention_mask, inputs_embeds.shape[1])
-        run = self.compiled if self.compiled and torch.is_grad_enabled() else self.base_causallm.base_model
-        return run(
+        return self.backbone(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -234,12 +241,12 @@ class Coconut(nn.Module):
         hidden, _ = self.think(input_ids, attention_mask, position_ids, cache)
         columns = torch.arange(input_ids.shape[1], device=input_ids.device)
         last_column = (columns * attention_mask).argmax(1)  # (batch,)
-        last_hidden = hidden[torch.arange(len(hidden), device=hidden.device), last_column]  # (batch, hidden)
+        rows = torch.arange(len(hidden), device=hidden.device)  # (rows,) those that are decoded
+        last_hidden = hidden[rows, last_column]  # (rows, hidden)
         position = attention_mask.sum(1)  # (batch,) where each row's next token goes
         limit = getattr(self.base_causallm.config, "max_position_embeddings", None) or torch.inf
         finished = torch.zeros_like(position, dtype=torch.bool)  # (rows,)
-        rows = torch.arange(len(input_ids), device=input_ids.device)  # (rows,) those that are decoded
-        new = torch.full_like(input_ids[:, :1], self.eos_token_id).repeat(1, max_new_tokens)  # (batch, max_new_tokens)
+        new = input_ids.new_full((len(input_ids), max_new_tokens), self.eos_token_id)  # (batch, max_new_tokens)
         for count in range(max_new_tokens):
             tokens = self.base_causallm.get_output_embeddings()(last_hidden).argmax(-1)  # (rows,)
             finished |= (tokens == self.eos_token_id) | (position >= limit)

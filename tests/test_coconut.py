@@ -224,14 +224,14 @@ def test_a_batch_without_supervision_has_loss_zero():
     output.loss.backward()
 
 
-@pytest.mark.parametrize("rows", [[[LATENT, 3, 4]], [[3, LATENT, 4], [LATENT, 3, 4]]])
-def test_a_thought_in_the_first_column_is_refused(rows):
+@pytest.mark.parametrize("rows", [[[LATENT, 3, 4]], [[3, LATENT, 4], [LATENT, 3, 4]], [[3, 5, LATENT], [LATENT]]])
+def test_a_thought_at_a_rows_first_token_is_refused(rows):
     model = wrap(exact_model("gpt2"))
-    ids = torch.tensor(rows)
-    with pytest.raises(ValueError, match="first column"):
-        model(ids, torch.ones_like(ids))
-    with pytest.raises(ValueError, match="first column"):
-        model.generate(ids, torch.ones_like(ids))
+    ids, mask = pad(rows, align(rows)), pad([[1] * len(row) for row in rows], align(rows))
+    with pytest.raises(ValueError, match="row's first"):
+        model(ids, mask)
+    with pytest.raises(ValueError, match="row's first"):
+        model.generate(ids, mask)
 
 
 def test_the_module_saves_the_language_model_once():
