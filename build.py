@@ -40,7 +40,7 @@ class Run:
         return Path(self.config.save_path) / self.config.name
 
     def collate(self, features: list[dict]) -> dict:
-        """Pads features into a batch (see `MyCollator`), for a GPU in pinned memory, from where copies need no wait."""
+        """Pads features into a batch; see `MyCollator`. For a GPU it lies in pinned memory, copied without a wait."""
         batch = MyCollator(self.pretrained.tokenizer, self.model.latent_token_id)(features)
         if self.processes.device.type == "cuda":
             batch = {key: value.pin_memory() for key, value in batch.items()}

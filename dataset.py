@@ -166,8 +166,9 @@ def get_cot_latent_dataset(
 def epoch_order(examples: Sequence[dict], configs, epoch: int, step_size: int) -> list[int]:
     """The order of an epoch's examples: a permutation that depends on configs.seed and epoch alone.
 
-    configs.group_by_length sorts the problems of every few optimizer steps (of step_size examples) by their length
-    before they are dealt out to these steps, and shuffles the steps.
+    configs.group_by_length sorts the problems of every few optimizer steps (of step_size examples, on which the order
+    then depends, too) by their length before they are dealt out to these steps, and shuffles the steps. An incomplete
+    step stays the epoch's last, so it holds the longest problems of the last few steps.
     """
     order, rng = list(range(len(examples))), random.Random(f"order {configs.seed} {epoch}")
     rng.shuffle(order)
@@ -178,9 +179,10 @@ def epoch_order(examples: Sequence[dict], configs, epoch: int, step_size: int) -
     for start in range(0, len(order), size):
         window = sorted(order[start : start + size], key=lengths.__getitem__)
         steps = [window[i : i + step_size] for i in range(0, len(window), step_size)]
-        incomplete = steps.pop() if len(steps[-1]) < step_size else []  # this one must stay the epoch's last
-        rng.shuffle(steps)
-        grouped += [*chain(*steps), *incomplete]
+        full = len(window) // step_size
+        complete, incomplete = steps[:full], steps[full:]
+        rng.shuffle(complete)
+        grouped += chain(*complete, *incomplete)
     return grouped
 
 

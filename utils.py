@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import time
 import types
 import typing
@@ -228,12 +229,12 @@ def run_problems(config: Config, given: dict) -> list[str]:
         problems.append("load_model_path: only_eval needs a checkpoint to evaluate; set it, or only_eval: False")
     if not config.only_eval and config.resume >= config.num_epochs:
         problems.append(f"resume: {config.resume} leaves nothing of num_epochs {config.num_epochs}; raise num_epochs")
-    if config.lora_rank and config.parallel == "fsdp":
-        problems.append("parallel: fsdp does not go with lora_rank; use ddp, adapters need little memory")
-    if config.compile and config.parallel == "fsdp":
-        problems.append("compile: does not go with parallel: fsdp; use ddp, or compile: False")
-    if config.compile and not shutil.which(os.environ.get("CXX", "c++")):
-        problems.append("compile: no C++ compiler found (c++); install one, or name it in CXX, or compile: False")
+    for key in ("lora_rank", "compile"):
+        if getattr(config, key) and config.parallel == "fsdp":
+            problems.append(f"parallel: fsdp does not go with {key}; use ddp")
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # as torch chooses it
+    if config.compile and not config.only_eval and not shutil.which(compiler):
+        problems.append(f"compile: no C++ compiler {compiler}; install it, or name another in CXX, or compile: False")
     needed = ("name", "val_path") if config.only_eval else ("name", *SPLIT_PATHS)
     problems += [f"{key}: missing; a run needs it" for key in needed if given.get(key) in (None, "", "None")]
     if config.name and (Path(config.name).name != config.name or config.name == ".."):

@@ -38,8 +38,9 @@ def clocked(times: dict[str, float], name: str):
     times[name] += time.perf_counter() - started
 
 
-def train_steps(trainer: Trainer, limit: int) -> tuple[dict[str, float], float]:
-    """The seconds by piece of the epoch's first steps, and the share of the epoch that these steps are."""
+def train_steps(trainer: Trainer, limit: int) -> tuple[dict[str, float], float, float]:
+    """The seconds by piece of the epoch's first steps, the share of the epoch that these steps are, and the share of
+    padding in their batches."""
     run, config, times = trainer.run, trainer.run.config, defaultdict(float)
     steps = step_batches(range(len(run.train_examples)), config.batch_size_training, 1, 0, 1)
     with clocked(times, "data"):
@@ -48,9 +49,11 @@ def train_steps(trainer: Trainer, limit: int) -> tuple[dict[str, float], float]:
         dataset = run.sequences(get_cot_latent_dataset, trainer.state.stage, run.train_examples, **options)
     once = times.pop("data") * min(limit, len(steps)) / len(steps)
     run.model.train()
+    tokens = columns = 0
     for _, [indices] in steps[:limit]:
         with clocked(times, "data"):
             batch = collate(run, dataset, indices)
+        tokens, columns = tokens + batch["attention_mask"].sum().item(), columns + batch["attention_mask"].numel()
         with clocked(times, "forward"), autocast(run):
             loss = trainer.model(**inputs(batch)).loss
         with clocked(times, "backward"):
@@ -60,7 +63,7 @@ def train_steps(trainer: Trainer, limit: int) -> tuple[dict[str, float], float]:
             trainer.optimizer.step()
             trainer.optimizer.zero_grad(set_to_none=True)
     times["data"] += once
-    return times, min(limit, len(steps)) / len(steps)
+    return times, min(limit, len(steps)) / len(steps), 1 - tokens / columns
 
 
 def main() -> None:
@@ -75,7 +78,7 @@ def main() -> None:
         times = defaultdict(float)
         with clocked(times, "reading, tokenizing, loading (once)"):
             trainer = Trainer(build(config, start_processes(), StopRequest()))
-        steps, share = train_steps(trainer, arguments.steps)
+        steps, share, padding = train_steps(trainer, arguments.steps)
         epoch = {name: seconds / share for name, seconds in steps.items()}
         with clocked(epoch := defaultdict(float, epoch), "validation"):
             validate(trainer.run, trainer.state.stage)
@@ -83,9 +86,8 @@ def main() -> None:
         with clocked(epoch, "saving"):
             trainer.save()
     total = sum(epoch.values())
-    print(
-        f"\n{arguments.config}, {share:.1%} of the steps measured; {environment(trainer.run.processes.device.type)}\n"
-    )
+    print(f"\n{arguments.config}, {share:.1%} of the steps measured, {padding:.1%} of their columns padding")
+    print(f"{environment(trainer.run.processes.device.type)}\n")
     print("| piece | seconds per epoch | share |\n|---|---|---|")
     for name, seconds in epoch.items():
         print(f"| {name} | {seconds:.1f} | {seconds / total:.1%} |")

@@ -354,9 +354,8 @@ def test_the_shipped_experiments_hold_the_papers_numbers(experiment):
     assert config.load_model_path == starts_from.get(experiment)
 
 
-@pytest.mark.parametrize("key", ["compile", "lora_rank"])
-def test_what_does_not_go_with_shards_is_refused(place, capsys, key):
-    value = {"compile": True, "lora_rank": 4}[key]
+@pytest.mark.parametrize(("key", "value"), [("compile", True), ("lora_rank", 4)])
+def test_what_does_not_go_with_shards_is_refused(place, capsys, key, value):
     message = refusal(capsys, place, "parallel=fsdp", f"{key}={value}")
     assert [part for part in (key, "parallel", "fsdp", "ddp") if part not in message] == []
 
