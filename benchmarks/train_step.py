@@ -12,8 +12,6 @@ Variants, all with the same weights and the same batch (which lies on the CPU), 
   compiled   Coconut with compiled passes (the config's `compile: True`)
   graphs     the same as CUDA graphs; an experiment, left out unless it is asked for
   recompute  the straightforward Coconut: the whole prefix again for every thought, no cache
-  exploded   Coconut with a cache in the official code's manner: for every thought all embeddings are taken apart into
-             single vectors and stacked anew, and every pass projects all its positions; left out likewise
 Times are CPU seconds of the process (CUDA: events), after a warm-up step; a ratio is taken within each repeat, then the
 median and the smallest and largest of all repeats. Memory is the peak of a step of its own above what lay there before.
 """
@@ -28,14 +26,13 @@ import subprocess
 import sys
 import time
 from functools import cache, partial
-from itertools import pairwise
 from pathlib import Path
 
 import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -134,29 +131,7 @@ def recompute(lm: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return supervised_loss(lm, hidden, batch["labels"])
 
 
-def exploded(lm: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Coconut's loss in the manner of the official code, not its lines. (For latents that share their columns.)"""
-    embeds = lm.get_input_embeddings()(batch["input_ids"].to(lm.device))  # (batch, length, hidden)
-    size, length, _ = embeds.shape
-    attention_mask, position_ids = (batch[key].to(lm.device) for key in ("attention_mask", "position_ids"))
-    cuts = (batch["input_ids"] == LATENT).any(0).nonzero().flatten().tolist()
-    past, logits = DynamicCache(config=lm.config), []
-    for start, end in pairwise([0, *cuts, length]):
-        if start > 0:
-            vectors = [[embeds[row, column] for column in range(length)] for row in range(size)]  # (hidden,) each
-            for row, state in zip(vectors, output.hidden_states[-1], strict=True):  # noqa: F821
-                row[start] = state[-1]
-            embeds = torch.stack([torch.stack(row) for row in vectors])
-        passed = {"attention_mask": attention_mask[:, :end], "position_ids": position_ids[:, start:end]}
-        output = lm(inputs_embeds=embeds[:, start:end], **passed, past_key_values=past, output_hidden_states=True)
-        logits.append(output.logits)
-    logits = torch.cat(logits, dim=1)[:, :-1].flatten(0, 1)  # (batch * (length - 1), vocabulary)
-    return F.cross_entropy(logits, batch["labels"][:, 1:].flatten().to(lm.device))
-
-
 VARIANTS = {"floor": floor, "hf": hf, "ours": ours, "compiled": compiled, "graphs": graphs, "recompute": recompute}
-VARIANTS["exploded"] = exploded
-EXTRA = ("graphs", "exploded")  # only where they are asked for
 
 
 def retain_memory(retain: bool) -> None:
@@ -273,7 +248,7 @@ def parse(words: list[str] | None = None):
     parser.add_argument("--answer", type=int, default=32, help="tokens")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=[v for v in VARIANTS if v not in EXTRA])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=[v for v in VARIANTS if v != "graphs"])
     parser.add_argument("--sweep", action="store_true", help="thoughts 0 to 16 at the batch, and batch 1 to 64")
     parser.add_argument("--out", type=Path, help="also write the figures to this JSON file")
     return parser.parse_args(words)
