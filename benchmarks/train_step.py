@@ -195,7 +195,11 @@ def compare(lm: nn.Module, batch: dict[str, Tensor], arguments) -> list[dict]:
     losses = {name: step().item() for name, step in steps.items()}  # also the warm-up
     check_losses(losses, arguments.bf16)
     memory = {name: memory_of(step, lm, arguments.device) for name, step in steps.items()}
-    rounds = [{n: seconds_of(s, arguments.device) for n, s in steps.items()} for _ in range(arguments.repeats)]
+    rounds = []
+    for number in range(arguments.repeats):  # each begins with another variant: what ran before leaves its traces
+        turn = number % len(steps)
+        order = [*steps][turn:] + [*steps][:turn]
+        rounds.append({name: seconds_of(steps[name], arguments.device) for name in order})
     tokens, rows = int(batch["attention_mask"].sum()), []
     for name in steps:
         seconds = statistics.median(measured[name] for measured in rounds)
