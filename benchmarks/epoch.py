@@ -21,6 +21,7 @@ from train_step import ROOT, environment
 sys.path.insert(0, str(ROOT))
 
 from build import build
+from checkpoint import problems_per_step
 from dataset import get_cot_latent_dataset, step_batches
 from evaluate import autocast, inputs, validate
 from parallel import start_processes
@@ -40,24 +41,30 @@ def clocked(times: dict[str, float], name: str):
 
 def train_steps(trainer: Trainer, limit: int) -> tuple[dict[str, float], float, float]:
     """The seconds by piece of the epoch's first steps, the share of the epoch that these steps are, and the share of
-    padding in their batches."""
+    padding in their batches. The first step is made twice: once to warm up."""
     run, config, times = trainer.run, trainer.run.config, defaultdict(float)
-    steps = step_batches(range(len(run.train_examples)), config.batch_size_training, 1, 0, 1)
+    steps = step_batches(
+        range(len(run.train_examples)), config.batch_size_training, config.gradient_accumulation_steps, 0, 1
+    )
     with clocked(times, "data"):
         trainer.enter_stage(config.resume)
-        options = {"shuffle": True, "epoch": config.resume, "step_size": config.batch_size_training}
+        options = {"shuffle": True, "epoch": config.resume, "step_size": problems_per_step(config, run.processes)}
         dataset = run.sequences(get_cot_latent_dataset, trainer.state.stage, run.train_examples, **options)
     once = times.pop("data") * min(limit, len(steps)) / len(steps)
     run.model.train()
     tokens = columns = 0
-    for _, [indices] in steps[:limit]:
-        with clocked(times, "data"):
-            batch = collate(run, dataset, indices)
-        tokens, columns = tokens + batch["attention_mask"].sum().item(), columns + batch["attention_mask"].numel()
-        with clocked(times, "forward"), autocast(run):
-            loss = trainer.model(**inputs(batch)).loss
-        with clocked(times, "backward"):
-            loss.backward()
+    for number, (_, passes) in enumerate([steps[0], *steps[:limit]]):
+        if number == 1:
+            times.clear()
+            tokens = columns = 0
+        for indices in passes:
+            with clocked(times, "data"):
+                batch = collate(run, dataset, indices)
+            tokens, columns = tokens + batch["attention_mask"].sum().item(), columns + batch["attention_mask"].numel()
+            with clocked(times, "forward"), autocast(run):
+                loss = trainer.model(**inputs(batch)).loss
+            with clocked(times, "backward"):
+                loss.backward()
         with clocked(times, "optimizer"):
             trainer.gradient_norm()
             trainer.optimizer.step()
