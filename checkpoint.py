@@ -269,7 +269,8 @@ def check_same_training(saved: dict, config: Config, checkpoint: Path, processes
     """Raises UserError for keys of the config that would alter the training that a run's checkpoint continues.
 
     Batch and accumulation may change with the number of processes while a step takes as many problems as before. With
-    other processes alone it takes another number, which is worth a warning, or an error where the order depends on it.
+    other processes alone it takes another number, which is worth a warning, or an error within an epoch whose order
+    depends on it.
     """
     saved = Config().resolved() | saved  # a key that is newer than the run had its default there
     changed = {
@@ -282,7 +283,7 @@ def check_same_training(saved: dict, config: Config, checkpoint: Path, processes
     if before == now:
         changed.pop("batch_size_training", None)
         changed.pop("gradient_accumulation_steps", None)
-    elif before and config.group_by_length:
+    elif before and config.group_by_length and "_step_" in checkpoint.name:
         changed["group_by_length"] = f"  - group_by_length ties the order to {before} problems for each step, now {now}"
     elif before:
         processes.print(f"warning: an optimizer step took {before} problems so far, and takes {now} from now on")

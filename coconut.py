@@ -116,7 +116,9 @@ class Coconut(nn.Module):
         Shapes stay symbolic, so that a pass is compiled again only where it is of another kind: the first or a later
         one, of one column or several, of one row or several. Validation and generation are not compiled.
         """
-        torch._dynamo.config.recompile_limit = 16  # by default 8; further kinds would be left uncompiled
+        config = torch._dynamo.config
+        config.cache_size_limit = max(config.cache_size_limit, 16)  # with 8, some kinds would be left uncompiled
+        config.optimize_ddp = False  # it would cut every pass into a graph for each bucket of gradients
         self.compiled = torch.compile(self.base_causallm.base_model.forward, dynamic=True, **options)
 
     @property
@@ -136,7 +138,7 @@ class Coconut(nn.Module):
 
         Args: input_ids, attention_mask, labels and position_ids, all (batch, length); labels are -100 where nothing is
         supervised; position_ids default to counting each row's real tokens. They may lie on the CPU while the model is
-        on a GPU: where thoughts and labels are is then looked up without the GPU.
+        on a GPU: where thoughts and labels are is then looked up without waiting for the GPU.
         With labels, the vocabulary projection is computed only where it is supervised. min_passes cuts the columns into
         more stretches than the thoughts need, to the same effect: processes that shard the weights must make equally
         many passes. Raises ValueError for a thought at a row's first token, which has no hidden state before it.

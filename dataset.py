@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from curriculum import END, LATENT, METHODS, PAUSE, START, placeholders_and_rest
+from curriculum import END, LATENT, METHODS, PAUSE, START, placeholders_and_rest, stage_of
 from utils import UserError
 
 GROUPED_STEPS = 16  # optimizer steps whose problems group_by_length sorts together
@@ -174,10 +174,17 @@ def epoch_order(examples: Sequence[dict], configs, epoch: int, step_size: int) -
     rng.shuffle(order)
     if not configs.group_by_length:
         return order
-    lengths = [len(e["question_tokenized"]) + sum(map(len, e["steps_tokenized"])) for e in examples]
+    stage = stage_of(epoch, configs)
+
+    def length(index: int) -> int:
+        """The tokens of a problem at the epoch's first stage, without markers."""
+        example = examples[index]
+        count, rest = placeholders_and_rest(stage, example["steps_tokenized"], configs, training=True)
+        return len(example["question_tokenized"]) + count + len(rest) + len(example["answer_tokenized"])
+
     grouped, size = [], GROUPED_STEPS * step_size
     for start in range(0, len(order), size):
-        window = sorted(order[start : start + size], key=lengths.__getitem__)
+        window = sorted(order[start : start + size], key=length)
         steps = [window[i : i + step_size] for i in range(0, len(window), step_size)]
         full = len(window) // step_size
         complete, incomplete = steps[:full], steps[full:]

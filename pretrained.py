@@ -51,14 +51,13 @@ def load_pretrained(config: Config, load_path: str | Path | None) -> Pretrained:
     """
     path = Path(load_path) if load_path else None
     is_checkpoint, is_file = bool(path and path.is_dir()), bool(path and path.is_file())
-    folder = str(path) if is_checkpoint else config.model_id
+    folder, key = (str(path), "load_model_path") if is_checkpoint else (config.model_id, "model_id")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
         lm = load_model(folder, config, is_checkpoint)
     except UserError:
         raise
     except Exception as error:  # the libraries raise all kinds for a missing, damaged or unreachable model
-        key = "load_model_path" if is_checkpoint else "model_id"
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{key}: {folder!r} cannot be loaded: {reason}") from error
     if tokenizer.eos_token_id is None:
@@ -70,7 +69,7 @@ def load_pretrained(config: Config, load_path: str | Path | None) -> Pretrained:
     add_tokens(tokenizer, config.method)
     if is_file:
         known |= load_official_file(lm, tokenizer, path, own_tokens)
-    check_model(lm, tokenizer)
+    check_model(lm, tokenizer, key)
     if METHODS[config.method].markers:
         add_rows(lm, tokenizer, known, config.new_token_init)
     return Pretrained(lm, tokenizer, description)
@@ -93,7 +92,7 @@ def load_model(folder: str, config: Config, is_checkpoint: bool) -> PreTrainedMo
 
 
 @torch.no_grad()
-def check_model(lm: PreTrainedModel, tokenizer) -> None:
+def check_model(lm: PreTrainedModel, tokenizer, key: str = "model_id") -> None:
     """Raises UserError for a model that Coconut would not compute as it is.
 
     Padded and in several passes with a cache it must give the same logits as alone and at once. That leaves out
@@ -102,18 +101,20 @@ def check_model(lm: PreTrainedModel, tokenizer) -> None:
     """
     was_training = lm.training
     model = Coconut(lm, *NO_TOKENS, tokenizer.eos_token_id).eval()
-    input_ids = torch.arange(6)[None] % lm.config.vocab_size  # (1, 6)
-    expected = lm(input_ids=input_ids, use_cache=False).logits  # (1, 6, vocabulary)
+    input_ids = torch.arange(6)[None] % len(lm.get_input_embeddings().weight)  # (1, 6)
     # Padded on the left as in training, and on the right before three tokens are decoded.
     attention_mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 1, 1, 1]])  # (2, 8)
     padded = torch.full_like(attention_mask, tokenizer.eos_token_id)  # (2, 8)
     padded[attention_mask == 1] = input_ids.repeat(1, 2)[0]
-    complaint = f"model_id: {type(lm).__name__} cannot take thoughts"
+    complaint = f"{key}: {type(lm).__name__} cannot take thoughts"
     try:
+        expected = lm(input_ids=input_ids, use_cache=False).logits  # (1, 6, vocabulary)
         found = model(padded, attention_mask, min_passes=4).logits[attention_mask == 1]  # (12, vocabulary)
     except Exception as error:  # a model's code may fail on a mask or a cache that it was not written for
-        raise UserError(f"{complaint}: {str(error).strip().splitlines()[0]}") from error
-    if not torch.allclose(found.view(2, *expected.shape[1:]), expected, atol=1e-3, rtol=1e-3):
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise UserError(f"{complaint}: {reason}") from error
+    expected = expected.expand(2, -1, -1).flatten(0, 1)  # (12, vocabulary)
+    if not torch.allclose(found, expected, rtol=0, atol=1e-3 * expected.abs().max().item()):
         head = "its logits are not its head of the last hidden state"
         raise UserError(f"{complaint}: {head}, or padding or a key-value cache changes them")
     lm.train(was_training)

@@ -37,7 +37,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from coconut import Coconut  # noqa: E402
+from coconut import Coconut, causal_mask  # noqa: E402
 
 START, END, LATENT, EOS, VOCABULARY = 50257, 50258, 50259, 50256, 50260
 
@@ -78,22 +78,32 @@ def make_batch(size: int, question: int, thoughts: int, answer: int) -> dict[str
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, "position_ids": position_ids}
 
 
-def supervised_loss(lm: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross entropy of (batch, length, hidden) states, projected at supervised positions only."""
+def to_device(lm: nn.Module, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+    """The batch where the model is, with a finished mask, and the rows, columns and targets (supervised,) of its loss;
+    all asked for before the passes and without a wait, as Coconut does."""
+    labels = batch["labels"]
     rows, columns = (labels[:, 1:] != -100).nonzero(as_tuple=True)  # on the CPU, where the batch is
-    rows, columns, targets = (t.to(hidden.device) for t in (rows, columns, labels[rows, columns + 1]))
+    supervised = (rows, columns, labels[rows, columns + 1])
+    inputs = {key: batch[key].to(lm.device, non_blocking=True) for key in batch if key != "labels"}
+    inputs["attention_mask"] = causal_mask(inputs["attention_mask"], labels.shape[1])
+    return inputs, tuple(t.to(lm.device, non_blocking=True) for t in supervised)
+
+
+def supervised_loss(lm: nn.Module, hidden: Tensor, rows: Tensor, columns: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross entropy of (batch, length, hidden) states, projected at supervised positions only."""
     return F.cross_entropy(lm.get_output_embeddings()(hidden[rows, columns]).float(), targets)
 
 
 def floor(lm: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """The loss without thoughts."""
-    inputs = {key: value.to(lm.device) for key, value in batch.items() if key != "labels"}
-    return supervised_loss(lm, lm.base_model(**inputs, use_cache=False).last_hidden_state, batch["labels"])
+    inputs, supervised = to_device(lm, batch)
+    return supervised_loss(lm, lm.base_model(**inputs, use_cache=False).last_hidden_state, *supervised)
 
 
 def hf(lm: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """The loss as transformers computes it."""
-    return lm(**{key: value.to(lm.device) for key, value in batch.items()}, use_cache=False).loss
+    inputs = {key: value.to(lm.device, non_blocking=True) for key, value in batch.items()}
+    return lm(**inputs, use_cache=False).loss
 
 
 def ours(lm: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -121,14 +131,16 @@ def graphs(lm: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 def recompute(lm: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Coconut's loss by the book: for every thought the whole prefix again. (For latents that share their columns.)"""
-    embeds = lm.get_input_embeddings()(batch["input_ids"].to(lm.device))
-    masks = {key: batch[key].to(lm.device) for key in ("attention_mask", "position_ids")}
-    for column in (batch["input_ids"] == LATENT).any(0).nonzero().flatten().tolist():
-        prefix = {key: value[:, :column] for key, value in masks.items()}
-        hidden = lm.base_model(inputs_embeds=embeds[:, :column], **prefix, use_cache=False).last_hidden_state
-        embeds = torch.cat([embeds[:, :column], hidden[:, -1:], embeds[:, column + 1 :]], dim=1)
-    hidden = lm.base_model(inputs_embeds=embeds, **masks, use_cache=False).last_hidden_state
-    return supervised_loss(lm, hidden, batch["labels"])
+    inputs, supervised = to_device(lm, batch)
+    embeds = lm.get_input_embeddings()(inputs["input_ids"])  # (batch, length, hidden)
+    mask, position_ids = inputs["attention_mask"], inputs["position_ids"]
+    thoughts = (batch["input_ids"] == LATENT).any(0).nonzero().flatten().tolist()
+    for end in [*thoughts, embeds.shape[1]]:
+        prefix = {"attention_mask": mask[:, :, :end, :end], "position_ids": position_ids[:, :end]}
+        hidden = lm.base_model(inputs_embeds=embeds[:, :end], **prefix, use_cache=False).last_hidden_state
+        if end < embeds.shape[1]:
+            embeds = torch.cat([embeds[:, :end], hidden[:, -1:], embeds[:, end + 1 :]], dim=1)
+    return supervised_loss(lm, hidden, *supervised)
 
 
 VARIANTS = {"floor": floor, "hf": hf, "ours": ours, "compiled": compiled, "graphs": graphs, "recompute": recompute}

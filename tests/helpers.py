@@ -17,6 +17,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -86,7 +88,13 @@ def tiny_qwen3(vocabulary: int = 50, positions: int = 64, **options) -> Qwen3For
     return Qwen3ForCausalLM(Qwen3Config(**llama_sizes(vocabulary, positions, head_dim=4, **options)))
 
 
-MODELS = {"gpt2": tiny_gpt2, "llama": tiny_llama, "qwen3": tiny_qwen3}
+def tiny_qwen2(vocabulary: int = 50, positions: int = 64, **options) -> Qwen2ForCausalLM:
+    """A random Qwen2 of width 16, with a layer that sees everything and one that sees four columns, itself included."""
+    window = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+    return Qwen2ForCausalLM(Qwen2Config(**llama_sizes(vocabulary, positions, **window, **options)))
+
+
+MODELS = {"gpt2": tiny_gpt2, "llama": tiny_llama, "qwen3": tiny_qwen3, "qwen2": tiny_qwen2}
 
 
 def exact_model(kind: str, seed: int = 0, **options):

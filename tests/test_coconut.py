@@ -99,6 +99,7 @@ CASES += [
     pytest.param(BATCHES["scattered"], [2, 5, 0, 1], id="scattered_left_padded"),
 ]
 KINDS = ["gpt2", "llama", "qwen3"]
+SLIDING = "qwen2"  # one of its layers sees three columns back; padding between a row's tokens would count among them
 
 
 def make_labels(rows):
@@ -117,7 +118,7 @@ def close(a, b, tolerance=1e-9):
 # --- forward ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, SLIDING])
 @pytest.mark.parametrize(("rows", "offsets"), CASES)
 def test_loss_and_every_gradient_equal_the_oracle(kind, rows, offsets):
     if all(set(target) == {-100} for target in make_labels(rows)):
@@ -138,7 +139,7 @@ def test_loss_and_every_gradient_equal_the_oracle(kind, rows, offsets):
         close(p.grad, gradients[name])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, SLIDING])
 @pytest.mark.parametrize(("rows", "offsets"), CASES)
 def test_logits_and_embeddings_equal_the_oracle(kind, rows, offsets):
     lm = exact_model(kind)
@@ -278,6 +279,15 @@ def test_generation_in_a_batch_equals_each_row_alone_and_the_oracle(kind, rows, 
             assert until_eos(tokens) == until_eos(alone) == expected
 
 
+@pytest.mark.parametrize("offset", [0, 2])
+def test_generation_with_a_sliding_window_equals_the_oracle(offset):
+    lm, rows = model_that_ends(SLIDING), [make_row(random.Random(n), 3, before=4, after=2) for n in range(12)]
+    with torch.no_grad():
+        expected = [oracle_generate(lm, row, 9) for row in rows]
+    assert sum(len(tokens) < 9 for tokens in expected) >= 6  # so many end that the others go on without them
+    assert [until_eos(tokens) for tokens in new_tokens(wrap(lm), rows, [offset] * 12, 9)] == expected
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_generation_cases_hold_rows_that_end_at_once_early_and_never(kind):
     lm = model_that_ends(kind)
@@ -348,7 +358,7 @@ def test_generation_leaves_no_graph_and_the_mode_as_it_was():
 
 
 @pytest.mark.parametrize("offsets", [align(BATCHES["mixed"]), [3, 6, 0, 1, 2]], ids=["aligned", "left_padded"])
-def test_a_training_pass_never_waits_for_the_gpu(offsets):
+def test_a_training_pass_reads_no_value_back_from_the_gpu(offsets):
     """The meta device holds no values: whatever would bring one back to the CPU raises an error there."""
     rows = BATCHES["mixed"]
     model = wrap(exact_model("gpt2").to("meta"))

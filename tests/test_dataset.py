@@ -269,10 +269,17 @@ def test_shuffle_is_a_permutation_that_depends_on_seed_and_epoch(tokenizer):
 def test_grouping_by_length_fills_each_step_with_alike_problems():
     rng = random.Random(5)
     lengths = [rng.randint(5, 500) for _ in range(16 * 8 * 3 + 13)]  # three windows, then one full step and a rest of 5
-    examples = [{"question_tokenized": [0] * (n - 4), "steps_tokenized": [[0], [0, 0, 0]]} for n in lengths]
+    examples = [  # at the stage of epoch 2 no step is left, so their many tokens do not count
+        {
+            "question_tokenized": [0] * (n - 4),
+            "steps_tokenized": [[0] * rng.randint(1, 500)] * 2,
+            "answer_tokenized": [0],
+        }
+        for n in lengths
+    ]
 
     def grouped(**change):
-        values = {"seed": 1, "group_by_length": True} | change
+        values = {"method": "coconut", "max_latent_stage": 1, "seed": 1, "group_by_length": True} | change
         return epoch_order(examples, Config(values), epoch=2, step_size=8)
 
     order = grouped()

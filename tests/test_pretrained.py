@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
 import run
 from curriculum import END, LATENT, PAUSE, START
@@ -380,6 +380,7 @@ SIZES |= {"intermediate_size": 48, "initializer_range": 0.3, "max_position_embed
     [
         ("granite", {"logits_scaling": 3.0}),  # logits that are more than the head
         ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64}),  # positions that count padding
+        ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64, "initializer_range": 0.02}),
         ("mamba", {"state_size": 8, "time_step_rank": 4}),  # recurrent
     ],
 )
@@ -387,6 +388,15 @@ def test_a_model_that_cannot_take_thoughts_is_refused(kind, options):
     lm = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**SIZES | options))
     with pytest.raises(UserError, match="cannot take thoughts"):
         check_model(lm, byte_tokenizer())
+
+
+def test_a_model_whose_code_fails_is_refused(folders, monkeypatch):
+    def fail(*_, **__):
+        raise AssertionError
+
+    monkeypatch.setattr(GPT2LMHeadModel, "forward", fail)
+    with pytest.raises(UserError, match="model_id: GPT2LMHeadModel cannot take thoughts: AssertionError"):
+        load(folders["gpt2"])
 
 
 @pytest.mark.parametrize(

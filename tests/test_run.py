@@ -24,6 +24,7 @@ from helpers import (
     save_model,
     snapshot,
     tiny_gpt2,
+    tiny_llama,
     words,
     write_json,
 )
@@ -224,6 +225,26 @@ def test_compiled_passes_train_alike(world):
     assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
     loss = [[line["eval/loss"] for line in metrics(directory, "eval/")] for directory in (compiled, plain)]
     assert loss[0] == pytest.approx(loss[1], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_compiled_passes_of_a_llama_train_alike_in_bfloat16(world):
+    options = {
+        "model_id": save_model(world / "llama", tiny_llama(len(byte_tokenizer()))),
+        "num_epochs": 6,
+        "bf16": True,
+    }
+    runs = [start(world, name=f"llama_{compile}", compile=compile, **options) for compile in (False, True)]
+    assert losses(runs[0]) == pytest.approx(losses(runs[1]), rel=2e-2)
+    assert losses(runs[0]) != losses(runs[1])  # it was compiled: bfloat16 is rounded elsewhere
+
+
+@pytest.mark.slow
+def test_compiled_passes_train_alike_in_two_processes(world):
+    options = {"model_id": world / "plain", "num_epochs": 5, "batch_size_training": 2}
+    plain = start(world, name="one_eager", gradient_accumulation_steps=2, **options)
+    compiled, _ = start_real(world, processes=2, name="two_compiled", compile=True, **options)
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
 
 
 def test_validation_never_mixes_stages(world):
@@ -552,10 +573,16 @@ def test_grouping_by_length_is_tied_to_the_problems_of_a_step(world, capsys):
     assert losses(one) == pytest.approx(losses(other), rel=1e-5)
     ungrouped = start(world, name="ungrouped", **values | {"group_by_length": False})
     assert losses(one) != pytest.approx(losses(ungrouped), rel=1e-3)
+    start(world, name="grouped_4", batch_size_training=4, **values | {"num_epochs": 2, "save_every_steps": 3})
+    shutil.rmtree(one / "checkpoint_2")
     capsys.readouterr()
     start(world, name="grouped_4", code=2, batch_size_training=3, **values | {"num_epochs": 2})
     message = capsys.readouterr().err
     assert [part for part in ("group_by_length", "4 problems", "now 3") if part not in message] == []
+    for step in (6, 9):
+        shutil.rmtree(one / f"checkpoint_1_step_{step}")
+    start(world, name="grouped_4", batch_size_training=5, **values | {"num_epochs": 2})
+    assert len(losses(one)) == STEPS + 4  # 17 problems in steps of 5
 
 
 @pytest.mark.parametrize(
