@@ -101,7 +101,9 @@ class Config:
         choices=(False, True, "every_epoch"),
     )
     bf16: bool = option(False, "bfloat16 autocast over float32 weights")
-    compile: bool = option(False, "torch.compile the training passes; needs a C++ compiler and patience at first")
+    compile: bool = option(
+        False, "torch.compile the training passes (never sharded); needs a C++ compiler, and minutes at first"
+    )
     parallel: str = option(
         "auto", "several processes: a copy of the model in each (ddp) or shards (fsdp)", choices=("auto", "ddp", "fsdp")
     )
