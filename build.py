@@ -5,14 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from checkpoint import check_same_training, latest_checkpoint
 from coconut import Coconut
+from config import Config, read_yaml
 from curriculum import END, LATENT, METHODS, PAUSE, START, stage_of
 from dataset import MyCollator, SequenceDataset, check_lengths, read_problems, tokenize_problems
 from lora import add_lora
 from parallel import Processes
 from pretrained import Pretrained, load_pretrained
-from utils import Config, StopRequest, read_yaml, set_seed
+from utils import Interrupted, StopRequest, set_seed
 
 DEBUG_TRAIN, DEBUG_VALID = 5000, 32  # problems in a debug run
 
@@ -46,12 +50,27 @@ class Run:
             batch = {key: value.pin_memory() for key, value in batch.items()}
         return batch
 
+    def autocast(self):
+        """bfloat16 arithmetic over float32 weights, where the config asks for it."""
+        return torch.autocast(self.processes.device.type, dtype=torch.bfloat16, enabled=self.config.bf16)
+
+    def stop_together(self) -> None:
+        """Raises Interrupted in every process if a signal reached any of them."""
+        [signal] = self.processes.max([self.stop.signal])
+        if signal:
+            raise Interrupted(int(signal))
+
     def sequences(self, make, stage: int, examples: list[dict], **options) -> SequenceDataset:
         """A data set of `make` (get_cot_latent_dataset or get_question_latent_dataset) for the run's method."""
         method = METHODS[self.config.method]
         placeholder = PAUSE if method.placeholder == "pause" else LATENT
         ids = (self.pretrained.token_id(token) for token in (START, placeholder, END))
         return make(stage, examples, self.config, *ids, no_special_marker=not method.markers, **options)
+
+
+def inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the model takes of a batch."""
+    return {key: value for key, value in batch.items() if key != "idx"}
 
 
 def build(config: Config, processes: Processes, stop: StopRequest) -> Run:

@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 
 from coconut import Coconut
+from config import Config, UserError
 from curriculum import METHODS
 from lora import merged
 from parallel import Processes, collect_state, spread_optimizer_state
 from pretrained import DESCRIPTION, Pretrained, read_description
-from utils import Config, UserError, saving
+from utils import saving
 
 STATE = "training_state.pt"
 MANIFEST = "manifest.json"

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from config import UserError
 from curriculum import END, LATENT, METHODS, PAUSE, START, placeholders_and_rest, stage_of
-from utils import UserError
 
 GROUPED_STEPS = 16  # optimizer steps whose problems group_by_length sorts together
 TOKENIZE_CHUNK = 10_000  # problems tokenized in one call: bounds the memory of the call

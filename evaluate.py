@@ -12,19 +12,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from build import Run
+from build import Run, inputs
 from curriculum import METHODS
 from dataset import SequenceDataset, get_cot_latent_dataset, get_question_latent_dataset
 from parallel import whole_weights
 from utils import saving, write_text
-
-
-class Interrupted(Exception):
-    """A signal asked the run to stop; all processes raise it together."""
-
-    def __init__(self, signal: int):
-        super().__init__(f"signal {signal}")
-        self.signal = signal
 
 
 @dataclass
@@ -103,11 +95,11 @@ def mean_loss(run: Run, sequences: SequenceDataset) -> float:
     total = torch.zeros(2, dtype=torch.float64, device=run.processes.device)  # loss, supervised tokens
     for batch in batches(run, sequences, "validation loss"):
         count = (batch["labels"][:, 1:] != -100).sum().to(total)
-        with autocast(run):
+        with run.autocast():
             loss = run.model(**inputs(batch)).loss
         total += torch.stack([loss.double() * count, count])
     loss, count = run.processes.sum(total.tolist())
-    stop_together(run)
+    run.stop_together()
     return loss / count
 
 
@@ -116,7 +108,7 @@ def answers(run: Run, prompts: SequenceDataset) -> list[dict]:
     limit = run.config.max_new_tokens or (64 if "gsm" in run.config.val_path else 128)
     predictions = []
     for batch in batches(run, prompts, "validation answers"):
-        with autocast(run):
+        with run.autocast():
             output = run.model.generate(**inputs(batch), max_new_tokens=limit)  # (batch, length + new)
         thoughts = (batch["input_ids"] == run.model.latent_token_id).sum(1).tolist()
         new = output[:, batch["input_ids"].shape[1] :].tolist()
@@ -125,15 +117,8 @@ def answers(run: Run, prompts: SequenceDataset) -> list[dict]:
             tokenizer, problem = run.pretrained.tokenizer, run.valid_problems[idx]
             predictions.append(predict(problem, idx, tokens, count, tokenizer, run.config.method))
     parts = run.processes.gather(predictions)
-    stop_together(run)
+    run.stop_together()
     return sorted((prediction for part in parts for prediction in part), key=lambda p: p["idx"])
-
-
-def stop_together(run: Run) -> None:
-    """Raises Interrupted in every process if a signal reached any of them."""
-    [signal] = run.processes.max([run.stop.signal])
-    if signal:
-        raise Interrupted(int(signal))
 
 
 def until_eos(tokens: list[int], eos: int, limit: int) -> list[int]:
@@ -153,16 +138,6 @@ def batches(run: Run, dataset: SequenceDataset, title: str) -> Iterator[dict[str
         if run.stop.signal:
             return
         yield run.collate([dataset[i] for i in order[start : start + size]])
-
-
-def inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the model takes of a batch."""
-    return {key: value for key, value in batch.items() if key != "idx"}
-
-
-def autocast(run: Run):
-    """bfloat16 arithmetic over float32 weights, where the config asks for it."""
-    return torch.autocast(run.processes.device.type, dtype=torch.bfloat16, enabled=run.config.bf16)
 
 
 def predict(problem: dict, idx: int, new: list[int], thoughts: int, tokenizer, method: str) -> dict:

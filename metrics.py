@@ -8,7 +8,8 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from utils import Config, UserError, saving
+from config import Config, UserError
+from utils import saving
 
 
 class MetricLogger:

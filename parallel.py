@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from utils import UserError
+from config import UserError
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 TRAINING_BYTES = 16  # per parameter: float32 weight, gradient and AdamW's two moments

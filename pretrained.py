@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from coconut import Coconut
+from config import Config, UserError
 from curriculum import END, LATENT, METHODS, PAUSE, START
-from utils import Config, UserError
 
 NO_TOKENS = (-1, -1, -1)  # in place of the markers' ids
 DESCRIPTION = "coconut.json"  # beside a checkpoint's weights: method, c_thought, stage, token_ids

@@ -18,10 +18,11 @@ import transformers
 import yaml
 
 from build import Run, build, evaluation_stage
-from evaluate import Interrupted, validate, write_predictions
+from config import UserError, load_config
+from evaluate import validate, write_predictions
 from parallel import start_processes, stop_processes
 from train import NotFiniteError, train
-from utils import SaveError, StopRequest, UserError, load_config, saving
+from utils import Interrupted, SaveError, StopRequest, saving
 
 EXIT_CODES = {UserError: 2, NotFiniteError: 3, SaveError: 4}
 

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from build import Run
+from build import Run, inputs
 from checkpoint import (
     TrainState,
     describe,
@@ -28,13 +28,14 @@ from checkpoint import (
     save_checkpoint,
     set_links,
 )
+from config import Config
 from curriculum import schedule_table, stage_of
 from dataset import SequenceDataset, get_cot_latent_dataset, step_batches
-from evaluate import Evaluation, Interrupted, autocast, inputs, stop_together, validate, write_predictions
+from evaluate import Evaluation, validate, write_predictions
 from lora import parameter_groups
 from metrics import MetricLogger
 from parallel import distribute, gradient_sync, is_sharded
-from utils import Config, saving, write_text
+from utils import Interrupted, saving, write_text
 
 
 class NotFiniteError(Exception):
@@ -123,7 +124,7 @@ class Trainer:
             place = {"epoch": epoch + 1, "step": state.step, "stage": state.stage}
             metrics = place | metrics | {"tokens_per_second": speed}
             self.log.write({f"train/{name}": value for name, value in metrics.items()}, state.step)
-            stop_together(run)
+            run.stop_together()
             if config.save_every_steps and state.step % config.save_every_steps == 0 and state.examples < size:
                 self.save()
 
@@ -156,7 +157,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         for number, (batch, count) in enumerate(zip(batches, supervised, strict=True), 1):
             with gradient_sync(self.model, last=number == len(batches)):
-                with autocast(self.run):
+                with self.run.autocast():
                     loss = self.model(**self.equal_passes(inputs(batch))).loss
                 loss = loss * (count / all_supervised)
                 (loss * processes.world_size).backward()  # gradients are averaged over processes

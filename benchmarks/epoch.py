@@ -20,13 +20,14 @@ from train_step import ROOT, environment
 
 sys.path.insert(0, str(ROOT))
 
-from build import build
+from build import build, inputs
 from checkpoint import problems_per_step
+from config import load_config
 from dataset import get_cot_latent_dataset, step_batches
-from evaluate import autocast, inputs, validate
+from evaluate import validate
 from parallel import start_processes
 from train import Trainer, collate
-from utils import StopRequest, load_config
+from utils import StopRequest
 
 
 @contextmanager
@@ -61,7 +62,7 @@ def train_steps(trainer: Trainer, limit: int) -> tuple[dict[str, float], float, 
             with clocked(times, "data"):
                 batch = collate(run, dataset, indices)
             tokens, columns = tokens + batch["attention_mask"].sum().item(), columns + batch["attention_mask"].numel()
-            with clocked(times, "forward"), autocast(run):
+            with clocked(times, "forward"), run.autocast():
                 loss = trainer.model(**inputs(batch)).loss
             with clocked(times, "backward"):
                 loss.backward()

@@ -37,7 +37,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from coconut import Coconut, causal_mask  # noqa: E402
+from cache import causal_mask  # noqa: E402
+from coconut import Coconut  # noqa: E402
 
 START, END, LATENT, EOS, VOCABULARY = 50257, 50258, 50259, 50256, 50260
 

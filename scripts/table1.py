@@ -21,8 +21,8 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from config import Config, UserError, read_yaml  # noqa: E402
 from curriculum import METHODS  # noqa: E402
-from utils import Config, UserError, read_yaml  # noqa: E402
 
 # Table 1 of the paper, GPT-2: accuracy in % with its standard deviation, and generated tokens.
 PAPER = {

@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 import run
+from config import Config, UserError, load_config, missing_packages, read_yaml
 from helpers import REPOSITORY, byte_tokenizer, make_problems, run_script, save_model, snapshot, words, write_json
-from utils import Config, UserError, load_config, missing_packages, read_yaml
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from config import Config, UserError
 from curriculum import END, LATENT, METHODS, PAUSE, START, schedule_table, stage_of
 from dataset import (
     MyCollator,
@@ -20,7 +21,6 @@ from dataset import (
     tokenize_problems,
 )
 from helpers import byte_tokenizer, make_problems, show, write_json
-from utils import Config, UserError
 
 TWO_STEPS = {"question": "q?", "answer": "7", "steps": ["ab", "c"]}
 ALL = "ab\nc\n### 7$"

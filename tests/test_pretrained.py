@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
 import run
+from config import Config, UserError
 from curriculum import END, LATENT, PAUSE, START
 from helpers import byte_tokenizer, make_problems, save_model, tiny_gpt2, tiny_llama, words, write_json
 from pretrained import check_model, load_pretrained
-from utils import Config, UserError
 
 V = len(byte_tokenizer())  # rows without markers
 TOKENS = {"coconut": [START, END, LATENT], "pause_token": [START, END, LATENT, PAUSE]}

@@ -6,11 +6,11 @@ from dataclasses import fields
 
 import pytest
 
+from config import OFFICIAL_METHODS, Config
 from curriculum import END, LATENT, METHODS, PAUSE, START
 from dataset import get_cot_latent_dataset, get_question_latent_dataset, tokenize_problems
 from helpers import EOS, REPOSITORY, byte_tokenizer
 from pretrained import add_tokens
-from utils import OFFICIAL_METHODS, Config
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 PROBLEM = {"question": "2*3+4?", "steps": ["2*3=6", "6+4=10"], "answer": "10"}

@@ -15,6 +15,7 @@ import run
 import train
 from build import build
 from checkpoint import check_same_training
+from config import UserError, load_config
 from evaluate import Evaluation
 from helpers import (
     REPOSITORY,
@@ -30,7 +31,7 @@ from helpers import (
     write_json,
 )
 from parallel import Processes
-from utils import StopRequest, UserError, load_config, set_seed
+from utils import StopRequest, set_seed
 
 STEPS = 5  # optimizer steps per epoch: 17 problems in batches of 4
 CHECKPOINT_FILES = {"model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"}

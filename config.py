@@ -1,0 +1,268 @@
+"""The config of a run: its keys, what they mean, and the checks that they pass before anything is built."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import math
+import os
+import shutil
+import sys
+import types
+import typing
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import yaml
+
+from curriculum import METHODS
+
+OFFICIAL_METHODS = ("coconut", "cot", "no_thoughts", "no_cot")  # the official code names a method by four booleans
+SPLIT_PATHS = ("train_path", "val_path")
+
+
+class UserError(ValueError):
+    """A user's mistake: its message says what and where it is and how to mend it; run.py exits with code 2."""
+
+
+def option(default, doc: str, low: float | None = None, high: float | None = None, choices: tuple = ()):
+    """A config key: its default, what it means, and the values it takes."""
+    return field(default=default, metadata={"doc": doc, "low": low, "high": high, "choices": choices})
+
+
+@dataclass(init=False)
+class Config:
+    """Every key of a run. `Config({"cot": True})` takes any subset, the rest keeps its default.
+
+    Raises ValueError with all problems at once for unknown keys, wrong types and values out of range. What only
+    a run can know (missing files, contradictions, missing keys) is checked by `load_config`.
+    """
+
+    # general
+    project: str = option("coconut", "project name for the logger")
+    name: str | None = option(None, "name of the run; its directory is save_path/name")
+    save_path: str = option("checkpoints", "directory of all runs")
+    only_eval: bool = option(False, "only load a model and test it on val_path (needs load_model_path)")
+    debug: bool = option(False, "try-out: nothing is written; the first 5,000 training, 32 validation problems")
+    logger: str = option("wandb", "where metrics go besides metrics.jsonl", choices=("wandb", "tensorboard", "none"))
+    # method
+    method: str | None = option(None, "what to train, a row of the paper's Table 1", choices=(None, *METHODS))
+    coconut: bool = option(False, "official spelling of method: coconut")
+    cot: bool = option(False, "official spelling of method: cot")
+    no_thoughts: bool = option(False, "official spelling of method: no_thoughts")
+    no_cot: bool = option(False, "official spelling of method: no_cot")
+    # curriculum
+    c_thought: int = option(1, "continuous thoughts for each removed step", low=0)
+    epochs_per_stage: int = option(1, "epochs of each stage", low=1)
+    max_latent_stage: int = option(0, "stages after the initial one; then one more without any steps", low=0)
+    pad_latent_to_max: bool = option(True, "as many thoughts for problems with fewer steps than stages")
+    uniform_prob: float = option(0.0, "probability that an example trains a random stage", low=0, high=1)
+    # curriculum of icot (Deng et al. 2024)
+    remove_per_epoch: float = option(8, "step tokens removed in each epoch, spread evenly over it", low=0)
+    remove_all_when_remove_beyond: int = option(39, "removed tokens at which all that are left go too", low=1)
+    removal_smoothing_lambda: float | None = option(4, "o more go with probability ~ exp(-lambda o)", low=0)
+    # model
+    model_id: str = option("openai-community/gpt2", "hub name or folder of the model to start from")
+    from_scratch: bool = option(False, "build the model from model_id's config.json with random weights")
+    load_model_path: str | None = option(None, "checkpoint (directory or official file) to evaluate or to start from")
+    new_token_init: str = option("<<", "the markers' new rows start as this token's; the mean row if it is not one")
+    lora_rank: int | None = option(None, "train low-rank adapters of this rank (None: all weights); needs peft", low=1)
+    trust_remote_code: bool = option(False, "let a hub model run code of its own")
+    # data
+    train_path: str | None = option(None, "training problems, a JSON file")
+    val_path: str | None = option(None, "validation or test problems, a JSON file")
+    # training
+    seed: int = option(0, "random seed of weights, order, dropout and stage mixing", low=0, high=2**63 - 1)
+    num_epochs: int = option(1, "number of epochs", low=1)
+    resume: int = option(
+        0, "finished epochs to skip at the start; for only_eval, the epoch that fixes the stage", low=0
+    )
+    batch_size_training: int = option(32, "problems per process and forward pass", low=1)
+    gradient_accumulation_steps: int = option(1, "forward passes per optimizer step", low=1)
+    group_by_length: bool = option(False, "steps of problems of similar length: less padding, another order")
+    lr: float = option(1e-4, "AdamW's learning rate", low=0)
+    weight_decay: float = option(0.01, "AdamW's weight decay", low=0)
+    warmup_steps: int = option(0, "optimizer steps of linear warm-up", low=0)
+    max_grad_norm: float | None = option(None, "clip the gradient to this norm (None: never)", low=0)
+    reset_optimizer: bool | str = option(
+        False,
+        "forget AdamW's moments when the stage switches; every_epoch: always",
+        choices=(False, True, "every_epoch"),
+    )
+    bf16: bool = option(False, "bfloat16 autocast over float32 weights")
+    compile: bool = option(
+        False, "torch.compile the training passes (never sharded); needs a C++ compiler, and minutes at first"
+    )
+    parallel: str = option(
+        "auto", "several processes: a copy of the model in each (ddp) or shards (fsdp)", choices=("auto", "ddp", "fsdp")
+    )
+    # validation and checkpoints
+    batch_size_eval: int | None = option(None, "problems per process in validation (None: batch_size_training)", low=1)
+    max_new_tokens: int | None = option(None, "longest answer (None: 64 where val_path contains gsm, else 128)", low=1)
+    save_only_improve: bool = option(
+        False, "keep only checkpoints that improved accuracy, and the newest to go on from"
+    )
+    save_every_steps: int | None = option(None, "also save within an epoch, after so many optimizer steps", low=1)
+    keep_checkpoints: int | None = option(None, "newest checkpoints to keep besides best (None: all)", low=1)
+
+    def __init__(self, values: dict | None = None):
+        if problems := self.update(values or {}):
+            raise UserError(report(problems))
+
+    def update(self, values: dict) -> list[str]:
+        """Takes over the values that are sound and returns one line for each that is not."""
+        options, hints, problems = {f.name: f for f in fields(self)}, typing.get_type_hints(Config), []
+        for key, value in values.items():
+            if key not in options:
+                near = difflib.get_close_matches(str(key), options, n=1, cutoff=0)[0]
+                problems.append(f"{key}: unknown key; the nearest known one is {near}")
+                continue
+            try:
+                setattr(self, key, check_value(value, hints[key], **options[key].metadata))
+            except ValueError as error:
+                problems.append(f"{key}: {error}")
+        named = [name for name in OFFICIAL_METHODS if getattr(self, name)]
+        if self.method is None and len(named) == 1:
+            self.method = named[0]
+        return problems
+
+    def resolved(self) -> dict:
+        """All keys but the four booleans, which `method` replaces: what config.yaml holds."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in OFFICIAL_METHODS}
+
+
+def report(problems: list[str]) -> str:
+    """Several problems as one message."""
+    return "\n".join(["the configuration has problems:", *(f"  - {problem}" for problem in problems)])
+
+
+def check_value(value, hint, doc: str, low, high, choices):
+    """The value as the type `hint` says, or a ValueError that names it, the expectation and the key's meaning."""
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value == "None" and types.NoneType in kinds:  # official YAML files write the word
+        value = None
+    if float in kinds and isinstance(value, int | str) and not isinstance(value, bool):
+        value = to_float(value)  # YAML 1.1 reads 1e-4 as a string
+    if type(value) not in kinds:
+        names = " or ".join("None" if kind is types.NoneType else kind.__name__ for kind in kinds)
+        raise ValueError(f"{value!r} is no {names} ({doc})")
+    if choices and value not in choices:
+        raise ValueError(f"{value!r} is none of {', '.join(str(c) for c in choices if c is not None)}")
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        above, below = low is None or value >= low, high is None or value <= high
+        if not (above and below and (isinstance(value, int) or math.isfinite(value))):
+            bounds = f"at least {low}" if high is None else f"from {low} to {high}"
+            raise ValueError(f"{value} is out of range: a finite number, {bounds} ({doc})")
+    return value
+
+
+def to_float(value):
+    """value as a float where it reads as one, else unchanged, so that the type check names it."""
+    try:
+        return float(value)
+    except ValueError:
+        return value
+    except OverflowError:
+        return math.inf
+
+
+def load_config(path: str, overrides: list[str] = ()) -> Config:
+    """The config of a run: defaults < YAML < key=value words. Raises UserError with all problems at once."""
+    values, problems = read_yaml(path), []
+    for word in overrides:
+        key, separator, text = word.partition("=")
+        if not separator:
+            problems.append(f"{word}: not a key=value word")
+            continue
+        try:
+            values[key.removeprefix("--")] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            problems.append(f"{key}: {text!r} is not a YAML value; quote it")
+    config = Config()
+    problems += config.update(values)
+    problems += run_problems(config, given=values)
+    if problems:
+        raise UserError(report(problems))
+    return config
+
+
+def read_yaml(path: str | Path, inside: tuple[Path, ...] = ()) -> dict:
+    """The mapping in a YAML file, on top of that in the file which its `base` key names (relative to the file)."""
+    path = Path(path)
+    if path in inside:
+        raise UserError(f"{path}: the base keys lead back to this file: {' -> '.join(map(str, (*inside, path)))}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the config: {error.strerror}. args/ holds ready ones.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: the config is not UTF-8 text: {error}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: the config is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: the config must be lines of 'key: value', this is {type(values).__name__}")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    return read_yaml(path.parent / str(base), (*inside, path)) | values
+
+
+def run_problems(config: Config, given: dict) -> list[str]:
+    """What makes a well-formed config unfit for a run: contradictions, missing keys, missing files."""
+    problems = []
+    named = [name for name in OFFICIAL_METHODS if getattr(config, name)]
+    if len({*named, config.method} - {None}) > 1:
+        both = ", ".join(sorted({*named, config.method} - {None}))
+        problems.append(f"method: two methods at once ({both}); choose one")
+    elif config.method is None and given.get("method") in (None, "None"):
+        problems.append(f"method: none chosen; set method to one of {', '.join(METHODS)}")
+    if config.only_eval and not config.load_model_path:
+        problems.append("load_model_path: only_eval needs a checkpoint to evaluate; set it, or only_eval: False")
+    if not config.only_eval and config.resume >= config.num_epochs:
+        problems.append(f"resume: {config.resume} leaves nothing of num_epochs {config.num_epochs}; raise num_epochs")
+    for key in ("lora_rank", "compile"):
+        if getattr(config, key) and config.parallel == "fsdp":
+            problems.append(f"parallel: fsdp does not go with {key}; use ddp")
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # as torch chooses it
+    if config.compile and not config.only_eval and not shutil.which(compiler):
+        problems.append(f"compile: no C++ compiler {compiler}; install it, or name another in CXX, or compile: False")
+    needed = ("name", "val_path") if config.only_eval else ("name", *SPLIT_PATHS)
+    problems += [f"{key}: missing; a run needs it" for key in needed if given.get(key) in (None, "", "None")]
+    if config.name and (Path(config.name).name != config.name or config.name == ".."):
+        problems.append(f"name: {config.name!r} must be a plain directory name; directories belong into save_path")
+    problems += missing_packages(config)
+    return problems + [p for key in PATH_KEYS for p in path_problem(key, config)]
+
+
+def missing_packages(config: Config) -> list[str]:
+    """A line for each optional package that a training run asks for and that is not installed."""
+    asked = {} if config.only_eval else {"logger": config.logger, "lora_rank": "peft" if config.lora_rank else "none"}
+    return [
+        f"{key}: the package {package} is not installed; pip install {package}, or do without ({key}: {off})"
+        for (key, package), off in zip(asked.items(), ("none", "None"), strict=False)
+        if package != "none" and importlib.util.find_spec(package) is None
+    ]
+
+
+PATH_KEYS = ("save_path", "model_id", "load_model_path", *SPLIT_PATHS)
+
+
+def path_problem(key: str, config: Config) -> list[str]:
+    """At most one line: the placeholder or missing file that a path key of the config names."""
+    value = getattr(config, key)
+    if not value or (key == "train_path" and config.only_eval):
+        return []
+    if "YOUR_" in value:
+        return [f"{key}: {value!r} is a placeholder; put your own path there"]
+    local = key != "save_path" and (key != "model_id" or value.startswith((".", "/", "~")))
+    if local and not Path(value).exists():
+        return [f"{key}: {value!r} does not exist; {REMEDIES[key]}"]
+    return []
+
+
+REMEDIES = {
+    "model_id": "give a hub name or an existing folder",
+    "load_model_path": "train that run first, or give another checkpoint",
+    "train_path": "preprocessing/ makes the data files (see data/README.md)",
+    "val_path": "preprocessing/ makes the data files (see data/README.md)",
+}
