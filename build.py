@@ -44,8 +44,10 @@ class Run:
         return Path(self.config.save_path) / self.config.name
 
     def collate(self, features: list[dict]) -> dict:
-        """Pads features into a batch; see `MyCollator`. For a GPU it lies in pinned memory, copied without a wait."""
+        """Pads features into a batch; see `MyCollator`, with the model's plan of it. For a GPU all of it lies in pinned
+        memory, from which it is copied without a wait."""
         batch = MyCollator(self.pretrained.tokenizer, self.model.latent_token_id)(features)
+        batch["plan"] = self.model.plan(batch["input_ids"], batch["attention_mask"], batch.get("labels"))
         if self.processes.device.type == "cuda":
             batch = {key: value.pin_memory() for key, value in batch.items()}
         return batch
@@ -79,6 +81,7 @@ def build(config: Config, processes: Processes, stop: StopRequest) -> Run:
     train_problems = [] if config.only_eval else read_problems(config.train_path, train_size)
     valid_problems = read_problems(config.val_path, valid_size)
     checkpoint = find_checkpoint(config, processes)
+    torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     set_seed(config.seed)  # the same random weights everywhere
     pretrained = load_pretrained(config, checkpoint or config.load_model_path)
     if config.lora_rank and not config.only_eval:

@@ -1,18 +1,27 @@
-"""The key-value cache of thoughts: buffers that every pass appends to, and the mask of a pass over them."""
+"""The key-value cache of thoughts: buffers that every pass appends to, the mask of a pass over them, and blocks that
+are computed again for the backward pass."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import Cache
 from transformers.cache_utils import DynamicLayer
+
+RECOMPUTED_COLUMNS = 16  # passes of fewer columns keep their activations: they hold little, and would take most time
+ALIGNMENT = 8  # elements: attention kernels on a GPU copy a mask whose rows begin elsewhere
 
 
 class Append(torch.autograd.Function):
     """Writes new columns behind the past ones in a shared buffer, and returns all columns as a view of it.
 
     buffer (..., capacity, size), past (..., columns, size) or None, new (..., n, size) -> (..., columns + n, size).
-    Earlier views stay valid for the backward pass, since the columns that they show are never written again; so the
-    write may go past autograd's check for changed values (`.data`).
+    Earlier views stay valid for the backward pass, since the columns that they show are never written again, but with
+    the same values where a block is recomputed; so the write may go past autograd's check for changed values (`.data`).
     """
 
     @staticmethod
@@ -36,16 +45,21 @@ class BufferedLayer(DynamicLayer):
     def __init__(self, capacity: int):
         super().__init__()
         self.capacity = capacity
+        self.buffers: list[Tensor] = []  # of keys and values, (batch, heads, capacity, size) each
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Appends (batch, heads, n, size) keys and values, and returns those of all columns."""
+        """Appends (batch, heads, n, size) keys and values, and returns those of all columns.
+
+        Rotary embeddings make float32 keys under autocast. They are stored in the values' type, as attention takes
+        them: otherwise it would cast and save all of them in every pass.
+        """
+        key_states = key_states.to(value_states.dtype)
         if not self.is_initialized:
             self.is_initialized, self.dtype, self.device = True, key_states.dtype, key_states.device
             self.keys = self.values = None
-            self.buffers = [
-                states.new_empty(*states.shape[:-2], self.capacity, states.shape[-1])
-                for states in (key_states, value_states)
-            ]
+        if not self.buffers:
+            for states in (key_states, value_states):
+                self.buffers.append(states.new_empty(*states.shape[:-2], self.capacity, states.shape[-1]))
         self.keys = Append.apply(self.buffers[0], self.keys, key_states)
         self.values = Append.apply(self.buffers[1], self.values, value_states)
         return self.keys, self.values
@@ -57,11 +71,53 @@ class BufferedLayer(DynamicLayer):
         self.keys, self.values = (buffer[..., :columns, :] for buffer in self.buffers)
 
 
-def causal_mask(attention_mask: Tensor, columns: int) -> Tensor:
-    """Where the last columns may look: (batch, all columns) real tokens -> (batch, 1, columns, all columns), boolean.
+def causal_mask(attention_mask: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """Where the last columns may look: (batch, all columns) real tokens -> (batch, 1, columns, all columns) of `dtype`.
 
-    Every column sees itself, padding too: attention over nothing is not a number.
+    0 where they may and -inf where not: what attention adds to its scores, made once for all layers, in rows that begin
+    where kernels want them. Every column sees itself, padding too: attention over nothing is not a number.
     """
-    keys = torch.arange(attention_mask.shape[1], device=attention_mask.device)  # (all columns,)
+    size = attention_mask.shape[1]
+    keys = torch.arange(size, device=attention_mask.device)  # (all columns,)
     queries = keys[-columns:, None]  # (columns, 1)
-    return (attention_mask[:, None, None].bool() & (keys < queries)) | (keys == queries)
+    visible = (attention_mask[:, None, None].bool() & (keys < queries)) | (keys == queries)  # (batch, 1, columns, all)
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)
+    return F.pad(mask, (0, -size % ALIGNMENT))[..., :size]
+
+
+def recompute(blocks: nn.ModuleList, mode: str) -> None:
+    """Makes the blocks of a model compute their activations again for the backward pass instead of keeping them.
+
+    mode: "block" for whole blocks, which keep their input alone, or "mlp" for the parts of that name. Dropout and the
+    cache are as in the first computation, so gradients are the same. It changes nothing without gradients.
+    Raises ValueError for blocks without a part `mlp`.
+    """
+    for number, block in enumerate(blocks):
+        if mode == "block":
+            block.forward = recomputed(block.forward, number)
+        elif hasattr(block, "mlp"):
+            block.mlp.forward = recomputed(block.mlp.forward)
+        else:
+            raise ValueError(f"{type(block).__name__} has no part named mlp; choose gradient_checkpointing: block")
+
+
+def recomputed(forward: Callable, layer: int | None = None) -> Callable:
+    """A forward function of (batch, columns, hidden) states that is called again in the backward pass.
+
+    layer: the cache layer that it appends to, if any, which is then set back to what it was before the first call.
+    """
+
+    def call(hidden_states: Tensor, *args, **kwargs):
+        if not torch.is_grad_enabled() or hidden_states.shape[1] < RECOMPUTED_COLUMNS:
+            return forward(hidden_states, *args, **kwargs)
+        caches = [x for x in (*args, *kwargs.values()) if isinstance(x, Cache)] if layer is not None else []
+        before = [vars(cache.layers[layer]).copy() for cache in caches]
+
+        def again(*args, **kwargs):
+            for cache, state in zip(caches, before, strict=True):
+                vars(cache.layers[layer]).update(state)
+            return forward(*args, **kwargs)
+
+        return checkpoint(again, hidden_states, *args, use_reentrant=False, **kwargs)
+
+    return call

@@ -263,7 +263,7 @@ FREE_KEYS = {
     "val_path",
 }
 FREE_KEYS |= {"batch_size_eval", "max_new_tokens", "save_only_improve", "save_every_steps", "keep_checkpoints"}
-FREE_KEYS |= {"parallel", "compile", "trust_remote_code"}
+FREE_KEYS |= {"parallel", "compile", "gradient_checkpointing", "trust_remote_code"}
 
 
 def check_same_training(saved: dict, config: Config, checkpoint: Path, processes: Processes) -> None:

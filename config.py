@@ -90,6 +90,12 @@ class Config:
         choices=(False, True, "every_epoch"),
     )
     bf16: bool = option(False, "bfloat16 autocast over float32 weights")
+    tf32: bool = option(False, "multiply float32 matrices in TF32 on a GPU: faster, 10 bits of mantissa")
+    gradient_checkpointing: bool | str = option(
+        False,
+        "less memory, more time: keep of each mlp or block its input alone, and compute it again for the gradient",
+        choices=(False, "mlp", "block"),
+    )
     compile: bool = option(
         False, "torch.compile the training passes (never sharded); needs a C++ compiler, and minutes at first"
     )
@@ -223,6 +229,8 @@ def run_problems(config: Config, given: dict) -> list[str]:
     for key in ("lora_rank", "compile"):
         if getattr(config, key) and config.parallel == "fsdp":
             problems.append(f"parallel: fsdp does not go with {key}; use ddp")
+    if config.compile and config.gradient_checkpointing:
+        problems.append("gradient_checkpointing: does not go with compile; drop one of them")
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # as torch chooses it
     if config.compile and not config.only_eval and not shutil.which(compiler):
         problems.append(f"compile: no C++ compiler {compiler}; install it, or name another in CXX, or compile: False")

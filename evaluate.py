@@ -92,13 +92,13 @@ def mean(values) -> float:
 
 def mean_loss(run: Run, sequences: SequenceDataset) -> float:
     """The mean cross entropy over all supervised tokens of a data set."""
-    total = torch.zeros(2, dtype=torch.float64, device=run.processes.device)  # loss, supervised tokens
+    total, count = torch.zeros((), dtype=torch.float64, device=run.processes.device), 0
     for batch in batches(run, sequences, "validation loss"):
-        count = (batch["labels"][:, 1:] != -100).sum().to(total)
+        supervised = len(batch["plan"].targets)
         with run.autocast():
-            loss = run.model(**inputs(batch)).loss
-        total += torch.stack([loss.double() * count, count])
-    loss, count = run.processes.sum(total.tolist())
+            total += run.model(**inputs(batch)).loss.double() * supervised
+        count += supervised
+    loss, count = run.processes.sum([total.item(), count])
     run.stop_together()
     return loss / count
 

@@ -95,6 +95,8 @@ def start_processes() -> Processes:
             raise UserError(f"{here} processes for {gpus} GPU(s); lower --nproc_per_node to {gpus}")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+        # Attention by cuDNN plans anew for every shape (about 0.4 s), and here every pass has one of its own.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if world_size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
         store = dist.PrefixStore(attempt(), next(dist.rendezvous("env://", timeout=PATIENCE))[0])
@@ -135,7 +137,7 @@ def distribute(model: nn.Module, strategy: str, bf16: bool, processes: Processes
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     options = {"mp_policy": policy} if bf16 else {}
     mesh = dist.init_device_mesh(processes.device.type, (processes.world_size,))
-    for block in transformer_blocks(model):
+    for block in model.blocks:
         fully_shard(block, mesh=mesh, **options)
     return fully_shard(model, mesh=mesh, **options)
 
@@ -158,13 +160,6 @@ def fits(model: nn.Module, device: torch.device) -> bool:
         return True
     needed = TRAINING_BYTES * sum(p.numel() for p in model.parameters())
     return needed < DDP_SHARE * torch.cuda.get_device_properties(device).total_memory
-
-
-def transformer_blocks(model: nn.Module) -> nn.ModuleList:
-    """The list of the model's blocks, whatever the architecture calls it: its longest list that is in no other one."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    inner = {module for outer in lists for module in outer.modules() if module is not outer}
-    return max((module for module in lists if module not in inner), key=len)
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -47,7 +47,8 @@ def main(words: list[str] | None = None) -> int:
                 print(f"error: {error}", file=sys.stderr, flush=True)
         except Interrupted as interruption:
             code = 128 + interruption.signal
-    stop_processes()  # not after a crash, which the other processes may not even know of
+    if code == 0:  # else the others may wait in a collective, and so would this one; the end of the process does it
+        stop_processes()
     return code
 
 

@@ -49,6 +49,8 @@ class Trainer:
         self.run = run
         if run.config.compile:
             run.model.compile()
+        if run.config.gradient_checkpointing:
+            run.model.recompute(run.config.gradient_checkpointing)
         strategy = "ddp" if run.config.lora_rank or run.config.compile else run.config.parallel
         self.model = distribute(run.model, strategy, run.config.bf16, run.processes)
         self.new_optimizer()
@@ -150,7 +152,7 @@ class Trainer:
         weights change.
         """
         processes = self.run.processes
-        supervised = [(batch["labels"][:, 1:] != -100).sum().item() for batch in batches]
+        supervised = [len(batch["plan"].targets) for batch in batches]
         tokens = sum(batch["attention_mask"].sum().item() for batch in batches if batch["idx"][0] >= 0)
         all_supervised, all_tokens = processes.sum([sum(supervised), tokens])
         total = torch.zeros((), device=processes.device)
@@ -180,12 +182,16 @@ class Trainer:
         """
         if not is_sharded(self.model):
             return batch
-        model, tokenizer = self.run.model, self.run.pretrained.tokenizer
-        [most] = self.run.processes.max([1 + len(model.cuts(batch["input_ids"] == model.latent_token_id))])
-        padding = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "position_ids": 0, "labels": -100}
+        [most] = self.run.processes.max([1 + len(batch["plan"].cuts)])
+        padding = {
+            "input_ids": self.run.pretrained.tokenizer.pad_token_id,
+            "attention_mask": 0,
+            "position_ids": 0,
+            "labels": -100,
+        }
         missing = max(int(most) - batch["input_ids"].shape[1], 0)
-        padded = {key: F.pad(value, (0, missing), value=padding[key]) for key, value in batch.items()}
-        return {**padded, "min_passes": int(most)}
+        padded = {key: F.pad(batch[key], (0, missing), value=value) for key, value in padding.items()}
+        return {**padded, "plan": batch["plan"], "min_passes": int(most)}
 
     def gradient_norm(self) -> float:
         """The gradient's norm over all parameters; clips the gradient where the config asks for it."""
@@ -237,17 +243,23 @@ def train(run: Run) -> None:
 
 def collate(run: Run, dataset: SequenceDataset, indices: list[int]) -> dict[str, Tensor]:
     """A batch of examples; where none are left for this process, one that counts for nothing (its idx is -1)."""
-    batch = run.collate([dataset[i] for i in indices or [0]])
-    if not indices:
-        batch["labels"].fill_(-100)
-        batch["idx"].fill_(-1)
-    return batch
+    if indices:
+        return run.collate([dataset[i] for i in indices])
+    return run.collate([{**dataset[0], "labels": [-100] * len(dataset[0]["labels"]), "idx": -1}])
 
 
 def resolved_text(config: Config) -> str:
     """The resolved config as YAML, with the versions that a result depends on as comments."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
     names = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-    comments = "".join(f"# {name} {version}\n" for name, version in {**names, "commit": commit}.items())
+    names["commit"] = git_commit()
+    comments = "".join(f"# {name} {version}\n" for name, version in names.items())
     return comments + yaml.safe_dump(config.resolved(), sort_keys=False)
+
+
+def git_commit() -> str:
+    """The commit of this code, as far as it can be told."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    except OSError:  # git is not installed
+        return "unknown"

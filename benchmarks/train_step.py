@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from cache import causal_mask  # noqa: E402
-from coconut import Coconut  # noqa: E402
+from coconut import Coconut, autocast_dtype  # noqa: E402
 
 START, END, LATENT, EOS, VOCABULARY = 50257, 50258, 50259, 50256, 50260
 
@@ -86,13 +86,15 @@ def to_device(lm: nn.Module, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor
     rows, columns = (labels[:, 1:] != -100).nonzero(as_tuple=True)  # on the CPU, where the batch is
     supervised = (rows, columns, labels[rows, columns + 1])
     inputs = {key: batch[key].to(lm.device, non_blocking=True) for key in batch if key != "labels"}
-    inputs["attention_mask"] = causal_mask(inputs["attention_mask"], labels.shape[1])
+    dtype = autocast_dtype(lm.device) or lm.dtype
+    inputs["attention_mask"] = causal_mask(inputs["attention_mask"], labels.shape[1], dtype)
     return inputs, tuple(t.to(lm.device, non_blocking=True) for t in supervised)
 
 
 def supervised_loss(lm: nn.Module, hidden: Tensor, rows: Tensor, columns: Tensor, targets: Tensor) -> Tensor:
     """Mean cross entropy of (batch, length, hidden) states, projected at supervised positions only."""
-    return F.cross_entropy(lm.get_output_embeddings()(hidden[rows, columns]).float(), targets)
+    logits = Coconut(lm, LATENT, START, END, EOS).logits(hidden[rows, columns])  # (supervised, vocabulary), in float32
+    return F.cross_entropy(logits, targets)
 
 
 def floor(lm: nn.Module, batch: dict[str, Tensor]) -> Tensor:

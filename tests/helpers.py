@@ -109,6 +109,23 @@ def exact_model(kind: str, seed: int = 0, **options):
     return lm
 
 
+def saved_bytes(lm, forward) -> int:
+    """The bytes that a forward function keeps for the backward pass, besides the model's own parameters."""
+    own = {p.untyped_storage().data_ptr() for p in lm.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = (
+            tensor.untyped_storage().nbytes(),
+            tensor,
+        )  # alive: no address twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return sum(size for address, (size, _) in kept.items() if address not in own)
+
+
 def save_model(folder: Path, lm=None, tokenizer=None, seed: int = 0) -> str:
     """A folder that AutoModelForCausalLM and AutoTokenizer open; by default a tiny GPT-2 over bytes."""
     tokenizer = tokenizer or byte_tokenizer()

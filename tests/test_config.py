@@ -360,6 +360,11 @@ def test_what_does_not_go_with_shards_is_refused(place, capsys, key, value):
     assert [part for part in (key, "parallel", "fsdp", "ddp") if part not in message] == []
 
 
+def test_compiling_and_computing_blocks_again_are_refused_together(place, capsys):
+    message = refusal(capsys, place, "compile=True", "gradient_checkpointing=block")
+    assert [part for part in ("gradient_checkpointing", "compile") if part not in message] == []
+
+
 def test_compiling_without_a_compiler_is_refused(place, capsys, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     message = refusal(capsys, place, "compile=True")

@@ -15,6 +15,7 @@ import yaml
 from safetensors.torch import load_file
 from torch.distributed import HashStore
 
+import cache
 import parallel
 from faults import ROOT, Fault, free_port
 from helpers import make_problems, read_lines, write_json
@@ -114,6 +115,17 @@ def test_bf16_under_fsdp(setting, single):
     assert {weight.dtype for weight in load_file(run / "last" / "model.safetensors").values()} == {torch.float32}
     assert setting.run("bf16-killed", 2, Fault("kill", "step", 5), bf16=True, parallel="fsdp", batch_size_training=8)
     assert_same(finish(setting, "bf16-killed", 2, bf16=True, parallel="fsdp", batch_size_training=8), run)
+
+
+@pytest.mark.parametrize(("ranks", "strategy"), [(1, "auto"), (2, "ddp"), (2, "fsdp")])
+def test_blocks_that_are_computed_again_change_nothing(setting, ranks, strategy, monkeypatch):
+    monkeypatch.setattr(cache, "RECOMPUTED_COLUMNS", 4)
+    shape = {"batch_size_training": 8, "parallel": strategy, "num_epochs": 2}
+    runs = [
+        finish(setting, f"again-{ranks}-{strategy}-{mode}", ranks, gradient_checkpointing=mode, **shape)
+        for mode in (False, "block")
+    ]
+    assert_same(*runs)
 
 
 # --- continued by others ----------------------------------------------------------------------------------------------
