@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,11 +14,16 @@ from checkpoint import check_same_training, latest_checkpoint
 from coconut import Coconut
 from config import Config, read_yaml
 from curriculum import END, LATENT, METHODS, PAUSE, START, stage_of
-from dataset import MyCollator, SequenceDataset, check_lengths, read_problems, tokenize_problems
+from dataset import MyCollator, SequenceDataset, check_lengths
 from lora import add_lora
 from parallel import Processes
 from pretrained import Pretrained, load_pretrained
+from tokens import TEXTS, TOKENS, default_cache, load_tokenized
 from utils import Interrupted, StopRequest, set_seed
+from workers import made_ahead
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 DEBUG_TRAIN, DEBUG_VALID = 5000, 32  # problems in a debug run
 
@@ -25,7 +32,8 @@ DEBUG_TRAIN, DEBUG_VALID = 5000, 32  # problems in a debug run
 class Run:
     """A run's config and processes, its model, and its tokenized problems.
 
-    checkpoint: the one that the run goes on from, None for a fresh start; stop: whether a signal asks it to end.
+    checkpoint: the one that the run goes on from, None for a fresh start; stop: whether a signal asks it to end;
+    train_examples: None for only_eval; valid_problems: the texts of valid_examples.
     """
 
     config: Config
@@ -34,9 +42,9 @@ class Run:
     checkpoint: Path | None
     pretrained: Pretrained
     model: Coconut
-    train_examples: list[dict]
-    valid_problems: list[dict]
-    valid_examples: list[dict]
+    train_examples: Dataset | None
+    valid_problems: Dataset
+    valid_examples: Dataset
 
     @property
     def directory(self) -> Path:
@@ -44,13 +52,19 @@ class Run:
         return Path(self.config.save_path) / self.config.name
 
     def collate(self, features: list[dict]) -> dict:
-        """Pads features into a batch; see `MyCollator`, with the model's plan of it. For a GPU all of it lies in pinned
-        memory, from which it is copied without a wait."""
+        """Pads features into a batch; see `MyCollator`, with the model's `plan` of it. Worker processes call it, which
+        must leave a GPU alone."""
         batch = MyCollator(self.pretrained.tokenizer, self.model.latent_token_id)(features)
-        batch["plan"] = self.model.plan(batch["input_ids"], batch["attention_mask"], batch.get("labels"))
-        if self.processes.device.type == "cuda":
-            batch = {key: value.pin_memory() for key, value in batch.items()}
-        return batch
+        return batch | {"plan": self.model.plan(batch["input_ids"], batch["attention_mask"], batch.get("labels"))}
+
+    def ahead(self, make: Callable, items: Sequence) -> Iterator:
+        """make(item), which collates, for every item in order, as config.data_workers asks for; see `made_ahead`.
+
+        For a GPU the tensors lie in pinned memory, from where they are copied without a wait.
+        """
+        on_gpu = self.processes.device.type == "cuda"
+        workers = self.config.data_workers
+        return made_ahead(make, items, int(on_gpu) if workers is None else workers, pin=on_gpu)
 
     def autocast(self):
         """bfloat16 arithmetic over float32 weights, where the config asks for it."""
@@ -62,7 +76,7 @@ class Run:
         if signal:
             raise Interrupted(int(signal))
 
-    def sequences(self, make, stage: int, examples: list[dict], **options) -> SequenceDataset:
+    def sequences(self, make, stage: int, examples: Dataset, **options) -> SequenceDataset:
         """A data set of `make` (get_cot_latent_dataset or get_question_latent_dataset) for the run's method."""
         method = METHODS[self.config.method]
         placeholder = PAUSE if method.placeholder == "pause" else LATENT
@@ -76,10 +90,7 @@ def inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def build(config: Config, processes: Processes, stop: StopRequest) -> Run:
-    """Reads the data and loads the model; whatever is wrong with them is found here, before anything is written."""
-    train_size, valid_size = (DEBUG_TRAIN, DEBUG_VALID) if config.debug else (None, None)
-    train_problems = [] if config.only_eval else read_problems(config.train_path, train_size)
-    valid_problems = read_problems(config.val_path, valid_size)
+    """Loads the model and the data; whatever is wrong with them is found here, before anything of a run is written."""
     checkpoint = find_checkpoint(config, processes)
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     set_seed(config.seed)  # the same random weights everywhere
@@ -87,16 +98,28 @@ def build(config: Config, processes: Processes, stop: StopRequest) -> Run:
     if config.lora_rank and not config.only_eval:
         add_lora(pretrained.lm, config.lora_rank, [pretrained.token_id(t) for t in METHODS[config.method].tokens])
     set_seed(config.seed, processes.rank)  # dropout masks of its own for every process
-    train_examples = tokenize_problems(train_problems, pretrained.tokenizer)
-    valid_examples = tokenize_problems(valid_problems, pretrained.tokenizer)
+    train, valid = load_data(config, pretrained, processes)
+    texts, examples = valid.select_columns(TEXTS), valid.select_columns(TOKENS)
+    model = pretrained.coconut().to(processes.device)
+    return Run(config, processes, stop, checkpoint, pretrained, model, train, texts, examples)
+
+
+def load_data(config: Config, pretrained: Pretrained, processes: Processes) -> tuple[Dataset | None, Dataset]:
+    """The tokenized problems to train on (None for only_eval) and those to validate with, which keep their texts."""
+    train_size, valid_size = (DEBUG_TRAIN, DEBUG_VALID) if config.debug else (None, None)
+    sources = [] if config.only_eval else [(config.train_path, train_size)]
+    sources.append((config.val_path, valid_size))
+    folder = None if config.debug else config.data_cache or default_cache()
+    *train, valid = load_tokenized(sources, pretrained.tokenizer, folder, processes)
+    train = train[0].select_columns(TOKENS) if train else None
     if limit := getattr(pretrained.lm.config, "max_position_embeddings", None):
         stages = {stage_of(epoch, config) for epoch in range(config.resume, config.num_epochs)}
-        if config.only_eval:
+        if train is None:
             stages = {evaluation_stage(config, pretrained)}
-        check_lengths(train_examples, stages, config, limit, config.train_path)
-        check_lengths(valid_examples, stages, config, limit, config.val_path, mix_stages=False)
-    model = pretrained.coconut().to(processes.device)
-    return Run(config, processes, stop, checkpoint, pretrained, model, train_examples, valid_problems, valid_examples)
+        else:
+            check_lengths(train, stages, config, limit, config.train_path)
+        check_lengths(valid, stages, config, limit, config.val_path, mix_stages=False)
+    return train, valid
 
 
 def evaluation_stage(config: Config, pretrained: Pretrained) -> int:

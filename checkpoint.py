@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -18,10 +17,9 @@ from curriculum import METHODS
 from lora import merged
 from parallel import Processes, collect_state, spread_optimizer_state
 from pretrained import DESCRIPTION, Pretrained, read_description
-from utils import saving
+from utils import damage, saving, whole_directory
 
 STATE = "training_state.pt"
-MANIFEST = "manifest.json"
 
 
 @dataclass
@@ -75,30 +73,19 @@ def save_checkpoint(
 
 
 def write_checkpoint(directory: Path, pretrained: Pretrained, weights: dict, description: dict, training: dict) -> None:
-    """Writes the files of a checkpoint beside its place, and moves them there when they are complete."""
+    """Writes a checkpoint, unless it is there."""
     if damage(directory) is None:
         return  # a run that was stopped before it went on from there
-    partial = directory.with_name(directory.name + ".partial")
-    try:
+    with whole_directory(directory) as partial:
         write_files(partial, pretrained, weights, description, training)
-        shutil.rmtree(directory, ignore_errors=True)  # a damaged one
-        os.replace(partial, directory)
-        sync(directory.parent)
-    except Exception:
-        shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room
-        raise
 
 
 def write_files(partial: Path, pretrained: Pretrained, weights: dict, description: dict, training: dict) -> None:
-    """Writes the files of a checkpoint into a new directory, the manifest last, and syncs them."""
+    """Writes the files of a checkpoint into a new directory."""
     pretrained.lm.save_pretrained(partial, state_dict=merged(pretrained.lm, weights))
     pretrained.tokenizer.save_pretrained(partial)
     (partial / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
     torch.save(training, partial / STATE)
-    manifest = {path.name: fingerprint(path) for path in sorted(partial.iterdir())}
-    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    for path in (*partial.iterdir(), partial):
-        sync(path)
 
 
 def lm_weights(lm: torch.nn.Module, weights: dict) -> dict:
@@ -202,36 +189,6 @@ def improved(checkpoint: Path) -> bool:
         return False
 
 
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with the files of a checkpoint, measured against its manifest, or None."""
-    try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return f"{MANIFEST} is missing or unreadable"
-    for name, expected in manifest.items():
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if fingerprint(path) != expected:
-            return f"{name} differs from its manifest"
-    return None
-
-
-def fingerprint(path: Path) -> dict:
-    """The size and checksum of a file."""
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def sync(path: Path) -> None:
-    """Waits until a file or directory is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def set_links(last: Path, best_epoch: int) -> None:
     """Points last to a checkpoint, and best to that of the best epoch, where it is still there."""
     link("last", last)
@@ -263,7 +220,7 @@ FREE_KEYS = {
     "val_path",
 }
 FREE_KEYS |= {"batch_size_eval", "max_new_tokens", "save_only_improve", "save_every_steps", "keep_checkpoints"}
-FREE_KEYS |= {"parallel", "compile", "gradient_checkpointing", "trust_remote_code"}
+FREE_KEYS |= {"parallel", "compile", "gradient_checkpointing", "trust_remote_code", "data_cache", "data_workers"}
 
 
 def check_same_training(saved: dict, config: Config, checkpoint: Path, processes: Processes) -> None:

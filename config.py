@@ -6,6 +6,7 @@ import difflib
 import importlib.util
 import math
 import os
+import re
 import shutil
 import sys
 import types
@@ -19,6 +20,7 @@ from curriculum import METHODS
 
 OFFICIAL_METHODS = ("coconut", "cot", "no_thoughts", "no_cot")  # the official code names a method by four booleans
 SPLIT_PATHS = ("train_path", "val_path")
+HUB = "hub:"  # begins a path that names a data set of the Hugging Face hub
 
 
 class UserError(ValueError):
@@ -69,8 +71,10 @@ class Config:
     lora_rank: int | None = option(None, "train low-rank adapters of this rank (None: all weights); needs peft", low=1)
     trust_remote_code: bool = option(False, "let a hub model run code of its own")
     # data
-    train_path: str | None = option(None, "training problems, a JSON file")
-    val_path: str | None = option(None, "validation or test problems, a JSON file")
+    train_path: str | None = option(None, "training problems: JSON, JSON lines, Parquet or hub:OWNER/NAME[:SPLIT]")
+    val_path: str | None = option(None, "validation or test problems, likewise; of the hub, name the SPLIT")
+    data_cache: str | None = option(None, "folder that keeps tokenized data (None: the cache folder of datasets)")
+    data_workers: int | None = option(None, "processes that make batches ahead (None: 1 for a GPU, else 0)", low=0)
     # training
     seed: int = option(0, "random seed of weights, order, dropout and stage mixing", low=0, high=2**63 - 1)
     num_epochs: int = option(1, "number of epochs", low=1)
@@ -252,7 +256,7 @@ def missing_packages(config: Config) -> list[str]:
     ]
 
 
-PATH_KEYS = ("save_path", "model_id", "load_model_path", *SPLIT_PATHS)
+PATH_KEYS = ("save_path", "data_cache", "model_id", "load_model_path", *SPLIT_PATHS)
 
 
 def path_problem(key: str, config: Config) -> list[str]:
@@ -262,9 +266,20 @@ def path_problem(key: str, config: Config) -> list[str]:
         return []
     if "YOUR_" in value:
         return [f"{key}: {value!r} is a placeholder; put your own path there"]
-    local = key != "save_path" and (key != "model_id" or value.startswith((".", "/", "~")))
+    if key in SPLIT_PATHS and value.startswith(HUB):
+        return hub_problem(key, value)
+    local = key not in ("save_path", "data_cache") and (key != "model_id" or value.startswith((".", "/", "~")))
     if local and not Path(value).exists():
         return [f"{key}: {value!r} does not exist; {REMEDIES[key]}"]
+    return []
+
+
+def hub_problem(key: str, value: str) -> list[str]:
+    """At most one line: what is wrong with a path that names a data set of the hub."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+(:\w+)?", value.removeprefix(HUB), re.ASCII):
+        return [f"{key}: {value!r} is not of the form hub:OWNER/NAME[:SPLIT]"]
+    if key == "val_path" and value.count(":") == 1:
+        return [f"{key}: {value!r} names no split; add one, such as {value}:validation"]
     return []
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 # The tokens that the methods add to a tokenizer, in this order; the last one for pause methods only.
 START, END, LATENT, PAUSE = "<|start-latent|>", "<|end-latent|>", "<|latent|>", "<|pause|>"
+ALL = sys.maxsize  # more steps than there are
 
 
 @dataclass(frozen=True)
@@ -71,15 +73,34 @@ def placeholders_and_rest(
     generation, which never holds steps), and for icot the tokens that an example drops beyond the stage.
     Sources: the paper, section 3 "Training procedure"; for icot Deng et al. 2024 (arXiv 2405.14838), section 3.
     """
-    method, last = METHODS[config.method], last_stage(config)
-    stage = {"kept": 0, "removed": last}.get(method.steps, stage)
-    final = stage >= last
-    if method.steps == "by token":
-        return 0, [] if final or not training else [token for step in steps for token in step][stage + offset :]
-    most = config.max_latent_stage if config.pad_latent_to_max else min(len(steps), config.max_latent_stage)
-    thoughts = min(stage, most) if final or not training else stage
-    rest = [] if final or not training else [token for step in steps[stage:] for token in step]
-    return thoughts * config.c_thought if method.placeholder else 0, rest
+    first = left_out(stage, config, training) + offset
+    if METHODS[config.method].steps == "by token":
+        rest = [token for step in steps for token in step][first:]
+    else:
+        rest = [token for step in steps[first:] for token in step]
+    return placeholders(stage, len(steps), config, training), rest
+
+
+def left_out(stage: int, config, training: bool) -> int:
+    """How many of an example's steps (icot: of its step tokens), from the first on, are not written; ALL: none is."""
+    stage = own_stage(stage, config)
+    return ALL if stage >= last_stage(config) or not training else stage
+
+
+def placeholders(stage: int, steps: int, config, training: bool) -> int:
+    """The number of placeholder tokens of an example with so many steps."""
+    if not METHODS[config.method].placeholder:
+        return 0
+    most = config.max_latent_stage if config.pad_latent_to_max else min(steps, config.max_latent_stage)
+    thoughts = own_stage(stage, config)
+    if left_out(stage, config, training) == ALL:
+        thoughts = min(thoughts, most)
+    return thoughts * config.c_thought
+
+
+def own_stage(stage: int, config) -> int:
+    """The stage at which the method stays, whatever the epoch, if it has no curriculum."""
+    return {"kept": 0, "removed": last_stage(config)}.get(METHODS[config.method].steps, stage)
 
 
 def schedule_table(config) -> str:

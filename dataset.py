@@ -1,118 +1,60 @@
-"""From problems to token sequences: reading, tokenizing, the stage curriculum and the collator."""
+"""From tokenized problems to the sequences of a stage, their order, their lengths, and batches of them."""
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections.abc import Callable, Sequence
 from itertools import chain
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from pyarrow import compute
 
 from config import UserError
-from curriculum import END, LATENT, METHODS, PAUSE, START, placeholders_and_rest, stage_of
+from curriculum import METHODS, left_out, placeholders, placeholders_and_rest, stage_of
+from problems import read_problems
+from tokens import TOKENS, tokenize_problems
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+ROWS = 1000  # items in memory where all of a data set are looked at
 GROUPED_STEPS = 16  # optimizer steps whose problems group_by_length sorts together
-TOKENIZE_CHUNK = 10_000  # problems tokenized in one call: bounds the memory of the call
-SHAPE = '{"question": "...", "answer": "...", "steps": ["...", ...]}'
 
 
-def read_problems(path: str, max_size: int | None = None) -> list[dict]:
-    """The first max_size problems of a JSON file: dicts with question (str), answer (str) and steps (list of str).
-
-    Raises UserError that names the file, the problem's index (from 0) and the field.
-    """
-    try:
-        problems = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the data: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not valid JSON: {error}; expected a list of {SHAPE}") from error
-    if not isinstance(problems, list) or not problems:
-        what = "an empty list" if problems == [] else type(problems).__name__
-        raise UserError(f"{path}: expected a list of problems {SHAPE}, found {what}")
-    problems = problems[:max_size]
-    for index, problem in enumerate(problems):
-        if complaint := problem_complaint(problem):
-            raise UserError(f"{path}: problem {index}: {complaint}; expected {SHAPE}")
-    return problems
-
-
-def problem_complaint(problem) -> str | None:
-    """What is wrong with one problem of a data file, or None."""
-    if not isinstance(problem, dict):
-        return f"is no object but {type(problem).__name__}"
-    for name in ("question", "answer", "steps"):
-        if name not in problem:
-            return f'has no "{name}"'
-    if not isinstance(problem["steps"], list):
-        return f'"steps" is no list but {problem["steps"]!r:.60}'
-    texts = {"question": problem["question"], "answer": problem["answer"]}
-    texts |= {f"steps[{i}]": step for i, step in enumerate(problem["steps"])}
-    for name, text in texts.items():
-        if not isinstance(text, str):
-            return f'"{name}" is no string but {text!r:.60}'
-        if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
-            return f'"{name}" holds half a surrogate pair, which is no character'
-        if "<|" in text and (marker := next((m for m in (START, END, LATENT, PAUSE) if m in text), None)):
-            return f'"{name}" holds {marker}, which only the curriculum may insert'
-    return None if problem["question"].strip() else '"question" is empty'
-
-
-def tokenize_problems(problems: list[dict], tokenizer) -> list[dict]:
-    """Token ids of every problem: question_tokenized, steps_tokenized (a list for each step), answer_tokenized, idx.
-
-    The question takes the tokenizer's special tokens (bos, if it adds one); steps and answer do not. Each piece ends
-    its line; the answer follows "### " and ends with eos.
-    """
-
-    def encode(texts: list[str], special: bool = False) -> list[list[int]]:
-        return tokenizer(texts, add_special_tokens=special)["input_ids"] if texts else []
-
-    examples = []
-    for start in range(0, len(problems), TOKENIZE_CHUNK):
-        chunk = problems[start : start + TOKENIZE_CHUNK]
-        questions = encode([problem["question"] + "\n" for problem in chunk], special=True)
-        answers = encode(["### " + problem["answer"] for problem in chunk])
-        steps = iter(encode([step + "\n" for problem in chunk for step in problem["steps"]]))
-        for problem, question, answer in zip(chunk, questions, answers, strict=True):
-            examples.append(
-                {
-                    "question_tokenized": question,
-                    "steps_tokenized": [next(steps) for _ in problem["steps"]],
-                    "answer_tokenized": [*answer, tokenizer.eos_token_id],
-                    "idx": len(examples),
-                }
-            )
-    return examples
-
-
-def get_dataset(path: str, tokenizer, max_size: int | None = None) -> list[dict]:
-    """Reads and tokenizes a data file; see `read_problems` and `tokenize_problems`."""
-    return tokenize_problems(read_problems(path, max_size), tokenizer)
+def get_dataset(path: str, tokenizer, max_size: int | None = None) -> Dataset:
+    """The first max_size problems of a source as token ids, in memory; see `read_problems` and `tokenize_chunk`."""
+    return tokenize_problems(read_problems(path, max_size), tokenizer).select_columns(TOKENS)
 
 
 class SequenceDataset(torch.utils.data.Dataset):
     """Examples turned into model inputs on access, in a given order: `build(example)` makes one item."""
 
-    def __init__(self, examples: Sequence[dict], build: Callable[[dict], dict], order: list[int] | None = None):
+    def __init__(self, examples: Dataset, build: Callable[[dict], dict], order: list[int] | None = None):
         self.examples, self.build, self.order = examples, build, order
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, index: int) -> dict:
-        return self.build(self.examples[index if self.order is None else self.order[index]])
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict]:
+        """Several items, whose examples are read at once: a batch costs little more than a single one."""
+        places = indices if self.order is None else [self.order[index] for index in indices]
+        return [self.build(example) for example in self.examples.__getitems__(places)]
+
+    def lengths(self, indices: Sequence[int]) -> list[int]:
+        """The numbers of tokens of some items."""
+        parts = (indices[start : start + ROWS] for start in range(0, len(indices), ROWS))
+        return [len(item["input_ids"]) for part in parts for item in self.__getitems__(part)]
 
 
 def get_question_latent_dataset(
     scheduled_stage: int,
-    base_dataset,
+    base_dataset: Dataset,
     configs,
     start_id: int,
     latent_id: int,
@@ -132,7 +74,7 @@ def get_question_latent_dataset(
 
 def get_cot_latent_dataset(
     scheduled_stage: int,
-    base_dataset,
+    base_dataset: Dataset,
     configs,
     start_id: int,
     latent_id: int,
@@ -163,28 +105,21 @@ def get_cot_latent_dataset(
     return SequenceDataset(base_dataset, build, order)
 
 
-def epoch_order(examples: Sequence[dict], configs, epoch: int, step_size: int) -> list[int]:
+def epoch_order(examples: Dataset, configs, epoch: int, step_size: int) -> list[int]:
     """The order of an epoch's examples: a permutation that depends on configs.seed and epoch alone.
 
     configs.group_by_length sorts the problems of every few optimizer steps (of step_size examples, on which the order
-    then depends, too) by their length before they are dealt out to these steps, and shuffles the steps. An incomplete
-    step stays the epoch's last, so it holds the longest problems of the last few steps.
+    then depends, too) by their length at the epoch's first stage before they are dealt out to these steps, and shuffles
+    the steps. An incomplete step stays the epoch's last, so it holds the longest problems of the last few steps.
     """
     order, rng = list(range(len(examples))), random.Random(f"order {configs.seed} {epoch}")
     rng.shuffle(order)
     if not configs.group_by_length:
         return order
-    stage = stage_of(epoch, configs)
-
-    def length(index: int) -> int:
-        """The tokens of a problem at the epoch's first stage, without markers."""
-        example = examples[index]
-        count, rest = placeholders_and_rest(stage, example["steps_tokenized"], configs, training=True)
-        return len(example["question_tokenized"]) + count + len(rest) + len(example["answer_tokenized"])
-
+    lengths = Lengths(examples).of_sequences(stage_of(epoch, configs), configs).tolist()
     grouped, size = [], GROUPED_STEPS * step_size
     for start in range(0, len(order), size):
-        window = sorted(order[start : start + size], key=length)
+        window = sorted(order[start : start + size], key=lengths.__getitem__)
         steps = [window[i : i + step_size] for i in range(0, len(window), step_size)]
         full = len(window) // step_size
         complete, incomplete = steps[:full], steps[full:]
@@ -257,30 +192,63 @@ class MyCollator:
         return input_ids.index(self.latent_id) if self.latent_id in input_ids else None
 
 
-def check_lengths(
-    examples: list[dict], stages: set[int], configs, limit: int, path: str, mix_stages: bool = True
-) -> None:
+class Lengths:
+    """The numbers of tokens in all parts of all examples, read off the offsets in an Arrow table at once."""
+
+    def __init__(self, examples: Dataset):
+        table = examples.with_format("arrow")[:]
+        self.question, self.answer = (lengths(table[f"{part}_tokenized"]) for part in ("question", "answer"))  # (n,)
+        self.steps = lengths(table["steps_tokenized"])  # (n,), the number of steps
+        self.step = lengths(compute.list_flatten(table["steps_tokenized"]))  # (all steps,)
+        self.example = np.repeat(np.arange(len(self.steps)), self.steps)  # (all steps,), whose step it is
+        self.place = np.arange(len(self.step)) - np.repeat(np.cumsum(self.steps) - self.steps, self.steps)  # from 0
+
+    def of_sequences(self, stage: int, configs) -> np.ndarray:
+        """The length of each training sequence at a stage. (n,)"""
+        method, skipped = METHODS[configs.method], left_out(stage, configs, training=True)
+        if method.steps == "by token":
+            rest = np.maximum(self.sum_by_example(self.step) - skipped, 0)
+        else:
+            rest = self.sum_by_example(self.step * (self.place >= skipped))
+        counts = [placeholders(stage, steps, configs, training=True) for steps in range(self.steps.max(initial=0) + 1)]
+        markers = 2 if method.markers else 0
+        return self.question + markers + np.array(counts)[self.steps] + rest + self.answer
+
+    def sum_by_example(self, numbers: np.ndarray) -> np.ndarray:
+        """Sums of a number for each step. (all steps,) -> (n,)"""
+        return np.bincount(self.example, numbers, minlength=len(self.steps)).astype(np.int64)  # exact: sums of tokens
+
+
+def lengths(lists) -> np.ndarray:
+    """The lengths of the lists in an Arrow column."""
+    return compute.list_value_length(lists).to_numpy().astype(np.int64)
+
+
+def check_lengths(examples: Dataset, stages: set[int], configs, limit: int, path: str, mix_stages: bool = True) -> None:
     """Raises UserError for the first problem with a sequence longer than the model's `limit` positions at a stage.
 
     With mix_stages (training) the stages that configs.uniform_prob may draw count, too.
     """
-    markers = 2 if METHODS[configs.method].markers else 0
-    for example in examples:
-        steps = example["steps_tokenized"]
-        kept = len(example["question_tokenized"]) + len(example["answer_tokenized"]) + markers
-        drawn = range(len(steps) + 1) if mix_stages and configs.uniform_prob else ()
-        for stage in sorted({*stages, *drawn}):
-            count, rest = placeholders_and_rest(stage, steps, configs, training=True)
-            length = kept + count + len(rest)
-            if length > limit:
-                raise UserError(
-                    f"{path}: problem {example['idx']} makes a sequence of {length} tokens at stage {stage}, but the "
-                    f"model has {limit} positions; shorten or drop it, or choose a model with more positions"
-                )
+    parts, found = Lengths(examples), []
+    drawn = range(parts.steps.max(initial=0) + 1) if mix_stages and configs.uniform_prob else ()
+    for stage in {*stages, *drawn}:
+        tokens = parts.of_sequences(stage, configs)
+        too_long = tokens > limit
+        if stage not in stages:
+            too_long &= parts.steps >= stage  # others do not draw it
+        if too_long.any():
+            index = int(too_long.argmax())
+            found.append((index, stage, tokens[index]))
+    if found:
+        index, stage, length = min(found)
+        raise UserError(
+            f"{path}: problem {index} makes a sequence of {length} tokens at stage {stage}, but the "
+            f"model has {limit} positions; shorten or drop it, or choose a model with more positions"
+        )
 
 
 def step_batches(
-    examples: range, per_pass: int, passes: int, rank: int, world_size: int
+    examples: Sequence[int], per_pass: int, passes: int, rank: int, world_size: int
 ) -> list[tuple[int, list[list[int]]]]:
     """Splits examples into optimizer steps, and this rank's share of each step into forward passes.
 

@@ -132,12 +132,13 @@ def batches(run: Run, dataset: SequenceDataset, title: str) -> Iterator[dict[str
     """Yields this process's share of a data set in batches of sequences of similar length, until a signal comes."""
     size = run.config.batch_size_eval or run.config.batch_size_training
     mine = range(run.processes.rank, len(dataset), run.processes.world_size)
-    order = sorted(mine, key=lambda i: len(dataset[i]["input_ids"]))
-    starts = range(0, len(order), size)
-    for start in tqdm(starts, desc=title, leave=False, disable=not run.processes.is_main):
+    order = [idx for _, idx in sorted(zip(dataset.lengths(mine), mine, strict=True))]
+    parts = [order[start : start + size] for start in range(0, len(order), size)]
+    made = run.ahead(lambda part: run.collate(dataset.__getitems__(part)), parts)
+    for batch in tqdm(made, total=len(parts), desc=title, leave=False, disable=not run.processes.is_main):
         if run.stop.signal:
             return
-        yield run.collate([dataset[i] for i in order[start : start + size]])
+        yield batch
 
 
 def predict(problem: dict, idx: int, new: list[int], thoughts: int, tokenizer, method: str) -> dict:

@@ -31,11 +31,12 @@ PATIENCE = timedelta(minutes=30)
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of the run: its global rank, their number, and its device."""
+    """This process among those of the run: its global rank, their number, its device, and its rank on its node."""
 
     rank: int = 0
     world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    local_rank: int = 0
 
     @property
     def is_main(self) -> bool:
@@ -73,27 +74,39 @@ class Processes:
 
     def on_main(self, function: Callable):
         """What a function returns on the main process, which alone calls it, for all; what it raises, all raise."""
+        return self.call_on(self.is_main, function)[0]
+
+    def on_each_node(self, function: Callable):
+        """What a function returns on this node's first process, the one there to call it; what it raises, all raise."""
+        return self.call_on(self.local_rank == 0, function)[self.rank - self.local_rank]
+
+    def call_on(self, chosen: bool, function: Callable) -> list:
+        """What a function returns on the chosen processes (None for the others), in rank order.
+
+        The first error of any of them is raised by all.
+        """
         result = error = None
-        if self.is_main:
+        if chosen:
             try:
                 result = function()
             except Exception as raised:
                 error = raised
-        result, copy = self.gather((result, error))[0]
-        if copy is not None:
-            raise error or copy  # the original has the traceback
-        return result
+        results, copies = zip(*self.gather((result, error)), strict=True)
+        if failed := [copy for copy in copies if copy is not None]:
+            raise error or failed[0]  # the original has the traceback
+        return list(results)
 
 
 def start_processes() -> Processes:
     """Joins the processes that torchrun started (nccl on CUDA, gloo on CPU); a single process needs no group."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
         if here > gpus:
             raise UserError(f"{here} processes for {gpus} GPU(s); lower --nproc_per_node to {gpus}")
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         # Attention by cuDNN plans anew for every shape (about 0.4 s), and here every pass has one of its own.
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -101,7 +114,7 @@ def start_processes() -> Processes:
         backend = "nccl" if device.type == "cuda" else "gloo"
         store = dist.PrefixStore(attempt(), next(dist.rendezvous("env://", timeout=PATIENCE))[0])
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=PATIENCE)
-    return Processes(rank, world_size, device)
+    return Processes(rank, world_size, device, local_rank)
 
 
 def attempt() -> str:

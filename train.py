@@ -7,6 +7,7 @@ import platform
 import secrets
 import subprocess
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ from checkpoint import (
 )
 from config import Config
 from curriculum import schedule_table, stage_of
-from dataset import SequenceDataset, get_cot_latent_dataset, step_batches
+from dataset import epoch_order, get_cot_latent_dataset, step_batches
 from evaluate import Evaluation, validate, write_predictions
 from lora import parameter_groups
 from metrics import MetricLogger
@@ -107,18 +108,16 @@ class Trainer:
     def train_epoch(self, epoch: int) -> None:
         """The optimizer steps of an epoch, or those that are left of it."""
         run, config, processes, state = self.run, self.run.config, self.run.processes, self.state
-        size, dataset = len(run.train_examples), None
-        shape = (config.batch_size_training, config.gradient_accumulation_steps, processes.rank, processes.world_size)
-        steps = step_batches(range(state.examples, size), *shape)
         run.model.train()
-        progress = tqdm(steps, unit="step", disable=not processes.is_main)
-        for count, passes in progress:
-            started = time.perf_counter()
-            if self.enter_stage(epoch) or dataset is None:
-                options = {"shuffle": True, "epoch": epoch, "step_size": problems_per_step(config, processes)}
-                dataset = run.sequences(get_cot_latent_dataset, state.stage, run.train_examples, **options)
-                progress.set_description(f"epoch {epoch + 1}/{config.num_epochs} stage {state.stage}")
-            batches = [collate(run, dataset, indices) for indices in passes]
+        steps = steps_left(run, epoch, state.examples)
+        made = run.ahead(lambda step: make_batches(run, epoch, step), steps)
+        progress, started = (
+            tqdm(made, total=len(steps), unit="step", disable=not processes.is_main),
+            time.perf_counter(),
+        )
+        for count, batches in progress:
+            self.enter_stage(epoch)
+            progress.set_description(f"epoch {epoch + 1}/{config.num_epochs} stage {state.stage}", refresh=False)
             metrics = self.train_step(batches, f"epoch {epoch + 1}, step {state.step + 1}")
             state.step, state.examples = state.step + 1, state.examples + count
             speed = metrics.pop("tokens") / (time.perf_counter() - started)
@@ -127,22 +126,20 @@ class Trainer:
             metrics = place | metrics | {"tokens_per_second": speed}
             self.log.write({f"train/{name}": value for name, value in metrics.items()}, state.step)
             run.stop_together()
-            if config.save_every_steps and state.step % config.save_every_steps == 0 and state.examples < size:
+            left = state.examples < len(run.train_examples)
+            if config.save_every_steps and state.step % config.save_every_steps == 0 and left:
                 self.save()
+            started = time.perf_counter()
 
-    def enter_stage(self, epoch: int) -> bool:
-        """Sets the stage of the next step, with a fresh optimizer where reset_optimizer asks for one.
-
-        Returns whether the stage is another than that of the step before.
-        """
+    def enter_stage(self, epoch: int) -> None:
+        """Sets the stage of the next step, with a fresh optimizer where reset_optimizer asks for one."""
         config, state = self.run.config, self.state
-        stage = stage_of(epoch + state.examples / len(self.run.train_examples), config)
+        stage = stage_within(self.run, epoch, state.examples)
         switched, state.stage = state.stage not in (-1, stage), stage
         if (config.reset_optimizer is True and switched) or (
             config.reset_optimizer == "every_epoch" and state.examples == 0
         ):
             self.new_optimizer()
-        return switched
 
     def train_step(self, batches: list[dict], place: str) -> dict:
         """One optimizer step over this process's batches, a forward and backward pass for each.
@@ -241,11 +238,47 @@ def train(run: Run) -> None:
     trainer.fit()
 
 
-def collate(run: Run, dataset: SequenceDataset, indices: list[int]) -> dict[str, Tensor]:
-    """A batch of examples; where none are left for this process, one that counts for nothing (its idx is -1)."""
-    if indices:
-        return run.collate([dataset[i] for i in indices])
-    return run.collate([{**dataset[0], "labels": [-100] * len(dataset[0]["labels"]), "idx": -1}])
+@dataclass(frozen=True)
+class Step:
+    """An optimizer step to come: its number of problems, its stage, and the problems of each of this process's passes.
+
+    filler: a problem for a pass that has none.
+    """
+
+    count: int
+    stage: int
+    passes: list[list[int]]
+    filler: int
+
+
+def steps_left(run: Run, epoch: int, done: int) -> list[Step]:
+    """The optimizer steps of an epoch that are left when so many of its problems are done."""
+    config, processes, steps = run.config, run.processes, []
+    order = epoch_order(run.train_examples, config, epoch, problems_per_step(config, processes))
+    shape = (config.batch_size_training, config.gradient_accumulation_steps, processes.rank, processes.world_size)
+    for count, passes in step_batches(order[done:], *shape):
+        steps.append(Step(count, stage_within(run, epoch, done), passes, filler=order[0]))
+        done += count
+    return steps
+
+
+def stage_within(run: Run, epoch: int, done: int) -> int:
+    """The stage that is trained when so many problems of an epoch are done."""
+    return stage_of(epoch + done / len(run.train_examples), run.config)
+
+
+def make_batches(run: Run, epoch: int, step: Step) -> tuple[int, list[dict[str, Tensor]]]:
+    """The number of problems of a step, and the batches of this process's passes.
+
+    A pass for which no problem is left has a batch that counts for nothing (its idx is -1).
+    """
+    sequences, batches = run.sequences(get_cot_latent_dataset, step.stage, run.train_examples, epoch=epoch), []
+    for indices in step.passes:
+        features = sequences.__getitems__(indices or [step.filler])
+        if not indices:
+            features = [{**feature, "labels": [-100] * len(feature["labels"]), "idx": -1} for feature in features]
+        batches.append(run.collate(features))
+    return step.count, batches
 
 
 def resolved_text(config: Config) -> str:

@@ -1,9 +1,12 @@
-"""Small things that everyone uses: what a save or a signal may do to a run, seeding, and writing files."""
+"""Small things that everyone uses: signals, seeding, and files and directories that are complete or not there."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -15,6 +18,8 @@ import torch
 from config import Config, UserError
 
 __all__ = ["Config", "Interrupted", "SaveError", "StopRequest", "saving", "set_seed", "write_text"]  # Config: official
+
+MANIFEST = "manifest.json"
 
 
 class SaveError(Exception):
@@ -54,6 +59,60 @@ def write_text(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+@contextmanager
+def whole_directory(directory: Path) -> Iterator[Path]:
+    """Yields an empty directory beside `directory`, which takes its place when the block has filled it.
+
+    A manifest with the sizes and checksums of the files comes last, and all is synced before the directory is renamed.
+    So a directory that is there is complete, unless the disk fails. After an error nothing is left of the new one.
+    """
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # a crash left it
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        manifest = {path.name: fingerprint(path) for path in sorted(partial.iterdir())}
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        for path in (*partial.iterdir(), partial):
+            sync(path)
+        shutil.rmtree(directory, ignore_errors=True)  # a damaged one
+        os.replace(partial, directory)
+        sync(directory.parent)
+    except Exception:
+        shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room
+        raise
+
+
+def damage(directory: Path) -> str | None:
+    """What is wrong with the files of a directory, measured against its manifest, or None."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8")).items()
+    except (OSError, ValueError, AttributeError):
+        return f"{MANIFEST} is missing or unreadable"
+    for name, expected in manifest:
+        path = directory / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if fingerprint(path) != expected:
+            return f"{name} differs from its manifest"
+    return None
+
+
+def fingerprint(path: Path) -> dict:
+    """The size and checksum of a file."""
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def sync(path: Path) -> None:
+    """Waits until a file or directory is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class StopRequest:

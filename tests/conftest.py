@@ -1,7 +1,10 @@
-"""Settings for all tests: one thread (the models are tiny), no network, no accounts, the same random numbers."""
+"""Settings for all tests: one thread (the models are tiny), no network, no accounts, a cache of their own, the same
+random numbers."""
 
 import os
+import tempfile
 
+os.environ["HF_DATASETS_CACHE"] = (cache := tempfile.TemporaryDirectory()).name  # it goes when the tests end
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -90,7 +90,7 @@ class Fault:
         replace = os.replace
 
         def patched(source, target):
-            ours = Path(source).is_dir() and not Path(source).is_symlink()
+            ours = Path(source).name.startswith("checkpoint_") and not Path(source).is_symlink()
             if ours and not after:
                 self.strike(self.step)
             replace(source, target)
@@ -224,7 +224,7 @@ def server():
     paths = [str(ROOT), str(ROOT / "tests"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path for path in paths if path))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["run", "faults", "transformers.models.gpt2.modeling_gpt2"])
+    context.set_forkserver_preload(["run", "faults", "transformers.models.gpt2.modeling_gpt2", "datasets"])
     return context
 
 

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from datasets import Dataset
 
 from config import Config, UserError
 from curriculum import END, LATENT, METHODS, PAUSE, START, schedule_table, stage_of
@@ -18,9 +19,9 @@ from dataset import (
     get_dataset,
     get_question_latent_dataset,
     step_batches,
-    tokenize_problems,
 )
 from helpers import byte_tokenizer, make_problems, show, write_json
+from tokens import tokenize_problems
 
 TWO_STEPS = {"question": "q?", "answer": "7", "steps": ["ab", "c"]}
 ALL = "ab\nc\n### 7$"
@@ -269,7 +270,7 @@ def test_shuffle_is_a_permutation_that_depends_on_seed_and_epoch(tokenizer):
 def test_grouping_by_length_fills_each_step_with_alike_problems():
     rng = random.Random(5)
     lengths = [rng.randint(5, 500) for _ in range(16 * 8 * 3 + 13)]  # three windows, then one full step and a rest of 5
-    examples = [  # at the stage of epoch 2 no step is left, so their many tokens do not count
+    rows = [  # at the stage of epoch 2 no step is left, so their many tokens do not count
         {
             "question_tokenized": [0] * (n - 4),
             "steps_tokenized": [[0] * rng.randint(1, 500)] * 2,
@@ -277,6 +278,7 @@ def test_grouping_by_length_fills_each_step_with_alike_problems():
         }
         for n in lengths
     ]
+    examples = Dataset.from_list(rows)
 
     def grouped(**change):
         values = {"method": "coconut", "max_latent_stage": 1, "seed": 1, "group_by_length": True} | change

@@ -8,9 +8,10 @@ import pytest
 
 from config import OFFICIAL_METHODS, Config
 from curriculum import END, LATENT, METHODS, PAUSE, START
-from dataset import get_cot_latent_dataset, get_question_latent_dataset, tokenize_problems
+from dataset import get_cot_latent_dataset, get_question_latent_dataset
 from helpers import EOS, REPOSITORY, byte_tokenizer
 from pretrained import add_tokens
+from tokens import tokenize_problems
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 PROBLEM = {"question": "2*3+4?", "steps": ["2*3=6", "6+4=10"], "answer": "10"}

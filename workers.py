@@ -1,0 +1,74 @@
+"""Worker processes that make things ahead of their use."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
+
+
+class Made(Dataset):
+    """make(item) for every item."""
+
+    def __init__(self, make: Callable, items: Sequence):
+        self.make, self.items = make, items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int):
+        return self.make(self.items[index])
+
+
+def made_ahead(make: Callable, items: Sequence, workers: int, pin: bool = False) -> Iterator:
+    """Yields make(item) for every item, in order; `workers` processes are ahead by two each, none: made when asked for.
+
+    pin: whether tensors are brought to pinned memory, too. The workers are forks, which hold what this process holds
+    without a copy of it, must leave a GPU alone, end with this process, however it ends, and leave signals to it. The
+    random streams of this process stay as they are.
+    """
+    if not items:
+        return
+    workers = min(workers, len(items)) if hasattr(signal, "sigwaitinfo") else 0  # macOS cannot tell who sends a signal
+    options = {"multiprocessing_context": "fork", "worker_init_fn": obey_parent_alone} if workers else {}
+    generator = torch.Generator()  # a DataLoader draws a seed
+    loader = DataLoader(
+        Made(make, items), batch_size=None, num_workers=workers, pin_memory=pin, generator=generator, **options
+    )
+    with signals_held():
+        iterator = iter(loader)
+    yield from iterator
+
+
+def cores() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Lets the stop signals wait; for good in processes forked meanwhile, since a signal to all is for the parent."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def obey_parent_alone(_worker: int) -> None:
+    """Ends this worker when its parent sends SIGTERM, as a DataLoader does with workers that are left at its end."""
+    parent = os.getppid()
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
