@@ -33,7 +33,8 @@ class Run:
     """A run's config and processes, its model, and its tokenized problems.
 
     checkpoint: the one that the run goes on from, None for a fresh start; stop: whether a signal asks it to end;
-    train_examples: None for only_eval; valid_problems: the texts of valid_examples.
+    train_examples: None for only_eval; valid_problems: the texts of valid_examples; keep_weights: whether sharded
+    weights stay whole from a step's first pass to its end.
     """
 
     config: Config
@@ -45,6 +46,7 @@ class Run:
     train_examples: Dataset | None
     valid_problems: Dataset
     valid_examples: Dataset
+    keep_weights: bool = True
 
     @property
     def directory(self) -> Path:

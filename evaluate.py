@@ -67,7 +67,7 @@ def validate(run: Run, stage: int) -> Evaluation:
     where a signal asks for an end, as soon as all processes know.
     """
     run.model.eval()
-    with torch.no_grad(), whole_weights(run.model):
+    with torch.no_grad(), whole_weights(run.model, run.keep_weights):
         loss = mean_loss(run, run.sequences(get_cot_latent_dataset, stage, run.valid_examples, mix_stages=False))
         started = time.perf_counter()
         predictions = answers(run, run.sequences(get_question_latent_dataset, stage, run.valid_examples))

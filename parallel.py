@@ -10,7 +10,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -63,6 +63,15 @@ class Processes:
         reduced = torch.tensor(values, dtype=torch.float64, device=self.device)  # (len(values),)
         dist.all_reduce(reduced, operation)
         return reduced.tolist()
+
+    def table(self, values: Tensor, numbers: list[float]) -> list[list[float]]:
+        """A row for each of the given values (n,) and numbers, with what every process has there, in rank order."""
+        mine = torch.cat([values.double(), torch.tensor(numbers, dtype=torch.float64).to(values.device)])
+        if self.world_size == 1:
+            return [[value] for value in mine.tolist()]
+        everyone = mine.new_empty(self.world_size, len(mine))
+        dist.all_gather(list(everyone), mine)
+        return everyone.T.tolist()
 
     def gather(self, value) -> list:
         """Every process's value (anything that pickles), in rank order, on every process."""
@@ -134,11 +143,12 @@ def stop_processes() -> None:
         dist.destroy_process_group()
 
 
-def distribute(model: nn.Module, strategy: str, bf16: bool, processes: Processes) -> nn.Module:
+def distribute(model: nn.Module, strategy: str, bf16: bool, keep: bool, processes: Processes) -> nn.Module:
     """Shares the training of a Coconut module among the processes, and returns the module to call.
 
     ddp: a copy of the model in every process. fsdp: weights, gradients and optimizer state sharded, a unit for each
     transformer block (FSDP2). auto: ddp while the training state fits well into a GPU. One process needs neither.
+    keep: whether sharded weights are gathered once in a step, and stay until `reshard`, or anew for every pass.
     """
     if processes.world_size == 1:
         return model
@@ -146,13 +156,27 @@ def distribute(model: nn.Module, strategy: str, bf16: bool, processes: Processes
         strategy = "ddp" if fits(model, processes.device) else "fsdp"
         processes.print(f"parallel: auto chooses {strategy}")
     if strategy == "ddp":
-        return settle_buckets(DistributedDataParallel(model, broadcast_buffers=False))
+        return settle_buckets(DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    options = {"mp_policy": policy} if bf16 else {}
-    mesh = dist.init_device_mesh(processes.device.type, (processes.world_size,))
+    options = {"mesh": dist.init_device_mesh(processes.device.type, (processes.world_size,))}
     for block in model.blocks:
-        fully_shard(block, mesh=mesh, **options)
-    return fully_shard(model, mesh=mesh, **options)
+        fully_shard(block, **options, **({"mp_policy": policy} if bf16 else {}))
+    fully_shard(model, **options)  # the head computes in float32
+    for unit in units(model):
+        unit.set_reshard_after_forward(unit is not model and not keep, recurse=False)
+        unit.set_reshard_after_backward(not keep, recurse=False)
+    return model
+
+
+def units(model: nn.Module) -> list[FSDPModule]:
+    """The parts of a model that are sharded as one; none if it is not sharded."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def reshard(model: nn.Module) -> None:
+    """Frees what is gathered of a sharded model's weights, but for this process's shards."""
+    for unit in units(model):
+        unit.reshard()
 
 
 def settle_buckets(model: DistributedDataParallel) -> DistributedDataParallel:
@@ -180,29 +204,29 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-@contextmanager
-def gradient_sync(model: nn.Module, last: bool) -> Iterator[None]:
-    """Leaves gradients unreduced while accumulating, and reduces them in the last backward pass of a step."""
-    if is_sharded(model):
-        model.set_requires_gradient_sync(last)
-    unreduced = isinstance(model, DistributedDataParallel) and not last
-    with model.no_sync() if unreduced else nullcontext():
-        yield
+def gradient_sync(model: nn.Module, last: bool):
+    """A context for a backward pass: copies of a model exchange their gradients in the last one of a step alone.
+
+    Shards always do: otherwise every process would hold the whole gradient in between.
+    """
+    return model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
 
 
 @contextmanager
-def whole_weights(model: nn.Module) -> Iterator[None]:
-    """Holds the whole weights of a sharded model in every process, which may then make passes on its own account."""
-    units = [m for m in model.modules() if isinstance(m, FSDPModule)]
-    for unit in units:
+def whole_weights(model: nn.Module, keep: bool) -> Iterator[None]:
+    """Holds the whole weights of a sharded model in every process, which may then make passes on its own account.
+
+    keep: as in `distribute`.
+    """
+    for unit in units(model):
         unit.unshard()
         unit.set_reshard_after_forward(False, recurse=False)
     try:
         yield
     finally:
-        for unit in units:
-            unit.set_reshard_after_forward(unit is not model, recurse=False)
-            unit.reshard()
+        for unit in units(model):
+            unit.set_reshard_after_forward(unit is not model and not keep, recurse=False)
+        reshard(model)
 
 
 def collect_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:

@@ -35,12 +35,31 @@ from dataset import epoch_order, get_cot_latent_dataset, step_batches
 from evaluate import Evaluation, validate, write_predictions
 from lora import parameter_groups
 from metrics import MetricLogger
-from parallel import distribute, gradient_sync, is_sharded
+from parallel import distribute, gradient_sync, is_sharded, reshard
 from utils import Interrupted, saving, write_text
 
 
 class NotFiniteError(Exception):
     """The loss or the gradient is not a finite number."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """An optimizer step to come: the supervised tokens and all tokens of all processes, the passes of one at most."""
+
+    supervised: float
+    tokens: float
+    passes: int
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What all processes know of a step: its loss and gradient norm, a signal or 0, and the work that comes next."""
+
+    loss: float
+    norm: float
+    signal: int
+    work: Work
 
 
 class Trainer:
@@ -53,7 +72,7 @@ class Trainer:
         if run.config.gradient_checkpointing:
             run.model.recompute(run.config.gradient_checkpointing)
         strategy = "ddp" if run.config.lora_rank or run.config.compile else run.config.parallel
-        self.model = distribute(run.model, strategy, run.config.bf16, run.processes)
+        self.model = distribute(run.model, strategy, run.config.bf16, run.keep_weights, run.processes)
         self.new_optimizer()
         self.state = self.restore()
         self.log = MetricLogger(None, run.config, "")
@@ -107,29 +126,33 @@ class Trainer:
 
     def train_epoch(self, epoch: int) -> None:
         """The optimizer steps of an epoch, or those that are left of it."""
-        run, config, processes, state = self.run, self.run.config, self.run.processes, self.state
+        run, config, state = self.run, self.run.config, self.state
         run.model.train()
         steps = steps_left(run, epoch, state.examples)
         made = run.ahead(lambda step: make_batches(run, epoch, step), steps)
-        progress, started = (
-            tqdm(made, total=len(steps), unit="step", disable=not processes.is_main),
-            time.perf_counter(),
-        )
-        for count, batches in progress:
+        step = next(made, None)
+        agreed = self.agree(None, step)
+        progress = tqdm(steps, unit="step", disable=not run.processes.is_main)
+        started = time.perf_counter()
+        for _ in progress:
             self.enter_stage(epoch)
             progress.set_description(f"epoch {epoch + 1}/{config.num_epochs} stage {state.stage}", refresh=False)
-            metrics = self.train_step(batches, f"epoch {epoch + 1}, step {state.step + 1}")
+            count, batches = step
+            loss, work = self.backward(batches, agreed.work), agreed.work
+            step = next(made, None)  # a GPU computes meanwhile
+            agreed = self.agree(loss, step)
+            lr = self.update(agreed, batches, f"epoch {epoch + 1}, step {state.step + 1}")
             state.step, state.examples = state.step + 1, state.examples + count
-            speed = metrics.pop("tokens") / (time.perf_counter() - started)
-            progress.set_postfix_str(f"loss {metrics['loss']:.4f}, {speed:.0f} tokens/s")
-            place = {"epoch": epoch + 1, "step": state.step, "stage": state.stage}
-            metrics = place | metrics | {"tokens_per_second": speed}
+            speed, started = work.tokens / (time.perf_counter() - started), time.perf_counter()
+            progress.set_postfix_str(f"loss {agreed.loss:.4f}, {speed:.0f} tokens/s")
+            metrics = {"epoch": epoch + 1, "step": state.step, "stage": state.stage, "loss": agreed.loss}
+            metrics |= {"grad_norm": agreed.norm, "lr": lr, "tokens_per_second": speed}
             self.log.write({f"train/{name}": value for name, value in metrics.items()}, state.step)
-            run.stop_together()
+            if agreed.signal:
+                raise Interrupted(agreed.signal)
             left = state.examples < len(run.train_examples)
             if config.save_every_steps and state.step % config.save_every_steps == 0 and left:
                 self.save()
-            started = time.perf_counter()
 
     def enter_stage(self, epoch: int) -> None:
         """Sets the stage of the next step, with a fresh optimizer where reset_optimizer asks for one."""
@@ -141,62 +164,81 @@ class Trainer:
         ):
             self.new_optimizer()
 
-    def train_step(self, batches: list[dict], place: str) -> dict:
-        """One optimizer step over this process's batches, a forward and backward pass for each.
+    def backward(self, batches: list[dict], work: Work) -> Tensor:
+        """The forward and backward passes of an optimizer step; returns this process's share of the loss, a scalar.
 
         The loss is the sum over all supervised tokens of all batches of all processes, divided by their number, so any
-        division of the same problems makes the same step. Returns the step's metrics. Raises NotFiniteError before the
-        weights change.
+        division of the same problems makes the same step.
         """
-        processes = self.run.processes
-        supervised = [len(batch["plan"].targets) for batch in batches]
-        tokens = sum(batch["attention_mask"].sum().item() for batch in batches if batch["idx"][0] >= 0)
-        all_supervised, all_tokens = processes.sum([sum(supervised), tokens])
-        total = torch.zeros((), device=processes.device)
-        self.optimizer.zero_grad(set_to_none=True)
-        for number, (batch, count) in enumerate(zip(batches, supervised, strict=True), 1):
+        total = torch.zeros((), device=self.run.processes.device)
+        for number, batch in enumerate(batches, 1):
             with gradient_sync(self.model, last=number == len(batches)):
                 with self.run.autocast():
-                    loss = self.model(**self.equal_passes(inputs(batch))).loss
-                loss = loss * (count / all_supervised)
-                (loss * processes.world_size).backward()  # gradients are averaged over processes
+                    loss = self.model(**self.equal_passes(inputs(batch), work.passes)).loss
+                loss = loss * (len(batch["plan"].targets) / work.supervised)
+                (loss * self.run.processes.world_size).backward()  # gradients are averaged over processes
             total += loss.detach()
-        norm = self.gradient_norm()
-        loss, norms = processes.sum([total.item(), norm])  # all agree, even if one device alone miscalculates
-        if not math.isfinite(loss + norms):
-            idx = processes.gather([i for batch in batches for i in batch["idx"].tolist() if i >= 0])
-            raise NotFiniteError(f"{place}: loss {loss}, gradient norm {norm}, on the training problems {idx}")
-        lr = self.run.config.lr * min(1, (self.state.step + 1) / max(self.run.config.warmup_steps, 1))
+        reshard(self.model)
+        return total
+
+    def agree(self, loss: Tensor | None, step: tuple[int, list[dict]] | None) -> Agreed:
+        """What all processes must know of the step that they have computed (None: none yet) and of the next one.
+
+        This is the one small reduction of a step, and the one time that it waits for a GPU.
+        """
+        processes, batches = self.run.processes, step[1] if step else []
+        supervised = sum(len(batch["plan"].targets) for batch in batches)
+        tokens = sum(batch["attention_mask"].sum().item() for batch in batches if batch["idx"][0] >= 0)
+        passes = max((1 + len(batch["plan"].cuts) for batch in batches), default=0)
+        done = torch.zeros(2, device=processes.device) if loss is None else torch.stack([loss, self.gradient_norm()])
+        losses, norms, signals, *works = processes.table(done, [self.run.stop.signal, supervised, tokens, passes])
+        norm = math.hypot(*norms) if is_sharded(self.model) else norms[0]
+        if not math.isfinite(sum(norms)):  # one device alone may miscalculate
+            norm = sum(norms)
+        work = Work(sum(works[0]), sum(works[1]), int(max(works[2])))
+        return Agreed(sum(losses), norm, int(max(signals)), work)
+
+    def gradient_norm(self) -> Tensor:
+        """The norm of the gradient, or of this process's shards of it, a scalar."""
+        return torch.nn.utils.get_total_norm(self.gradients())
+
+    def gradients(self) -> list[Tensor]:
+        """This process's gradients, or its shards of them."""
+        gradients = [p.grad for p in self.run.model.parameters() if p.grad is not None]
+        return [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+
+    def update(self, agreed: Agreed, batches: list[dict], place: str) -> float:
+        """Takes the optimizer step and frees the gradients; returns the learning rate.
+
+        Raises NotFiniteError in all processes before the weights change.
+        """
+        config = self.run.config
+        if not math.isfinite(agreed.loss + agreed.norm):
+            idx = self.run.processes.gather([i for batch in batches for i in batch["idx"].tolist() if i >= 0])
+            found = f"loss {agreed.loss}, gradient norm {agreed.norm}, on the training problems {idx}"
+            raise NotFiniteError(f"{place}: {found}")
+        if config.max_grad_norm is not None and agreed.norm > config.max_grad_norm:
+            for gradient in self.gradients():
+                gradient.mul_(config.max_grad_norm / agreed.norm)
+        lr = config.lr * min(1, (self.state.step + 1) / max(config.warmup_steps, 1))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        return {"loss": loss, "grad_norm": norm, "lr": lr, "tokens": all_tokens}
+        self.optimizer.zero_grad(set_to_none=True)  # now, so that validation has the room
+        return lr
 
-    def equal_passes(self, batch: dict[str, Tensor]) -> dict:
-        """Sharded weights are gathered anew for every pass, so all processes must make equally many.
+    def equal_passes(self, batch: dict[str, Tensor], most: int) -> dict:
+        """The batch with as many passes as any process needs, padded where it has fewer columns than that.
 
-        Returns the batch with as many passes as any process needs, padded where it has fewer columns than that.
+        Where sharded weights are gathered anew for every pass, all processes must make equally many.
         """
-        if not is_sharded(self.model):
+        if not is_sharded(self.model) or self.run.keep_weights:
             return batch
-        [most] = self.run.processes.max([1 + len(batch["plan"].cuts)])
-        padding = {
-            "input_ids": self.run.pretrained.tokenizer.pad_token_id,
-            "attention_mask": 0,
-            "position_ids": 0,
-            "labels": -100,
-        }
-        missing = max(int(most) - batch["input_ids"].shape[1], 0)
+        pad = self.run.pretrained.tokenizer.pad_token_id
+        padding = {"input_ids": pad, "attention_mask": 0, "position_ids": 0, "labels": -100}
+        missing = max(most - batch["input_ids"].shape[1], 0)
         padded = {key: F.pad(batch[key], (0, missing), value=value) for key, value in padding.items()}
-        return {**padded, "plan": batch["plan"], "min_passes": int(most)}
-
-    def gradient_norm(self) -> float:
-        """The gradient's norm over all parameters; clips the gradient where the config asks for it."""
-        parameters = [p for p in self.run.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        if self.run.config.max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.run.config.max_grad_norm, norm)
-        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        return {**padded, "plan": batch["plan"], "min_passes": most}
 
     def end_epoch(self, epoch: int, evaluation: Evaluation) -> None:
         """Writes down a finished epoch: its metrics, predictions and checkpoint, and the links best and last."""

@@ -56,7 +56,7 @@ class Fault:
             return
         self.watch_trainer(train.Trainer)
         {
-            "step": lambda: wrap(train.Trainer, "train_step", lambda *_: self.strike(self.step - 1)),
+            "step": lambda: wrap(train.Trainer, "backward", lambda *_: self.strike(self.step - 1)),
             "backward": lambda: wrap(train.Trainer, "gradient_norm", lambda *_: self.strike(self.step - 1)),
             "validation": self.at_validation,
             "state": self.at_state,

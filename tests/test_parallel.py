@@ -17,7 +17,7 @@ from torch.distributed import HashStore
 
 import cache
 import parallel
-from faults import ROOT, Fault, free_port
+from faults import ROOT, Fault, free_port, wrap
 from helpers import make_problems, read_lines, write_json
 from setting import Setting, assert_same, metrics
 
@@ -118,14 +118,24 @@ def test_bf16_under_fsdp(setting, single):
 
 
 @pytest.mark.parametrize(("ranks", "strategy"), [(1, "auto"), (2, "ddp"), (2, "fsdp")])
-def test_blocks_that_are_computed_again_change_nothing(setting, ranks, strategy, monkeypatch):
-    monkeypatch.setattr(cache, "RECOMPUTED_COLUMNS", 4)
+def test_blocks_that_are_computed_again_change_nothing(setting, ranks, strategy):
     shape = {"batch_size_training": 8, "parallel": strategy, "num_epochs": 2}
-    runs = [
-        finish(setting, f"again-{ranks}-{strategy}-{mode}", ranks, gradient_checkpointing=mode, **shape)
-        for mode in (False, "block")
-    ]
+    runs = []
+    for mode in (False, "block"):
+        name = f"again-{ranks}-{strategy}-{mode}"
+        outcome = setting.run(name, ranks, RecomputeShort(), gradient_checkpointing=mode, **shape)
+        assert outcome.codes == [0] * ranks, outcome.output
+        assert ("computed again" in outcome.output) == (mode == "block")
+        runs.append(setting.directory / name)
     assert_same(*runs)
+
+
+class RecomputeShort:
+    """Lets passes of 4 columns take part in gradient checkpointing, too, and tells of it."""
+
+    def inject(self):
+        cache.RECOMPUTED_COLUMNS = 4
+        wrap(cache, "checkpoint", lambda *_: print("computed again"))
 
 
 # --- continued by others ----------------------------------------------------------------------------------------------

@@ -319,20 +319,20 @@ def test_a_run_in_parts_ends_bit_for_bit_like_an_uninterrupted_one(world, whole)
 
 @pytest.fixture
 def at_step(monkeypatch):
-    """Calls a function once a given optimizer step is done."""
-    step = train.Trainer.train_step
+    """Calls a function once the passes of a given optimizer step are done."""
+    backward = train.Trainer.backward
 
     def arrange(number, action):
-        def train_step(self, *arguments):
-            result = step(self, *arguments)
+        def patched(self, *arguments):
+            result = backward(self, *arguments)
             if self.state.step + 1 == number:
                 action()
             return result
 
-        monkeypatch.setattr(train.Trainer, "train_step", train_step)
+        monkeypatch.setattr(train.Trainer, "backward", patched)
 
     yield arrange
-    monkeypatch.setattr(train.Trainer, "train_step", step)
+    monkeypatch.setattr(train.Trainer, "backward", backward)
 
 
 @pytest.mark.parametrize("step", [3, STEPS, STEPS + 1, 2 * STEPS + 2])
