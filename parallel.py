@@ -187,8 +187,13 @@ def settle_buckets(model: DistributedDataParallel) -> DistributedDataParallel:
     """
     model.reducer.prepare_for_backward([])
     sum(p.sum() for p in model.parameters() if p.requires_grad).backward()
-    model.zero_grad()
+    clear_gradients(model)
     return model
+
+
+def clear_gradients(model: nn.Module) -> None:
+    """Frees the gradients, or sets them to 0 where they lie in the buckets of DDP, which would else hold them twice."""
+    model.zero_grad(set_to_none=not isinstance(model, DistributedDataParallel))
 
 
 def fits(model: nn.Module, device: torch.device) -> bool:

@@ -35,7 +35,7 @@ from dataset import epoch_order, get_cot_latent_dataset, step_batches
 from evaluate import Evaluation, validate, write_predictions
 from lora import parameter_groups
 from metrics import MetricLogger
-from parallel import distribute, gradient_sync, is_sharded, reshard
+from parallel import clear_gradients, distribute, gradient_sync, is_sharded, reshard
 from utils import Interrupted, saving, write_text
 
 
@@ -224,7 +224,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)  # now, so that validation has the room
+        clear_gradients(self.model)  # now, so that validation has the room
         return lr
 
     def equal_passes(self, batch: dict[str, Tensor], most: int) -> dict:

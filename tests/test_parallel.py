@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
-from dataclasses import asdict
+from collections import Counter
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from torch.distributed import HashStore
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import cache
 import parallel
@@ -136,6 +140,82 @@ class RecomputeShort:
     def inject(self):
         cache.RECOMPUTED_COLUMNS = 4
         wrap(cache, "checkpoint", lambda *_: print("computed again"))
+
+
+# --- what it costs ----------------------------------------------------------------------------------------------------
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the collectives that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d":
+            self.counts[function._opname] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class Count:
+    """Prints the collectives of the first process's steps, and checks where gradients are held."""
+
+    keep: bool
+
+    def inject(self):
+        import train
+
+        wrap(train.Trainer, "__init__", lambda _, run: setattr(run, "keep_weights", self.keep))
+        wrap(train.Trainer, "equal_passes", lambda trainer, *_: self.check(trainer.model))
+        wrap(train.Trainer, "gradient_norm", lambda trainer: self.check(trainer.model))
+        epoch = train.Trainer.train_epoch
+
+        def counted(trainer, number):
+            with Collectives() as mode:
+                epoch(trainer, number)
+            if parallel.is_sharded(trainer.model):
+                assert [p for p in trainer.model.parameters() if p.grad is not None] == []  # validation has the room
+            trainer.run.processes.print(json.dumps(mode.counts))
+
+        train.Trainer.train_epoch = counted
+
+    def check(self, model) -> None:
+        """Between and after passes no gradient is there twice (under DDP, all of this model are in one bucket), and no
+        whole one of sharded weights is there at all."""
+        if isinstance(model, DistributedDataParallel):
+            storages = {p.grad.untyped_storage().data_ptr() for p in model.parameters() if p.grad is not None}
+            assert len(storages) == 1
+        for unit in parallel.units(model):
+            for part in unit._get_fsdp_state()._fsdp_param_group.fsdp_params:
+                assert part.unsharded_accumulated_grad is None
+                assert not hasattr(part, "_unsharded_param") or part._unsharded_param.grad is None
+
+
+@pytest.mark.parametrize(("strategy", "keep"), [("ddp", True), ("fsdp", True), ("fsdp", False)])
+def test_a_step_makes_so_many_collectives(setting, strategy, keep):
+    """A small one for each step and one at the start of an epoch. Weights are gathered once in a step, if they are
+    kept: in 3 units, two blocks and the rest. 3 steps of two, two and one forward passes have three thoughts each."""
+    shape = {"num_epochs": 2, "resume": 1, "max_latent_stage": 1, "c_thought": 3, "parallel": strategy}
+    shape |= {"batch_size_training": 4, "gradient_accumulation_steps": 2, "uniform_prob": 0}
+    outcome = setting.run(f"counted-{strategy}-{keep}", 2, Count(keep), **shape)
+    assert outcome.codes == [0, 0], outcome.output
+    counts = Counter(json.loads(re.search(r"^{.*}$", outcome.output, re.MULTILINE)[0]))
+    steps, passes, thoughts = 3, 2 + 2 + 1, 3
+    gathers = 3 * steps if keep else passes * (1 + 2 * (1 + thoughts) + 2 * (1 + thoughts))
+    expected = {"allreduce_": steps} if strategy == "ddp" else {"_allgather_base_": gathers}
+    expected |= {"allgather_": steps + 1, "_reduce_scatter_base_": 0 if strategy == "ddp" else 3 * passes}
+    assert {name: counts[name] for name in expected} == expected
+
+
+def test_where_weights_are_gathered_changes_no_bit(setting):
+    """Gathered once in a step, or anew in every pass."""
+    for keep in (True, False):
+        shape = {"batch_size_training": 8, "parallel": "fsdp", "uniform_prob": 0}
+        outcome = setting.run(f"keep-{keep}", 2, Count(keep), **shape)
+        assert outcome.codes == [0, 0], outcome.output
+    assert_same(setting.directory / "keep-False", setting.directory / "keep-True")
 
 
 # --- continued by others ----------------------------------------------------------------------------------------------
