@@ -307,9 +307,9 @@ def test_two_processes_train_and_continue_with_adapters(place):
 @pytest.mark.slow
 def test_compiled_passes_with_adapters_train_alike(place):
     for compile in (False, True):
-        assert start(place, f"name={compile}", "num_epochs=2", "bf16=True", f"compile={compile}") == 0
+        assert start(place, f"name=run_{compile}", "num_epochs=2", "bf16=True", f"compile={compile}") == 0
     eager, compiled = (
-        [line["train/loss"] for line in read_lines(place / f"runs/{compile}/metrics.jsonl") if "train/loss" in line]
+        [line["train/loss"] for line in read_lines(place / f"runs/run_{compile}/metrics.jsonl") if "train/loss" in line]
         for compile in (False, True)
     )
     assert compiled == pytest.approx(eager, rel=2e-2)
