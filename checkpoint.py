@@ -15,7 +15,7 @@ import torch
 from coconut import Coconut
 from config import Config, UserError
 from curriculum import METHODS
-from lora import check_frozen, frozen_checksum, save_merged, trained_weights
+from lora import check_frozen, frozen_checksum, merged, trained_weights
 from parallel import Processes, collect_state, spread_optimizer_state
 from pretrained import DESCRIPTION, Pretrained, read_description
 from utils import saving
@@ -92,7 +92,7 @@ def write_checkpoint(directory: Path, pretrained: Pretrained, weights: dict, des
 
 def write_files(partial: Path, pretrained: Pretrained, weights: dict, description: dict, training: dict) -> None:
     """Writes the files of a checkpoint into a new directory, the manifest last, and syncs them."""
-    save_merged(pretrained.lm, weights, partial)
+    pretrained.lm.save_pretrained(partial, state_dict=merged(pretrained.lm, weights))
     pretrained.tokenizer.save_pretrained(partial)
     (partial / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
     torch.save(training, partial / STATE)

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 from config import UserError
 
@@ -20,7 +21,7 @@ ADAPTER = "default"  # peft's name for the only adapter
 
 def add_lora(lm: nn.Module, rank: int, new_ids: list[int], bf16: bool = False) -> None:
     """Freezes the model but for adapters of the given rank in its linear layers (alpha twice the rank, no dropout) and
-    for the rows of the added tokens. With bf16 the frozen matrices are stored in what autocast computes with."""
+    for the rows of the added tokens. With bf16 the frozen linear layers are stored in what autocast computes with."""
     from peft import LoraConfig, inject_adapter_in_model  # an optional package
 
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
@@ -59,17 +60,16 @@ def project_to_new_tokens(head: nn.Module, args: tuple, logits: Tensor) -> Tenso
 
 
 def store_in_bf16(lm: nn.Module) -> None:
-    """Turns the frozen matrices to bfloat16, which halves them and leaves nothing to cast.
+    """Turns the frozen linear layers to bfloat16, in which autocast computes them anyway.
 
-    Autocast keeps casts only of weights that require a gradient, so every pass would make, and save for its backward,
-    a copy of every frozen one. Norms and biases stay, and hidden states stay float32 between the layers; mixtures of
-    experts stay too, since peft adds the adapters into their matrices in every pass, and bfloat16 would round the sums.
+    Autocast keeps casts only of weights that require a gradient, so every pass would make, and save for its backward
+    pass, a copy of every frozen weight. What is computed in float32 stays so: tables, norms and the head. So do the
+    matrices of mixtures of experts, into which peft adds the adapters in every pass: bfloat16 would round the sums.
     """
-    added_into = {getattr(m.get_base_layer(), m.parameter_name) for m in lm.modules() if hasattr(m, "parameter_name")}
-    for parameter in lm.parameters():
-        if parameter.ndim > 1 and not parameter.requires_grad and parameter not in added_into:
-            parameter.data = parameter.data.bfloat16()
-    lm.get_input_embeddings().register_forward_hook(lambda embedding, args, embeds: embeds.float())
+    for module in lm.modules():
+        base = module.get_base_layer() if hasattr(module, "get_delta_weight") else None
+        if isinstance(base, nn.Linear | Conv1D):
+            base.bfloat16()
 
 
 def parameter_groups(lm: nn.Module, weight_decay: float) -> list[dict]:
@@ -102,13 +102,6 @@ def merged(lm: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return plain
 
 
-def save_merged(lm: nn.Module, weights: dict[str, Tensor], directory: Path) -> None:
-    """Writes the merged weights, and a config.json that names their dtype, for AutoModelForCausalLM."""
-    lm.save_pretrained(directory, state_dict=merged(lm, weights))
-    lm.config.dtype = torch.float32  # it named that of the embedding, which may be frozen in bfloat16
-    lm.config.save_pretrained(directory)
-
-
 def trained_weights(lm: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Those of the model's weights that are trained: adapters and new rows."""
     return {name: weights[name] for name, p in lm.named_parameters() if p.requires_grad}
@@ -129,9 +122,11 @@ def check_frozen(lm: nn.Module, checksum: str | None, checkpoint: Path) -> None:
 
     checksum: the `frozen_checksum` in the checkpoint; None in one that was written before there were such.
     """
-    reason = "is of an earlier version, which trained whole tables" if checksum is None else "goes with other weights"
+    advice = f"start a new run from its model: another name, load_model_path={checkpoint}"
+    if checksum is None:
+        raise UserError(f"lora_rank: {checkpoint} is of an earlier version, which trained whole tables; {advice}")
     if checksum != frozen_checksum(lm):
         raise UserError(
-            f"lora_rank: {checkpoint} {reason} than model_id and load_model_path now bring. Bring back what they named "
-            f"when the run began, or start a new run from what it learned: another name, load_model_path={checkpoint}"
+            f"lora_rank: {checkpoint} was trained over other frozen weights than model_id and load_model_path bring now; "
+            f"put back what they brought when the run began, or {advice}"
         )
