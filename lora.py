@@ -127,6 +127,6 @@ def check_frozen(lm: nn.Module, checksum: str | None, checkpoint: Path) -> None:
         raise UserError(f"lora_rank: {checkpoint} is of an earlier version, which trained whole tables; {advice}")
     if checksum != frozen_checksum(lm):
         raise UserError(
-            f"lora_rank: {checkpoint} was trained over other frozen weights than model_id and load_model_path bring now; "
+            f"lora_rank: {checkpoint} was trained over other frozen weights than model_id or load_model_path bring; "
             f"put back what they brought when the run began, or {advice}"
         )
