@@ -96,9 +96,11 @@ def build(config: Config, processes: Processes, stop: StopRequest) -> Run:
     checkpoint = find_checkpoint(config, processes)
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     set_seed(config.seed)  # the same random weights everywhere
-    pretrained = load_pretrained(config, checkpoint or config.load_model_path)
+    # With adapters a checkpoint brings only what is trained, and the frozen weights come from where they came before.
+    pretrained = load_pretrained(config, (None if config.lora_rank else checkpoint) or config.load_model_path)
     if config.lora_rank and not config.only_eval:
-        add_lora(pretrained.lm, config.lora_rank, [pretrained.token_id(t) for t in METHODS[config.method].tokens])
+        new_ids = [pretrained.token_id(token) for token in METHODS[config.method].tokens]
+        add_lora(pretrained.lm, config.lora_rank, new_ids, config.bf16)
     set_seed(config.seed, processes.rank)  # dropout masks of its own for every process
     train, valid = load_data(config, pretrained, processes)
     texts, examples = valid.select_columns(TEXTS), valid.select_columns(TOKENS)

@@ -14,7 +14,7 @@ import torch
 from coconut import Coconut
 from config import Config, UserError
 from curriculum import METHODS
-from lora import merged
+from lora import check_frozen, frozen_checksum, merged, trained_weights
 from parallel import Processes, collect_state, spread_optimizer_state
 from pretrained import DESCRIPTION, Pretrained, read_description
 from utils import damage, saving, whole_directory
@@ -62,7 +62,8 @@ def save_checkpoint(
     random_states = processes.gather(random_state(processes.device))
     training = {"state": asdict(state), "optimizer": optimizer_state, "random_states": random_states}
     if any(".lora_" in name for name in weights):  # the model's file holds them merged, which rounds
-        training["weights"] = weights
+        training["weights"] = trained_weights(pretrained.lm, weights)
+        training["frozen"] = frozen_checksum(pretrained.lm)
 
     def write() -> None:
         with saving(directory):
@@ -128,7 +129,8 @@ def load_training_state(
     """
     training = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
     if "weights" in training:
-        model.base_causallm.load_state_dict(training["weights"], strict=False)  # tied names are missing
+        processes.on_main(lambda: check_frozen(model.base_causallm, training.get("frozen"), checkpoint))
+        model.base_causallm.load_state_dict(training["weights"], strict=False)  # all others are frozen
     spread_optimizer_state(model, optimizer, training["optimizer"])
     streams = training["random_states"]
     if len(streams) == processes.world_size:

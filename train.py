@@ -80,7 +80,7 @@ class Trainer:
     def new_optimizer(self) -> None:
         """Starts with a fresh AdamW over all parameters that are trained."""
         config = self.run.config
-        groups = parameter_groups(self.run.pretrained.lm, config.weight_decay, config.lora_rank)
+        groups = parameter_groups(self.run.pretrained.lm, config.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=True)  # measured on a CPU: five times as fast
 
     def restore(self) -> TrainState:
