@@ -241,4 +241,5 @@ def collect_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[d
 
 def spread_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
     """The reverse of `collect_state` for the optimizer."""
+    model.zero_grad(set_to_none=True)  # torch takes gradients as a sign that there is state already
     set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))
