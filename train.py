@@ -111,10 +111,8 @@ class Trainer:
         run.model.train()
         steps = steps_left(run, epoch, state.examples)
         made = run.ahead(lambda step: make_batches(run, epoch, step), steps)
-        progress, started = (
-            tqdm(made, total=len(steps), unit="step", disable=not processes.is_main),
-            time.perf_counter(),
-        )
+        progress = tqdm(made, total=len(steps), unit="step", disable=not processes.is_main)
+        started = time.perf_counter()
         for count, batches in progress:
             self.enter_stage(epoch)
             progress.set_description(f"epoch {epoch + 1}/{config.num_epochs} stage {state.stage}", refresh=False)

@@ -31,8 +31,10 @@ def measure(project: Path, words: list[str], ranks: int) -> list[dict]:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
     with tempfile.TemporaryDirectory() as reports:
         command = [sys.executable, *torchrun, __file__, "--worker", reports, "--project", str(project), *words]
-        environment = {**os.environ, "STARTED": str(time.time()), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-        subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+        environment = {**os.environ, "STARTED": str(time.time()), "OMP_NUM_THREADS": "1"}
+        finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if finished.returncode:
+            sys.exit(finished.stderr)
         return [json.loads(path.read_text()) for path in Path(reports).iterdir()]
 
 
@@ -88,6 +90,7 @@ def main() -> None:
     parser.add_argument("words", nargs="+", metavar="train.json TOKENIZER [key=value]")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--project", type=Path, default=ROOT)
+    parser.add_argument("--starts", type=int, choices=(1, 2), default=2)
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -99,7 +102,8 @@ def main() -> None:
         small, config = make_files(Path(folder), Path(train), Path(tokenizer))
         for ranks in arguments.ranks:
             os.environ["HF_DATASETS_CACHE"] = f"{folder}/cache-{ranks}"
-            for title, path in {"32 problems": small, "first start": train, "second start": train}.items():
+            titled = {"32 problems": small, "first start": train, "second start": train}
+            for title, path in list(titled.items())[: 1 + arguments.starts]:
                 reports = measure(arguments.project, [config, f"train_path={path}", *words], ranks)
                 print(f"| {ranks} | {title} | {columns(reports)} |", flush=True)
     return None

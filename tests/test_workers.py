@@ -23,7 +23,7 @@ def make(item: int) -> tuple[int, list[dict]]:
     return item, [{"ids": torch.full((2, 3), item)}]
 
 
-@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("workers", [0, 1, 2])
 def test_what_is_made_ahead_is_what_would_be_made(workers):
     states = torch.get_rng_state(), random.getstate()
     made = list(made_ahead(make, range(10, 17), workers))
@@ -69,6 +69,8 @@ with StopRequest() as stop:
             raise RuntimeError("an error")
         if item == 5 and sys.argv[2] == "kill":
             os.kill(os.getpid(), 9)
+        if item == 5 and sys.argv[2] == "kill worker":
+            os.kill(worker, 9)
         if stop.signal:
             break
 print("signal", stop.signal)
@@ -116,3 +118,9 @@ def test_no_worker_outlives_its_parent(action, code):
         output, errors = process.communicate(timeout=60)
     assert process.returncode == code, errors
     assert ended({int(pid) for pid in output.split()})  # with the locks that they held, before a restarted run asks
+
+
+def test_a_worker_that_dies_is_an_error_of_its_parent():
+    with start("kill worker") as process:
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and "DataLoader worker" in errors
