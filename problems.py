@@ -45,7 +45,7 @@ def read_source(path: str) -> Iterable:
     except OSError as error:
         raise UserError(f"{path}: cannot read the data: {error.strerror}") from error
     if content.startswith(b"PAR1"):
-        return parquet_rows(path)
+        return parquet_rows(content, path)
     try:
         return json_rows(content.decode("utf-8"), path)
     except UnicodeDecodeError as error:
@@ -78,12 +78,12 @@ def json_lines(text: str, path: str) -> Iterator:
             raise UserError(f"{path}: problem {index} (line {number}): not valid JSON: {reason}") from error
 
 
-def parquet_rows(path: str) -> Iterator[dict]:
+def parquet_rows(content: bytes, path: str) -> Iterator[dict]:
     """The problems of a Parquet file."""
     try:
-        with parquet.ParquetFile(path) as file:
-            present = [name for name in FIELDS if name in file.schema_arrow.names]
-            yield from table_rows(file.iter_batches(columns=present))
+        file = parquet.ParquetFile(pyarrow.BufferReader(content))
+        present = [name for name in FIELDS if name in file.schema_arrow.names]
+        yield from table_rows(file.iter_batches(columns=present))
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}: not a sound Parquet file: {error}") from error
 

@@ -143,7 +143,7 @@ class Trainer:
             agreed = self.agree(loss, step)
             lr = self.update(agreed, batches, f"epoch {epoch + 1}, step {state.step + 1}")
             state.step, state.examples = state.step + 1, state.examples + count
-            speed, started = work.tokens / (time.perf_counter() - started), time.perf_counter()
+            speed = work.tokens / (time.perf_counter() - started)
             progress.set_postfix_str(f"loss {agreed.loss:.4f}, {speed:.0f} tokens/s")
             metrics = {"epoch": epoch + 1, "step": state.step, "stage": state.stage, "loss": agreed.loss}
             metrics |= {"grad_norm": agreed.norm, "lr": lr, "tokens_per_second": speed}
@@ -153,6 +153,7 @@ class Trainer:
             left = state.examples < len(run.train_examples)
             if config.save_every_steps and state.step % config.save_every_steps == 0 and left:
                 self.save()
+            started = time.perf_counter()
 
     def enter_stage(self, epoch: int) -> None:
         """Sets the stage of the next step, with a fresh optimizer where reset_optimizer asks for one."""

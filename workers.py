@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
+PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent dies
 
 
 class Made(Dataset):
@@ -36,8 +39,8 @@ def made_ahead(make: Callable, items: Sequence, workers: int, pin: bool = False)
     """
     if not items:
         return
-    workers = min(workers, len(items)) if hasattr(signal, "sigwaitinfo") else 0  # macOS cannot tell who sends a signal
-    options = {"multiprocessing_context": "fork", "worker_init_fn": obey_parent_alone} if workers else {}
+    workers = min(workers, len(items)) if sys.platform == "linux" else 0
+    options = {"multiprocessing_context": "fork", "worker_init_fn": belong_to_parent} if workers else {}
     generator = torch.Generator()  # a DataLoader draws a seed
     loader = DataLoader(
         Made(make, items), batch_size=None, num_workers=workers, pin_memory=pin, generator=generator, **options
@@ -62,9 +65,11 @@ def signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def obey_parent_alone(_worker: int) -> None:
-    """Ends this worker when its parent sends SIGTERM, as a DataLoader does with workers that are left at its end."""
+def belong_to_parent(_worker: int) -> None:
+    """Ends this worker with its parent at once, whose files, and locks on them, a fork holds open; and when the parent
+    sends SIGTERM, as it does to workers that are left at its end."""
     parent = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
     def wait() -> None:
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:

@@ -21,12 +21,10 @@ from train_step import ROOT, environment
 sys.path.insert(0, str(ROOT))
 
 from build import build, inputs
-from checkpoint import problems_per_step
 from config import load_config
-from dataset import get_cot_latent_dataset, step_batches
 from evaluate import validate
 from parallel import start_processes
-from train import Trainer, collate
+from train import Trainer, make_batches, steps_left
 from utils import StopRequest
 
 
@@ -42,25 +40,24 @@ def clocked(times: dict[str, float], name: str):
 
 def train_steps(trainer: Trainer, limit: int) -> tuple[dict[str, float], float, float]:
     """The seconds by piece of the epoch's first steps, the share of the epoch that these steps are, and the share of
-    padding in their batches. The first step is made twice: once to warm up."""
+    padding in their batches. The very first step is a warm-up that does not count. Data: the order of the whole epoch,
+    in proportion, and the time for which a step waits for its batches."""
     run, config, times = trainer.run, trainer.run.config, defaultdict(float)
-    steps = step_batches(
-        range(len(run.train_examples)), config.batch_size_training, config.gradient_accumulation_steps, 0, 1
-    )
     with clocked(times, "data"):
         trainer.enter_stage(config.resume)
-        options = {"shuffle": True, "epoch": config.resume, "step_size": problems_per_step(config, run.processes)}
-        dataset = run.sequences(get_cot_latent_dataset, trainer.state.stage, run.train_examples, **options)
-    once = times.pop("data") * min(limit, len(steps)) / len(steps)
+        steps = steps_left(run, config.resume, 0)
+    limit = min(limit, len(steps) - 1)
+    once = times.pop("data") * limit / len(steps)
+    made = run.ahead(lambda step: make_batches(run, config.resume, step), steps[: limit + 1])
     run.model.train()
     tokens = columns = 0
-    for number, (_, passes) in enumerate([steps[0], *steps[:limit]]):
+    for number in range(limit + 1):
         if number == 1:
             times.clear()
             tokens = columns = 0
-        for indices in passes:
-            with clocked(times, "data"):
-                batch = collate(run, dataset, indices)
+        with clocked(times, "data"):
+            _, batches = next(made)
+        for batch in batches:
             tokens, columns = tokens + batch["attention_mask"].sum().item(), columns + batch["attention_mask"].numel()
             with clocked(times, "forward"), run.autocast():
                 loss = trainer.model(**inputs(batch)).loss
@@ -71,7 +68,7 @@ def train_steps(trainer: Trainer, limit: int) -> tuple[dict[str, float], float, 
             trainer.optimizer.step()
             trainer.optimizer.zero_grad(set_to_none=True)
     times["data"] += once
-    return times, min(limit, len(steps)) / len(steps), 1 - tokens / columns
+    return times, limit / len(steps), 1 - tokens / columns
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from datasets import Dataset
 from config import Config, UserError
 from curriculum import END, LATENT, METHODS, PAUSE, START, schedule_table, stage_of
 from dataset import (
+    Lengths,
     MyCollator,
     check_lengths,
     epoch_order,
@@ -397,7 +398,48 @@ def test_the_rest_of_an_epoch_holds_the_same_steps():
     assert rest == [steps[2:] for steps in whole]
 
 
+# --- reading in batches -----------------------------------------------------------------------------------------------
+
+
+def test_several_items_at_once_are_those_one_by_one(tokenizer):
+    config = Config({"method": "coconut", "max_latent_stage": 2, "uniform_prob": 0.5})
+    dataset = make(get_cot_latent_dataset, tokenizer, make_problems(9, steps=3), 2, config, shuffle=True)
+    places = [7, 0, 7, 3]
+    items = dataset.__getitems__(places)
+    assert items == [dataset[place] for place in places]
+    assert dataset.lengths(places) == [len(item["input_ids"]) for item in items]
+
+
 # --- lengths ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [{"method": name} for name in METHODS] + [{"method": "coconut", "pad_latent_to_max": False}], ids=name
+)
+def test_lengths_read_off_the_table_are_those_of_the_sequences(tokenizer, options):
+    config = Config({"max_latent_stage": 2, "c_thought": 2, "remove_all_when_remove_beyond": 9, **options})
+    problems = [{**TWO_STEPS, "steps": ["a", "bcd", "", "ef"][:n], "answer": "7" * (n + 1)} for n in (2, 0, 4, 1, 3)]
+    parts = Lengths(tokenize_problems(problems, tokenizer))
+    for stage in range(12):
+        items = make(get_cot_latent_dataset, tokenizer, problems, stage, config, mix_stages=False)
+        assert parts.of_sequences(stage, config).tolist() == [len(item["input_ids"]) for item in items]
+
+
+def test_lengths_follow_the_rows_of_a_selection(tokenizer):
+    examples = tokenize_problems(make_problems(9, steps=1) + make_problems(9, steps=3), tokenizer)
+    config, chosen = Config({"method": "cot"}), [12, 3, 3, 17]
+    expected = Lengths(examples).of_sequences(0, config)[chosen]
+    assert Lengths(examples.select(chosen)).of_sequences(0, config).tolist() == expected.tolist()
+
+
+def test_of_too_long_sequences_the_first_problem_and_its_first_stage_are_named(tokenizer):
+    config = Config({"method": "coconut", "max_latent_stage": 3, "c_thought": 9, "uniform_prob": 0.5})
+    problems = [{**TWO_STEPS, "steps": ["a"] * n} for n in (0, 2, 3, 1)]
+    examples = tokenize_problems(problems, tokenizer)
+    with pytest.raises(UserError, match="problem 1 makes a sequence of 29 tokens at stage 2"):
+        check_lengths(examples, {0}, config, 28, "data.json")
+    with pytest.raises(UserError, match="problem 2 makes a sequence of 38 tokens at stage 3"):  # 1 has two steps alone
+        check_lengths(examples, {0}, config, 31, "data.json")
 
 
 @pytest.mark.parametrize(
