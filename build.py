@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from checkpoint import check_same_training, latest_checkpoint
+from checkpoint import check_same_training
 from coconut import Coconut
 from config import Config, read_yaml
 from curriculum import END, LATENT, METHODS, PAUSE, START, stage_of
 from dataset import MyCollator, SequenceDataset, check_lengths
+from kept import latest_checkpoint
 from lora import add_lora
-from parallel import Processes
-from pretrained import Pretrained, load_pretrained
+from parallel import Processes, replicate
+from pretrained import Pretrained, load_shared
 from tokens import TEXTS, TOKENS, default_cache, load_tokenized
 from utils import Interrupted, StopRequest, set_seed
 from workers import made_ahead
@@ -32,6 +33,7 @@ DEBUG_TRAIN, DEBUG_VALID = 5000, 32  # problems in a debug run
 class Run:
     """A run's config and processes, its model, and its tokenized problems.
 
+    model: whole in the main process; in the others without memory, until `distribute` or `replicate` shares it out;
     checkpoint: the one that the run goes on from, None for a fresh start; stop: whether a signal asks it to end;
     train_examples: None for only_eval; valid_problems: the texts of valid_examples; keep_weights: whether sharded
     weights stay whole from a step's first pass to its end.
@@ -95,16 +97,19 @@ def build(config: Config, processes: Processes, stop: StopRequest) -> Run:
     """Loads the model and the data; whatever is wrong with them is found here, before anything of a run is written."""
     checkpoint = find_checkpoint(config, processes)
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
-    set_seed(config.seed)  # the same random weights everywhere
+    set_seed(config.seed)  # random weights come from the main process
     # With adapters a checkpoint brings only what is trained, and the frozen weights come from where they came before.
-    pretrained = load_pretrained(config, (None if config.lora_rank else checkpoint) or config.load_model_path)
+    path = (None if config.lora_rank else checkpoint) or config.load_model_path
+    pretrained = load_shared(config, path, processes)
     if config.lora_rank and not config.only_eval:
         new_ids = [pretrained.token_id(token) for token in METHODS[config.method].tokens]
         add_lora(pretrained.lm, config.lora_rank, new_ids, config.bf16)
     set_seed(config.seed, processes.rank)  # dropout masks of its own for every process
     train, valid = load_data(config, pretrained, processes)
     texts, examples = valid.select_columns(TEXTS), valid.select_columns(TOKENS)
-    model = pretrained.coconut().to(processes.device)
+    model = pretrained.coconut()
+    if config.only_eval:  # for training, `distribute` decides what each process holds
+        replicate(model, processes)
     return Run(config, processes, stop, checkpoint, pretrained, model, train, texts, examples)
 
 

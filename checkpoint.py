@@ -1,23 +1,25 @@
-"""What a run saves and how it comes back: complete, verified directories and the links best and last."""
+"""What a run saves of itself, and how it comes back and goes on."""
 
 from __future__ import annotations
 
 import json
-import os
-import re
-import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from coconut import Coconut
 from config import Config, UserError
 from curriculum import METHODS
+from kept import STATES_KEPT, set_links
 from lora import check_frozen, frozen_checksum, merged, trained_weights
-from parallel import Processes, collect_state, spread_optimizer_state
+from moments import MOMENTS, TensorFile, load_moments, named_moments, write_tensors
+from parallel import Processes
 from pretrained import DESCRIPTION, Pretrained, read_description
-from utils import damage, saving, whole_directory
+from spread import while_collecting
+from utils import damage, read_manifest, saving, whole_directory
 
 STATE = "training_state.pt"
 
@@ -57,44 +59,41 @@ def save_checkpoint(
     directory is renamed. So a directory that is there is complete, unless the disk fails. Raises SaveError in every
     process if the main one cannot write.
     """
-    weights, optimizer_state = collect_state(model, optimizer)
-    weights = lm_weights(pretrained.lm, weights)
-    random_states = processes.gather(random_state(processes.device))
-    training = {"state": asdict(state), "optimizer": optimizer_state, "random_states": random_states}
-    if any(".lora_" in name for name in weights):  # the model's file holds them merged, which rounds
-        training["weights"] = trained_weights(pretrained.lm, weights)
-        training["frozen"] = frozen_checksum(pretrained.lm)
+    weights, moments = lm_weights(pretrained.lm), named_moments(model, optimizer)
+    training = {"state": asdict(state), "random_states": processes.gather(random_state(processes.device))}
 
-    def write() -> None:
-        with saving(directory):
-            write_checkpoint(directory, pretrained, weights, description, training)
-            set_links(directory, state.best_epoch)
+    def write(collected: Iterator[Tensor]) -> None:
+        with saving(directory), whole_directory(directory) as partial:
+            write_files(partial, pretrained, {name: next(collected) for name in weights}, description, training)
+            write_tensors(partial / MOMENTS, moments, collected)
 
-    processes.on_main(write)
+    if processes.on_main(lambda: damage(directory)) is not None:  # or a run was stopped before it went on from there
+        while_collecting([*weights.values(), *moments.values()], write, processes)
+    processes.on_main(lambda: link_saved(directory, state.best_epoch))
 
 
-def write_checkpoint(directory: Path, pretrained: Pretrained, weights: dict, description: dict, training: dict) -> None:
-    """Writes a checkpoint, unless it is there."""
-    if damage(directory) is None:
-        return  # a run that was stopped before it went on from there
-    with whole_directory(directory) as partial:
-        write_files(partial, pretrained, weights, description, training)
+def link_saved(directory: Path, best_epoch: int) -> None:
+    """`set_links`, as a part of saving."""
+    with saving(directory):
+        set_links(directory, best_epoch)
 
 
 def write_files(partial: Path, pretrained: Pretrained, weights: dict, description: dict, training: dict) -> None:
-    """Writes the files of a checkpoint into a new directory."""
+    """Writes the files of a checkpoint, but for the optimizer's state, into a new directory."""
+    if any(".lora_" in name for name in weights):  # the model's file holds them merged, which rounds
+        training["weights"] = trained_weights(pretrained.lm, weights)
+        training["frozen"] = frozen_checksum(pretrained.lm)
     pretrained.lm.save_pretrained(partial, state_dict=merged(pretrained.lm, weights))
     pretrained.tokenizer.save_pretrained(partial)
     (partial / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
     torch.save(training, partial / STATE)
 
 
-def lm_weights(lm: torch.nn.Module, weights: dict) -> dict:
-    """The Coconut module's weights under the language model's own names, each tied one once."""
+def lm_weights(lm: torch.nn.Module) -> dict[str, Tensor]:
+    """This process's part of the language model's weights, each tied one once."""
     own = {name for name, _ in lm.named_parameters()}
     tied = {name for name, _ in lm.named_parameters(remove_duplicate=False)} - own
-    named = {name.removeprefix("base_causallm."): value for name, value in weights.items()}
-    return {name: value for name, value in named.items() if name not in tied}
+    return {name: value for name, value in lm.state_dict().items() if name not in tied}
 
 
 def problems_per_step(config: Config, processes: Processes) -> int:
@@ -127,11 +126,16 @@ def load_training_state(
 
     With another number of processes than the checkpoint was written by, all streams stay as they were seeded.
     """
-    training = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
+    training = processes.on_main(lambda: read_state(checkpoint))
     if "weights" in training:
         processes.on_main(lambda: check_frozen(model.base_causallm, training.get("frozen"), checkpoint))
         model.base_causallm.load_state_dict(training["weights"], strict=False)  # all others are frozen
-    spread_optimizer_state(model, optimizer, training["optimizer"])
+    saved = open_moments(checkpoint) if processes.is_main else None
+    if processes.on_main(lambda: saved is None):
+        kept = f"(only the newest {STATES_KEPT} do)"
+        processes.print(f"warning: {checkpoint} keeps no optimizer state {kept}, so AdamW's moments start afresh")
+    else:
+        load_moments(saved, model, optimizer, processes)
     streams = training["random_states"]
     if len(streams) == processes.world_size:
         torch.set_rng_state(streams[processes.rank]["cpu"])
@@ -142,71 +146,21 @@ def load_training_state(
     return TrainState(**training["state"])
 
 
-NAME = re.compile(r"checkpoint_(\d+)(?:_step_(\d+))?")  # finished epochs; within an epoch, finished steps of the run
+def read_state(checkpoint: Path) -> dict:
+    """The training state of a checkpoint without the optimizer's, which an earlier version kept in the same file."""
+    training = torch.load(checkpoint / STATE, map_location="cpu", mmap=True, weights_only=True)
+    return {key: value for key, value in training.items() if key != "optimizer"}
 
 
-def checkpoints(run_directory: Path) -> list[Path]:
-    """The checkpoints of a run, the newest first."""
-    named = [(match, path) for path in run_directory.glob("checkpoint_*") if (match := NAME.fullmatch(path.name))]
-    named.sort(key=lambda pair: (int(pair[0][1]), int(pair[0][2] or 0)), reverse=True)
-    return [path for _, path in named]
-
-
-def latest_checkpoint(run_directory: Path) -> Path | None:
-    """The newest complete checkpoint of a run; a damaged one is named and passed over. None where there is none."""
-    for path in checkpoints(run_directory):
-        if (complaint := damage(path)) is None:
-            return path
-        print(f"warning: {path} is damaged ({complaint}), so it is passed over", flush=True)
-    if checkpoints(run_directory):
-        print(f"warning: {run_directory} has no complete checkpoint left, so the run starts afresh", flush=True)
-    return None
-
-
-def remove_partial(run_directory: Path) -> None:
-    """Removes what a save left behind that a crash cut short."""
-    for path in run_directory.glob("*.partial"):
-        path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path)
-
-
-def prune(newest: Path, keep: int | None, only_improved: bool) -> None:
-    """Removes checkpoints that the `newest` makes superfluous; what best and last point to stays in any case.
-
-    Those are all but the newest `keep` (None: none), those within an epoch but for the newest two, and with
-    `only_improved` those that were no improvement. Damaged ones ahead of the newest do not count.
-    """
-    linked, all_of_run = {newest.with_name(name).resolve() for name in ("best", "last")}, checkpoints(newest.parent)
-    for age, path in enumerate(all_of_run[all_of_run.index(newest) :]):
-        old = (keep is not None and age >= keep) or (age >= 2 and "_step_" in path.name)
-        poor = only_improved and not improved(path)
-        if (old or poor) and path.resolve() not in linked:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def improved(checkpoint: Path) -> bool:
-    """Whether a checkpoint says that it was the best of its stage when it was saved."""
-    try:
-        return read_description(checkpoint).get("improved", False)
-    except UserError:  # a damaged one
-        return False
-
-
-def set_links(last: Path, best_epoch: int) -> None:
-    """Points last to a checkpoint, and best to that of the best epoch, where it is still there."""
-    link("last", last)
-    best = last.with_name(f"checkpoint_{best_epoch}")
-    if best.is_dir():
-        link("best", best)
-
-
-def link(name: str, checkpoint: Path) -> None:
-    """Points the relative link `name` (best, last) beside a checkpoint to it, in one atomic step."""
-    if checkpoint.with_name(name).resolve() == checkpoint.resolve():
-        return
-    partial = checkpoint.with_name(name + ".partial")
-    partial.unlink(missing_ok=True)
-    partial.symlink_to(checkpoint.name)
-    os.replace(partial, checkpoint.with_name(name))
+def open_moments(checkpoint: Path) -> TensorFile | dict | None:
+    """The optimizer's state in a checkpoint, PARAMETER.KEY -> tensor, none of it read yet; None if it has none."""
+    if MOMENTS in read_manifest(checkpoint):
+        return TensorFile(checkpoint / MOMENTS)
+    training = torch.load(checkpoint / STATE, map_location="cpu", mmap=True, weights_only=True)
+    if "optimizer" not in training:
+        return None
+    states = training["optimizer"]["state"].items()
+    return {f"{name}.{key}": value for name, state in states for key, value in state.items()}
 
 
 # Keys that a continued run may change: none of them alters what is trained.

@@ -11,18 +11,12 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from config import UserError
+from spread import hand_out, set_aside
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 TRAINING_BYTES = 16  # per parameter: float32 weight, gradient and AdamW's two moments
 DDP_SHARE = 0.4  # of a GPU's memory that these may take before `auto` shards them
 # For how long processes wait for one that does not answer, before they give up. More than the longest save takes.
@@ -83,27 +77,38 @@ class Processes:
 
     def on_main(self, function: Callable):
         """What a function returns on the main process, which alone calls it, for all; what it raises, all raise."""
-        return self.call_on(self.is_main, function)[0]
+        outcome = tried(function) if self.is_main else (None, None)
+        if self.world_size == 1:
+            return result_of(*outcome)
+        message = [outcome]
+        dist.broadcast_object_list(message, src=0)
+        return result_of(*(outcome if self.is_main else message[0]))  # the original error has the traceback
 
     def on_each_node(self, function: Callable):
         """What a function returns on this node's first process, the one there to call it; what it raises, all raise."""
-        return self.call_on(self.local_rank == 0, function)[self.rank - self.local_rank]
+        result = self.on_all(function if self.local_rank == 0 else lambda: None)
+        return self.gather(result)[self.rank - self.local_rank]
 
-    def call_on(self, chosen: bool, function: Callable) -> list:
-        """What a function returns on the chosen processes (None for the others), in rank order.
+    def on_all(self, function: Callable):
+        """What a function returns here, while every process calls it; what one of them raises, all raise."""
+        result, error = tried(function)
+        errors = [other for other in self.gather(error) if other is not None]
+        return result_of(result, error or next(iter(errors), None))
 
-        The first error of any of them is raised by all.
-        """
-        result = error = None
-        if chosen:
-            try:
-                result = function()
-            except Exception as raised:
-                error = raised
-        results, copies = zip(*self.gather((result, error)), strict=True)
-        if failed := [copy for copy in copies if copy is not None]:
-            raise error or failed[0]  # the original has the traceback
-        return list(results)
+
+def tried(function: Callable) -> tuple:
+    """What a function returns and None, or None and what it raises."""
+    try:
+        return function(), None
+    except Exception as error:
+        return None, error
+
+
+def result_of(result, error: Exception | None):
+    """The reverse of `tried`."""
+    if error is not None:
+        raise error
+    return result
 
 
 def start_processes() -> Processes:
@@ -146,26 +151,38 @@ def stop_processes() -> None:
 def distribute(model: nn.Module, strategy: str, bf16: bool, keep: bool, processes: Processes) -> nn.Module:
     """Shares the training of a Coconut module among the processes, and returns the module to call.
 
+    model: whole in the main process, in the others on the meta device, where no memory is spent on it.
     ddp: a copy of the model in every process. fsdp: weights, gradients and optimizer state sharded, a unit for each
     transformer block (FSDP2). auto: ddp while the training state fits well into a GPU. One process needs neither.
     keep: whether sharded weights are gathered once in a step, and stay until `reshard`, or anew for every pass.
     """
     if processes.world_size == 1:
-        return model
+        return model.to(processes.device)
     if strategy == "auto":
         strategy = "ddp" if fits(model, processes.device) else "fsdp"
         processes.print(f"parallel: auto chooses {strategy}")
     if strategy == "ddp":
+        replicate(model, processes)
         return settle_buckets(DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     options = {"mesh": dist.init_device_mesh(processes.device.type, (processes.world_size,))}
+    values = set_aside(model)  # sharded first, then filled: no process has the whole model on its device
     for block in model.blocks:
         fully_shard(block, **options, **({"mp_policy": policy} if bf16 else {}))
     fully_shard(model, **options)  # the head computes in float32
+    hand_out(model, values, processes)
     for unit in units(model):
         unit.set_reshard_after_forward(unit is not model and not keep, recurse=False)
         unit.set_reshard_after_backward(not keep, recurse=False)
     return model
+
+
+def replicate(model: nn.Module, processes: Processes) -> None:
+    """Puts a copy of the main process's model on every process's device."""
+    if processes.world_size == 1:
+        model.to(processes.device)
+    else:
+        hand_out(model, set_aside(model), processes)
 
 
 def units(model: nn.Module) -> list[FSDPModule]:
@@ -232,14 +249,3 @@ def whole_weights(model: nn.Module, keep: bool) -> Iterator[None]:
         for unit in units(model):
             unit.set_reshard_after_forward(unit is not model and not keep, recurse=False)
         reshard(model)
-
-
-def collect_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:
-    """The whole weights and optimizer state by parameter name, however they are shared out; every process calls it."""
-    return get_model_state_dict(model, options=WHOLE), get_optimizer_state_dict(model, optimizer, options=WHOLE)
-
-
-def spread_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """The reverse of `collect_state` for the optimizer."""
-    model.zero_grad(set_to_none=True)  # torch takes gradients as a sign that there is state already
-    set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))

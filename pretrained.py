@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from transformers import (
 from coconut import Coconut
 from config import Config, UserError
 from curriculum import END, LATENT, METHODS, PAUSE, START
+from parallel import Processes
 
 NO_TOKENS = (-1, -1, -1)  # in place of the markers' ids
 DESCRIPTION = "coconut.json"  # beside a checkpoint's weights: method, c_thought, stage, token_ids
@@ -49,17 +52,10 @@ def load_pretrained(config: Config, load_path: str | Path | None) -> Pretrained:
     The markers are added to the tokenizer, and for methods that use them the model gets the rows it lacks. Weights are
     float32. Raises UserError for whatever cannot be loaded.
     """
-    path = Path(load_path) if load_path else None
-    is_checkpoint, is_file = bool(path and path.is_dir()), bool(path and path.is_file())
-    folder, key = (str(path), "load_model_path") if is_checkpoint else (config.model_id, "model_id")
-    try:
+    folder, key, is_checkpoint = source(config, load_path)
+    with loading(folder, key):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
         lm = load_model(folder, config, is_checkpoint)
-    except UserError:
-        raise
-    except Exception as error:  # the libraries raise all kinds for a missing, damaged or unreachable model
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{key}: {folder!r} cannot be loaded: {reason}") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"model_id: the tokenizer of {folder!r} has no eos token, which ends every answer")
     known = {token for token in (START, END, LATENT, PAUSE) if token in tokenizer.get_vocab()}
@@ -67,12 +63,60 @@ def load_pretrained(config: Config, load_path: str | Path | None) -> Pretrained:
     known = set(description.get("token_ids", known))
     own_tokens = len(tokenizer)
     add_tokens(tokenizer, config.method)
-    if is_file:
-        known |= load_official_file(lm, tokenizer, path, own_tokens)
+    if load_path and not is_checkpoint:
+        known |= load_official_file(lm, tokenizer, Path(load_path), own_tokens)
     check_model(lm, tokenizer, key)
     if METHODS[config.method].markers:
         add_rows(lm, tokenizer, known, config.new_token_init)
     return Pretrained(lm, tokenizer, description)
+
+
+def load_shared(config: Config, load_path: str | Path | None, processes: Processes) -> Pretrained:
+    """What `load_pretrained` returns, but for the weights, which the main process alone reads: the model of the others
+    is on the meta device, where it takes no memory. Every process calls it, and all raise the UserError of one."""
+    mine = []
+
+    def load() -> tuple[int, bool]:
+        mine.append(load_pretrained(config, load_path))
+        embedding, head = mine[0].lm.get_input_embeddings(), mine[0].lm.get_output_embeddings()
+        return len(embedding.weight), head.weight is embedding.weight
+
+    rows, tied = processes.on_main(load)
+    return processes.on_all(lambda: mine[0] if mine else outline(config, load_path, rows, tied))
+
+
+def outline(config: Config, load_path: str | Path | None, rows: int, tied: bool) -> Pretrained:
+    """The same as `load_pretrained` returns with a model on the meta device, of which it reads no more than the
+    architecture. rows: of its embedding; tied: whether the head has the same weights."""
+    folder, key, _ = source(config, load_path)
+    trust = {"trust_remote_code": config.trust_remote_code}
+    with loading(folder, key):
+        tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
+        architecture = AutoConfig.from_pretrained(folder, **trust, tie_word_embeddings=tied)
+        with torch.device("meta"):
+            lm = AutoModelForCausalLM.from_config(architecture, **trust).float()
+        if len(lm.get_input_embeddings().weight) != rows:
+            lm.resize_token_embeddings(rows, mean_resizing=False)
+    add_tokens(tokenizer, config.method)
+    return Pretrained(lm, tokenizer, read_description(folder))
+
+
+def source(config: Config, load_path: str | Path | None) -> tuple[str, str, bool]:
+    """The folder or hub name of the architecture, the config key that names it, and whether it is a checkpoint's."""
+    is_checkpoint = bool(load_path) and Path(load_path).is_dir()
+    return (str(load_path), "load_model_path", True) if is_checkpoint else (config.model_id, "model_id", False)
+
+
+@contextmanager
+def loading(folder: str, key: str) -> Iterator[None]:
+    """Turns what goes wrong while a model is loaded into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # the libraries raise all kinds for a missing, damaged or unreachable model
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{key}: {folder!r} cannot be loaded: {reason}") from error
 
 
 def load_model(folder: str, config: Config, is_checkpoint: bool) -> PreTrainedModel:

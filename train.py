@@ -19,20 +19,12 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from build import Run, inputs
-from checkpoint import (
-    TrainState,
-    describe,
-    load_training_state,
-    problems_per_step,
-    prune,
-    remove_partial,
-    save_checkpoint,
-    set_links,
-)
+from checkpoint import TrainState, describe, load_training_state, problems_per_step, save_checkpoint
 from config import Config
 from curriculum import schedule_table, stage_of
 from dataset import epoch_order, get_cot_latent_dataset, step_batches
 from evaluate import Evaluation, validate, write_predictions
+from kept import prune, remove_partial, room_report, set_links
 from lora import parameter_groups
 from metrics import MetricLogger
 from parallel import clear_gradients, distribute, gradient_sync, is_sharded, reshard
@@ -270,6 +262,12 @@ class Trainer:
             prune(checkpoint, run.config.keep_checkpoints, run.config.save_only_improve)
             print(f"saved {checkpoint}" + (", the best of this stage so far" if best else ""), flush=True)
 
+    def room_report(self) -> str:
+        """What the checkpoints to come need of the disk, and what it has."""
+        weights = sum(4 * p.numel() for p in self.run.model.parameters())  # float32 in the file
+        moments = sum(2 * p.nbytes for group in self.optimizer.param_groups for p in group["params"])
+        return room_report(self.run.config, self.run.directory, self.state.epoch, weights, moments)
+
 
 def train(run: Run) -> None:
     """Trains a run to its end; a finished run is left as it is."""
@@ -278,6 +276,8 @@ def train(run: Run) -> None:
         run.processes.print(f"{run.directory} is trained for {trainer.state.epoch} epochs; raise num_epochs to go on")
         return
     run.processes.print(resolved_text(run.config) + "\n" + schedule_table(run.config))
+    if not run.config.debug:
+        run.processes.print(trainer.room_report())
     trainer.fit()
 
 

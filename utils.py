@@ -58,6 +58,7 @@ def write_text(path: Path, text: str) -> None:
     """Writes a small text file in one atomic step: a reader, or a crash, finds the old text or the new one."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
+    sync(partial)
     os.replace(partial, path)
 
 
@@ -88,16 +89,24 @@ def whole_directory(directory: Path) -> Iterator[Path]:
 def damage(directory: Path) -> str | None:
     """What is wrong with the files of a directory, measured against its manifest, or None."""
     try:
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8")).items()
-    except (OSError, ValueError, AttributeError):
+        manifest = read_manifest(directory)
+    except (OSError, ValueError):
         return f"{MANIFEST} is missing or unreadable"
-    for name, expected in manifest:
+    for name, expected in manifest.items():
         path = directory / name
         if not path.is_file():
             return f"{name} is missing"
         if fingerprint(path) != expected:
             return f"{name} differs from its manifest"
     return None
+
+
+def read_manifest(directory: Path) -> dict[str, dict]:
+    """The size and checksum of every file that belongs to a directory. Raises OSError or ValueError."""
+    manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{directory / MANIFEST} holds no mapping")
+    return manifest
 
 
 def fingerprint(path: Path) -> dict:
