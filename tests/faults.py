@@ -35,8 +35,9 @@ class Fault:
             raise (an exception), full (ENOSPC), limit (no file may grow beyond `limit` bytes from now on, as on a full
             disk), nan (a loss), inf (all gradients of this process)
     place:  step (an optimizer step begins), backward (its gradients are there), validation (an answer is there),
-            state (a save has written the weights and begins with the training state), rename (a save is about to
-            rename its files), renamed (it has), log (metrics are about to be made durable), forward (for nan)
+            state (a save has written the weights and begins with the training state), moments (it begins with that of
+            the optimizer), rename (a save is about to rename its files), renamed (it has), slim (an older checkpoint is
+            about to lose its optimizer's state), log (metrics are about to be made durable), forward (for nan)
     step:   the number of the optimizer step; for places in saves and validation, the last finished one
     once:   a file that says that the fault has struck, so that a restarted process is spared
     """
@@ -60,6 +61,8 @@ class Fault:
             "backward": lambda: wrap(train.Trainer, "gradient_norm", lambda *_: self.strike(self.step - 1)),
             "validation": self.at_validation,
             "state": self.at_state,
+            "moments": self.at_moments,
+            "slim": self.at_slim,
             "rename": lambda: self.at_rename(after=False),
             "renamed": lambda: self.at_rename(after=True),
             "log": self.at_log,
@@ -84,6 +87,27 @@ class Fault:
                 self.strike(self.step)
 
         wrap(torch, "save", before)
+
+    def at_moments(self) -> None:
+        """Strikes where a save writes the optimizer's state."""
+
+        def before(path, *_):
+            path.write_bytes(b"torn")
+            self.strike(self.step)
+
+        wrap(__import__("moments"), "write_tensors", before)
+
+    def at_slim(self) -> None:
+        """Strikes where the manifest of an older checkpoint is rewritten and the file is still there."""
+        import kept
+
+        write = kept.write_manifest
+
+        def patched(*arguments):
+            write(*arguments)
+            self.strike(self.step)
+
+        kept.write_manifest = patched
 
     def at_rename(self, after: bool) -> None:
         """Strikes before or after a save moves its directory to its place."""

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     GPT2Config,
@@ -190,3 +191,15 @@ def snapshot(directory: Path) -> dict[str, tuple]:
         str(path.relative_to(directory)): (path.lstat().st_mtime_ns, path.read_bytes() if path.is_file() else None)
         for path in sorted(Path(directory).rglob("*"))
     }
+
+
+def training_state(checkpoint: Path) -> dict:
+    """The training state of a checkpoint, with that of the optimizer as {parameter: {key: tensor}} (if it is kept)."""
+    state = torch.load(checkpoint / "training_state.pt", weights_only=True)
+    assert "optimizer" not in state  # it has a file of its own
+    state["optimizer"] = {}
+    if (checkpoint / "optimizer.safetensors").exists():
+        for name, value in load_file(checkpoint / "optimizer.safetensors").items():
+            parameter, _, key = name.rpartition(".")
+            state["optimizer"].setdefault(parameter, {})[key] = value
+    return state

@@ -21,11 +21,11 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint import checkpoints, damage
 from dataset import step_batches
 from faults import ROOT, Fault, flip, launch, truncate
 from helpers import run_script, snapshot
-from setting import Setting, assert_same, metrics, training_state
+from kept import checkpoints, damage
+from setting import Setting, assert_same, flat_state, metrics
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,8 @@ KILLS = [
     slow(Fault("kill", "log", 6)),
     Fault("kill", "state", 3),  # during the first save
     slow(Fault("kill", "state", 12)),
+    slow(Fault("kill", "moments", 12)),
+    Fault("kill", "slim", 8),  # an older checkpoint's manifest has forgotten a file that is still there
     slow(Fault("kill", "rename", 6)),
     Fault("kill", "renamed", 12),  # the checkpoint is there, best and last do not point to it yet
     slow(Fault("kill", "renamed", 16)),  # the very last save
@@ -134,7 +136,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(setting, name, fault):
     outcome = setting.run(name, fault=fault)
     assert outcome.codes == [CODES[fault.action]]
     assert "the same command continues this run" in outcome.output
-    last = training_state(setting.directory / name / "last")["/state/step"]
+    last = flat_state(setting.directory / name / "last")["/state/step"]
     assert last == fault.step + (fault.place in ("state", "renamed"))  # the step in progress is finished
     again = setting.run(name)
     assert again.codes == [0], again.output
@@ -232,6 +234,7 @@ def empty(path: Path) -> None:
     ("harm", "file"),
     [
         (truncate, "training_state.pt"),
+        (flip, "optimizer.safetensors"),
         slow(truncate, "model.safetensors"),
         (flip, "model.safetensors"),
         slow(flip, "training_state.pt"),
@@ -252,6 +255,21 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(setting
     assert str(newest) in warning and file in warning
     assert ", step 9" in again.output
     assert_same(run, setting.reference())
+
+
+def test_a_checkpoint_without_optimizer_state_is_gone_on_from_with_a_warning(setting, name):
+    run = stopped(setting, name, reset_optimizer=False)
+    *newest, slim = checkpoints(run)[:3]
+    assert not (slim / "optimizer.safetensors").exists() and damage(slim) is None
+    for checkpoint in newest:
+        flip(checkpoint / "optimizer.safetensors")
+    again = setting.run(name, reset_optimizer=False)
+    assert again.codes == [0], again.output
+    assert f"warning: {slim} keeps no optimizer state (only the newest 2 do)" in again.output
+    assert ", step 8" in again.output
+    finished, reference = metrics(run), metrics(setting.reference(reset_optimizer=False))
+    assert [line["step"] for line in finished] == [line["step"] for line in reference]
+    assert finished[:10] == reference[:10] and finished != reference  # up to step 8, and from there on
 
 
 @pytest.mark.slow
@@ -340,6 +358,7 @@ def test_resume_is_for_a_fresh_start_only(setting, name):
     [
         slow(Fault("full", "state", 8), 1),
         (Fault("full", "state", 4), 2),
+        (Fault("full", "moments", 4), 2),
         slow(Fault("full", "rename", 8), 1),
         slow(Fault("full", "log", 6), 2),
         (Fault("limit", "step", 8, limit=40_000), 1),  # the weights do not fit any more
@@ -448,7 +467,7 @@ def test_torchrun_hands_the_signal_on(setting, name):
     returned, output = signal_when_struck(setting, name, signal.SIGTERM, "--nproc_per_node", "2")
     assert returned != 0
     assert "stopped by a signal; the same command continues this run" in output
-    assert training_state(setting.directory / name / "last")["/state/step"] == 6
+    assert flat_state(setting.directory / name / "last")["/state/step"] == 6
     finished = run_script(setting.config, *setting.words(name)[1:], processes=2)
     assert finished.returncode == 0, finished.stderr
     assert_same(setting.directory / name, setting.reference(2))

@@ -5,12 +5,15 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
+import checkpoint
+import kept
 import run
 import train
 from build import build
@@ -27,15 +30,18 @@ from helpers import (
     snapshot,
     tiny_gpt2,
     tiny_llama,
+    training_state,
     words,
     write_json,
 )
+from kept import checkpoints, damage, fingerprint, write_manifest
 from parallel import Processes
 from utils import StopRequest, set_seed
 
 STEPS = 5  # optimizer steps per epoch: 17 problems in batches of 4
 CHECKPOINT_FILES = {"model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"}
-CHECKPOINT_FILES |= {"coconut.json", "training_state.pt", "manifest.json", "generation_config.json"}
+CHECKPOINT_FILES |= {"coconut.json", "training_state.pt", "optimizer.safetensors"}
+CHECKPOINT_FILES |= {"manifest.json", "generation_config.json"}
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +87,6 @@ def losses(directory):
     return [line["train/loss"] for line in metrics(directory, "train/")]
 
 
-def training_state(checkpoint):
-    return torch.load(checkpoint / "training_state.pt", weights_only=True)
-
-
 def assert_same(a, b):
     """Two nested values are equal to the last bit."""
     if isinstance(a, dict):
@@ -127,7 +129,8 @@ def test_a_run_directory_holds_what_the_design_says(whole):
     numbered = {f"{name}_{i}{end}" for name, end in (("checkpoint", ""), ("predictions", ".jsonl")) for i in (1, 2, 3)}
     assert {path.name for path in whole.iterdir()} == numbered | {"config.yaml", "metrics.jsonl", "best", "last"}
     for i in (1, 2, 3):
-        assert {path.name for path in (whole / f"checkpoint_{i}").iterdir()} == CHECKPOINT_FILES
+        files = CHECKPOINT_FILES - ({"optimizer.safetensors"} if i == 1 else set())  # the newest two have it
+        assert {path.name for path in (whole / f"checkpoint_{i}").iterdir()} == files
     assert os.readlink(whole / "last") == "checkpoint_3"
 
 
@@ -208,7 +211,7 @@ def test_every_method_trains_and_validates(world, method):
 def test_bf16_trains_over_float32_weights(world, whole):
     directory = start(world, name="bf16", num_epochs=2, bf16=True)
     assert {value.dtype for value in load_file(directory / "last" / "model.safetensors").values()} == {torch.float32}
-    states = training_state(directory / "checkpoint_2")["optimizer"]["state"].values()
+    states = training_state(directory / "checkpoint_2")["optimizer"].values()
     assert {state["exp_avg"].dtype for state in states} == {torch.float32}
     assert losses(directory) == pytest.approx(losses(whole)[: 2 * STEPS], rel=0.1)
     assert losses(directory) != losses(whole)[: 2 * STEPS]
@@ -370,7 +373,9 @@ def test_a_run_that_died_continues_bit_for_bit_from_its_last_save(world, whole, 
     assert_same_run(directory, whole, 3)
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "training_state.pt", "coconut.json", "manifest.json"])
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "optimizer.safetensors", "training_state.pt", "coconut.json", "manifest.json"]
+)
 def test_a_damaged_checkpoint_is_passed_over(world, whole, file, capsys):
     directory = world / "runs" / f"damaged_{file}"
     shutil.copytree(whole, directory, symlinks=True)
@@ -420,6 +425,56 @@ def test_other_changes_are_taken_over(world):
     assert list((directory / "tensorboard").glob("events*"))
 
 
+def test_a_checkpoint_of_an_earlier_version_continues_bit_for_bit(world, whole):
+    """One file held the whole training state."""
+    directory = world / "runs" / "earlier"
+    shutil.copytree(whole, directory, symlinks=True)
+    path = directory / "checkpoint_2"
+    state = training_state(path)
+    state["optimizer"] = {"state": state["optimizer"], "param_groups": [{"lr": 1.0, "params": []}]}
+    torch.save(state, path / "training_state.pt")
+    (path / "optimizer.safetensors").unlink()
+    (path / "manifest.json").unlink()
+    write_manifest(path, {file.name: fingerprint(file) for file in path.iterdir()})
+    shutil.rmtree(directory / "checkpoint_3")
+    start(world, name="earlier", num_epochs=3)
+    assert_same_run(directory, whole, 3)
+
+
+# --- the disk ---------------------------------------------------------------------------------------------------------
+
+
+def size(directory, files="checkpoint_*/*.safetensors"):
+    """The bytes of all weights and moments in a run's checkpoints."""
+    tensors = (item for path in directory.glob(files) for item in load_file(path).items())
+    return sum(value.nbytes for name, value in tensors if not name.endswith(".step"))
+
+
+@pytest.mark.parametrize("options", [{}, {"keep_checkpoints": 2}, {"save_every_steps": 2}])
+def test_a_start_tells_how_much_disk_the_checkpoints_need(world, monkeypatch, options):
+    told = []
+    monkeypatch.setattr(train, "room_report", lambda *arguments: told.append(kept.room_needed(*arguments)) or "")
+    name = "room_" + "_".join(options)
+    start(world, name=name, num_epochs=2, **options)
+    before = size(world / "runs" / name)
+    directory = start(world, name=name, num_epochs=8, **options)
+    weights, moments = (size(directory, f"checkpoint_8/{file}.safetensors") for file in ("model", "optimizer"))
+    for needed, taken in zip(told, (before, size(directory) - before), strict=True):
+        assert 0 <= needed - taken <= 2 * weights + moments  # those that are there for a while only
+
+
+def test_a_disk_that_is_too_small_is_a_warning(world, monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3e9 if path.exists() else None))
+    arguments = (world / "runs" / "none", 2, 10**9, 2 * 10**9)
+    config = load_config(world / "config.yaml", ["name=none", "num_epochs=4"])
+    report = kept.room_report(config, *arguments)  # two checkpoints with their states
+    assert report.startswith("disk: checkpoints will take up to 6.0 GB more, 3.0 GB are free\nwarning: ")
+    config.num_epochs = 3
+    assert kept.room_report(config, *arguments) == "disk: checkpoints will take up to 3.0 GB more, 3.0 GB are free"
+    start(world, name="roomy", num_epochs=1)
+    assert "disk: checkpoints will take up to 0.0 GB more" in capsys.readouterr().out
+
+
 # --- best, last and the optimizer -------------------------------------------------------------------------------------
 
 
@@ -466,15 +521,34 @@ def test_the_checkpoints_that_are_kept(world, scripted, options, kept, last):
     assert len(metrics(directory, "eval/")) == 6
 
 
+@pytest.mark.parametrize(
+    ("options", "states"),
+    [({}, [5, 6]), ({"save_only_improve": True}, [5, 6]), ({"keep_checkpoints": 1, "epochs_per_stage": 6}, [1, 6])],
+)
+def test_the_newest_two_of_them_keep_the_optimizers_state(world, scripted, monkeypatch, options, states):
+    scripted(ACCURACIES)
+    hashed = []
+    monkeypatch.setattr(checkpoint, "fingerprint", lambda path: hashed.append(path) or fingerprint(path))
+    monkeypatch.setattr(kept, "fingerprint", hashed.append)  # what is there is not read again
+    directory = start(world, name="states_" + "_".join(options), num_epochs=6, **options)
+    monkeypatch.undo()
+    found = [path for path in checkpoints(directory) if (path / "optimizer.safetensors").exists()]
+    assert found == [directory / f"checkpoint_{i}" for i in reversed(states)]
+    assert all(damage(path) is None for path in checkpoints(directory))
+    assert len(hashed) == 6 * len(CHECKPOINT_FILES - {"manifest.json"})
+
+
 @pytest.mark.parametrize("in_parts", [False, True])
 @pytest.mark.parametrize(("reset", "steps"), [(False, [5, 10, 15]), (True, [5, 10, 5]), ("every_epoch", [5, 5, 5])])
 def test_the_optimizer_is_reset_at_a_stage_switch(world, reset, steps, in_parts):
     name = f"reset_{reset}_{in_parts}"
-    for epochs in (1, 2, 3) if in_parts else (3,):
-        directory = start(world, name=name, num_epochs=epochs, reset_optimizer=reset)
-    for epoch, count in enumerate(steps, 1):
-        optimizer = training_state(directory / f"checkpoint_{epoch}")["optimizer"]
-        assert {state["step"].item() for state in optimizer["state"].values()} == {count}
+    for epochs in (1, 2, 3) if in_parts else (1, 3):
+        directory = start(
+            world, name=name if in_parts else f"{name}_{epochs}", num_epochs=epochs, reset_optimizer=reset
+        )
+        for epoch, count in list(enumerate(steps[:epochs], 1))[-2:]:  # the newest two keep it
+            optimizer = training_state(directory / f"checkpoint_{epoch}")["optimizer"]
+            assert {state["step"].item() for state in optimizer.values()} == {count}
 
 
 def test_a_reset_changes_the_training_from_the_switch_on(world, whole):
@@ -489,7 +563,7 @@ def test_warm_up_and_clipping(world):
     rates = [line["train/lr"] for line in metrics(directory, "train/")]
     assert rates == pytest.approx([1e-3, 2e-3, 3e-3, 3e-3, 3e-3])
     assert all(line["train/grad_norm"] > 0.01 for line in metrics(directory, "train/"))
-    moments = training_state(directory / "checkpoint_1")["optimizer"]["state"].values()
+    moments = training_state(directory / "checkpoint_1")["optimizer"].values()
     assert sum(m["exp_avg"].square().sum() for m in moments).sqrt() <= 0.01
 
 
@@ -647,5 +721,5 @@ def test_icot_removes_tokens_within_the_epoch_each_time_with_a_fresh_optimizer(w
     options = {"method": "icot", "num_epochs": 2, "remove_per_epoch": 2, "remove_all_when_remove_beyond": beyond}
     directory = start(world, name=f"icot_{beyond}", reset_optimizer=True, **options)
     assert [line["train/stage"] for line in metrics(directory, "train/")] == stages
-    states = training_state(directory / "checkpoint_2")["optimizer"]["state"].values()
+    states = training_state(directory / "checkpoint_2")["optimizer"].values()
     assert {int(state["step"]) for state in states} == {steps}
