@@ -253,6 +253,16 @@ def test_a_checkpoint_continues_with_another_number_of_processes(setting, before
     assert_close(setting.directory / name, finish(setting, alone.name, 1, batch_size_training=4 * after))
 
 
+@slow
+def test_a_checkpoint_goes_from_one_process_to_copies_to_shards_and_back(setting, single):
+    shapes = [(1, 16, "auto"), (2, 8, "ddp"), (2, 8, "fsdp"), (1, 16, "auto")]
+    for step, (ranks, per_pass, strategy) in zip((3, 5, 7, None), shapes, strict=True):
+        fault = Fault("sigterm", "step", step) if step else None
+        outcome = setting.run("chain", ranks, fault, parallel=strategy, batch_size_training=per_pass)
+        assert outcome.codes == [143 if step else 0] * ranks, outcome.output
+    assert_close(setting.directory / "chain", single)
+
+
 # --- several nodes ----------------------------------------------------------------------------------------------------
 
 
