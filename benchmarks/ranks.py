@@ -1,6 +1,6 @@
 """What loading, saving and resuming hold in memory: one process beside several that share the model (FSDP, gloo).
 
-    python benchmarks/memory.py                     a Llama of 195 million parameters, 1 and 4 processes
+    python benchmarks/ranks.py                     a Llama of 195 million parameters, 1 and 4 processes
 
 Each phase runs in fresh processes, and its peak is measured in each of them beyond the empty process, which has
 imported everything and joined the group:
