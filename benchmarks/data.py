@@ -4,8 +4,8 @@
     python benchmarks/data.py train.json TOKENIZER [--ranks 1 2 4] [--project FOLDER] [key=value ...]
 
 Trains a tiny model with the tokenizer in the folder TOKENIZER over one epoch of the file, but every optimizer step
-computes nothing, so that all that is left is data. Everything is done with an empty cache, then once more with what
-that left there, and with 32 problems, which cost nearly nothing, to compare with. Memory is the sum over all processes
+computes nothing, so that all that is left is data. The first start has an empty cache, later ones what it left there;
+32 problems, which cost nearly nothing, are there to compare with. Memory is the sum over all processes
 of their proportional share (PSS), so that shared pages count once, at the end of the epoch. Seconds are CPU seconds of
 the slowest process, but for the first column, which is the clock's.
 --project names another checkout (as of an earlier commit) whose core is measured instead.
@@ -90,7 +90,6 @@ def main() -> None:
     parser.add_argument("words", nargs="+", metavar="train.json TOKENIZER [key=value]")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--project", type=Path, default=ROOT)
-    parser.add_argument("--starts", type=int, choices=(1, 2), default=2)
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -100,12 +99,13 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         small, config = make_files(Path(folder), Path(train), Path(tokenizer))
+        os.environ["HF_DATASETS_CACHE"] = f"{folder}/cache"
+        starts = [(arguments.ranks[0], "first start", train)]
         for ranks in arguments.ranks:
-            os.environ["HF_DATASETS_CACHE"] = f"{folder}/cache-{ranks}"
-            titled = {"32 problems": small, "first start": train, "second start": train}
-            for title, path in list(titled.items())[: 1 + arguments.starts]:
-                reports = measure(arguments.project, [config, f"train_path={path}", *words], ranks)
-                print(f"| {ranks} | {title} | {columns(reports)} |", flush=True)
+            starts += [(ranks, "32 problems", small), (ranks, "later start", train)]
+        for ranks, title, path in starts:
+            reports = measure(arguments.project, [config, f"train_path={path}", *words], ranks)
+            print(f"| {ranks} | {title} | {columns(reports)} |", flush=True)
     return None
 
 
