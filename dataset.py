@@ -205,14 +205,26 @@ class Lengths:
 
     def of_sequences(self, stage: int, configs) -> np.ndarray:
         """The length of each training sequence at a stage. (n,)"""
-        method, skipped = METHODS[configs.method], left_out(stage, configs, training=True)
-        if method.steps == "by token":
-            rest = np.maximum(self.sum_by_example(self.step) - skipped, 0)
-        else:
-            rest = self.sum_by_example(self.step * (self.place >= skipped))
+        markers = 2 if METHODS[configs.method].markers else 0
+        return self.question + markers + self.placeholders(stage, configs) + self.supervised(stage, configs)
+
+    def placeholders(self, stage: int, configs) -> np.ndarray:
+        """The number of placeholders in each training sequence at a stage. (n,)"""
         counts = [placeholders(stage, steps, configs, training=True) for steps in range(self.steps.max(initial=0) + 1)]
-        markers = 2 if method.markers else 0
-        return self.question + markers + np.array(counts)[self.steps] + rest + self.answer
+        return np.array(counts)[self.steps]
+
+    def supervised(self, stage: int, configs) -> np.ndarray:
+        """The number of supervised tokens in each training sequence at a stage: steps that are left and answer. (n,)"""
+        skipped = left_out(stage, configs, training=True)
+        if METHODS[configs.method].steps == "by token":
+            return np.maximum(self.sum_by_example(self.step) - skipped, 0) + self.answer
+        return self.sum_by_example(self.step * (self.place >= skipped)) + self.answer
+
+    def most(self, stage: int, configs) -> dict[str, int]:
+        """The most columns, thoughts and supervised tokens that a training sequence has at a stage."""
+        thoughts = self.placeholders(stage, configs).max() if METHODS[configs.method].placeholder == "latent" else 0
+        most = {"columns": self.of_sequences(stage, configs).max(), "supervised": self.supervised(stage, configs).max()}
+        return {name: int(count) for name, count in {**most, "thoughts": thoughts}.items()}
 
     def sum_by_example(self, numbers: np.ndarray) -> np.ndarray:
         """Sums of a number for each step. (all steps,) -> (n,)"""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -14,11 +15,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from config import UserError
+from config import Config, UserError
+from footprint import Step, estimate
 from spread import hand_out, set_aside
 
-TRAINING_BYTES = 16  # per parameter: float32 weight, gradient and AdamW's two moments
-DDP_SHARE = 0.4  # of a GPU's memory that these may take before `auto` shards them
+ROOM = 0.9  # of a GPU's memory that a step may take by its estimate; the rest is for what the allocator loses
 # For how long processes wait for one that does not answer, before they give up. More than the longest save takes.
 PATIENCE = timedelta(minutes=30)
 
@@ -148,19 +149,47 @@ def stop_processes() -> None:
         dist.destroy_process_group()
 
 
+def choose(model: nn.Module, config: Config, shapes: list[dict[str, int]], processes: Processes) -> tuple[str, bool]:
+    """How the training is shared (ddp or fsdp), and whether fsdp keeps gathered weights: the first that fits.
+
+    shapes: those of the largest batches, as `footprint.Step` takes them. All processes decide by the smallest GPU; on a
+    CPU the first is taken.
+    """
+    asked = "ddp" if config.lora_rank or config.compile else config.parallel
+    choices = [choice for choice in (("ddp", True), ("fsdp", True), ("fsdp", False)) if asked in ("auto", choice[0])]
+    [room] = processes.max([-gpu_memory(processes.device)])
+    if processes.world_size == 1 or room == -math.inf:
+        return choices[0]
+    options = {"world_size": processes.world_size, "accumulate": config.gradient_accumulation_steps > 1}
+    options |= {"bf16": config.bf16, "gradient_checkpointing": config.gradient_checkpointing}
+    for strategy, keep in choices:
+        steps = [Step(strategy, keep_weights=keep, **options, **shape) for shape in shapes]
+        footprint = max((estimate(model, step) for step in steps), key=lambda footprint: footprint.total)
+        if footprint.total < ROOM * -room:
+            break
+    gathered = f", weights gathered {'once in a step' if keep else 'in every pass'}" if strategy == "fsdp" else ""
+    processes.print(f"parallel: {strategy}{gathered}; a step takes about {footprint} of each GPU")
+    if footprint.total >= ROOM * -room:
+        advice = "lower batch_size_training, or set bf16 and gradient_checkpointing"
+        processes.print(f"warning: the smallest GPU has {-room / 2**30:.1f} GiB, which may be too little; {advice}")
+    return strategy, keep
+
+
+def gpu_memory(device: torch.device) -> float:
+    """The bytes of memory that a GPU has; more than any on a CPU."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
+
+
 def distribute(model: nn.Module, strategy: str, bf16: bool, keep: bool, processes: Processes) -> nn.Module:
     """Shares the training of a Coconut module among the processes, and returns the module to call.
 
     model: whole in the main process, in the others on the meta device, where no memory is spent on it.
     ddp: a copy of the model in every process. fsdp: weights, gradients and optimizer state sharded, a unit for each
-    transformer block (FSDP2). auto: ddp while the training state fits well into a GPU. One process needs neither.
+    transformer block (FSDP2). One process needs neither.
     keep: whether sharded weights are gathered once in a step, and stay until `reshard`, or anew for every pass.
     """
     if processes.world_size == 1:
         return model.to(processes.device)
-    if strategy == "auto":
-        strategy = "ddp" if fits(model, processes.device) else "fsdp"
-        processes.print(f"parallel: auto chooses {strategy}")
     if strategy == "ddp":
         replicate(model, processes)
         return settle_buckets(DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True))
@@ -211,14 +240,6 @@ def settle_buckets(model: DistributedDataParallel) -> DistributedDataParallel:
 def clear_gradients(model: nn.Module) -> None:
     """Frees the gradients, or sets them to 0 where they lie in the buckets of DDP, which would else hold them twice."""
     model.zero_grad(set_to_none=not isinstance(model, DistributedDataParallel))
-
-
-def fits(model: nn.Module, device: torch.device) -> bool:
-    """Whether a copy of the whole training state leaves enough of the device's memory for activations."""
-    if device.type != "cuda":
-        return True
-    needed = TRAINING_BYTES * sum(p.numel() for p in model.parameters())
-    return needed < DDP_SHARE * torch.cuda.get_device_properties(device).total_memory
 
 
 def is_sharded(model: nn.Module) -> bool:

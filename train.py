@@ -22,12 +22,12 @@ from build import Run, inputs
 from checkpoint import TrainState, describe, load_training_state, problems_per_step, save_checkpoint
 from config import Config
 from curriculum import schedule_table, stage_of
-from dataset import epoch_order, get_cot_latent_dataset, step_batches
+from dataset import Lengths, epoch_order, get_cot_latent_dataset, step_batches
 from evaluate import Evaluation, validate, write_predictions
 from kept import prune, remove_partial, room_report, set_links
 from lora import parameter_groups
 from metrics import MetricLogger
-from parallel import clear_gradients, distribute, gradient_sync, is_sharded, reshard
+from parallel import choose, clear_gradients, distribute, gradient_sync, is_sharded, reshard
 from utils import Interrupted, saving, write_text
 
 
@@ -63,7 +63,7 @@ class Trainer:
             run.model.compile()
         if run.config.gradient_checkpointing:
             run.model.recompute(run.config.gradient_checkpointing)
-        strategy = "ddp" if run.config.lora_rank or run.config.compile else run.config.parallel
+        strategy, run.keep_weights = choose(run.model, run.config, largest_batches(run), run.processes)
         self.model = distribute(run.model, strategy, run.config.bf16, run.keep_weights, run.processes)
         self.new_optimizer()
         self.state = self.restore()
@@ -303,6 +303,13 @@ def steps_left(run: Run, epoch: int, done: int) -> list[Step]:
         steps.append(Step(count, stage_within(run, epoch, done), passes, filler=order[0]))
         done += count
     return steps
+
+
+def largest_batches(run: Run) -> list[dict[str, int]]:
+    """For each stage of the run the rows of a batch, and the most columns, thoughts and supervised tokens of a row."""
+    lengths, config = Lengths(run.train_examples), run.config
+    stages = {stage_of(epoch, config) for epoch in range(run.config.num_epochs)}
+    return [{"rows": config.batch_size_training, **lengths.most(stage, config)} for stage in sorted(stages)]
 
 
 def stage_within(run: Run, epoch: int, done: int) -> int:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from batches import BATCHES, END, EOS, LATENT, START, align, make_labels, make_row, pad, wrap
+from batches import BATCHES, END, EOS, LATENT, START, align, batch_of, make_labels, make_row, pad, wrap
 from helpers import exact_model
 
 # --- the oracle -------------------------------------------------------------------------------------------------------
@@ -305,9 +305,14 @@ def test_generation_leaves_no_graph_and_the_mode_as_it_was():
 @pytest.mark.parametrize("offsets", [align(BATCHES["mixed"]), [3, 6, 0, 1, 2]], ids=["aligned", "left_padded"])
 def test_a_training_pass_reads_no_value_back_from_the_gpu(offsets):
     """The meta device holds no values: whatever would bring one back to the CPU raises an error there."""
-    rows = BATCHES["mixed"]
+    batch = batch_of(BATCHES["mixed"], offsets)
     model = wrap(exact_model("gpt2").to("meta"))
-    mask = pad([[1] * len(row) for row in rows], offsets)
-    loss = model(pad(rows, offsets), mask, pad(make_labels(rows), offsets, -100)).loss
+    loss = model(**batch).loss
     loss.backward()
     assert loss.device.type == "meta"
+    # FSDP moves a batch to the GPU ahead of the model, so what must be known of it has to be there by then.
+    plan = model.plan(**batch)
+    moved = {name: tensor.to("meta") for name, tensor in batch.items()}
+    model(**moved, plan=plan).loss.backward()
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        model(**moved)

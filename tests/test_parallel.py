@@ -21,8 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cache
 import parallel
+from coconut import Coconut
+from config import Config
 from faults import ROOT, Fault, free_port, wrap
-from helpers import make_problems, read_lines, write_json
+from footprint import Step, estimate
+from helpers import make_problems, read_lines, tiny_gpt2, write_json
 from setting import Setting, assert_same, metrics
 
 slow = pytest.mark.slow
@@ -167,7 +170,8 @@ class Count:
     def inject(self):
         import train
 
-        wrap(train.Trainer, "__init__", lambda _, run: setattr(run, "keep_weights", self.keep))
+        choose = train.choose
+        train.choose = lambda *arguments: (choose(*arguments)[0], self.keep)
         wrap(train.Trainer, "equal_passes", lambda trainer, *_: self.check(trainer.model))
         wrap(train.Trainer, "gradient_norm", lambda trainer: self.check(trainer.model))
         epoch = train.Trainer.train_epoch
@@ -191,6 +195,37 @@ class Count:
             for part in unit._get_fsdp_state()._fsdp_param_group.fsdp_params:
                 assert part.unsharded_accumulated_grad is None
                 assert not hasattr(part, "_unsharded_param") or part._unsharded_param.grad is None
+
+
+@dataclass(frozen=True)
+class Eight(parallel.Processes):
+    """Eight processes, of which another one has the smallest GPU."""
+
+    world_size: int = 8
+    smallest: int = 0
+
+    def max(self, values):
+        return [max(value, -self.smallest) for value in values]
+
+
+def test_the_first_strategy_that_fits_into_the_smallest_gpu_is_chosen(monkeypatch, capsys):
+    monkeypatch.setattr(parallel, "gpu_memory", lambda device: 2**60)
+    with torch.device("meta"):
+        model = Coconut(tiny_gpt2(vocabulary=5000, n_embd=256, n_layer=8, n_head=4), 49, 47, 48, 0)
+    shape, config = {"rows": 1, "columns": 16, "thoughts": 2, "supervised": 4}, Config()
+    choices = [("ddp", True), ("fsdp", True), ("fsdp", False)]
+    totals = [estimate(model, Step(s, 8, keep_weights=k, **shape)).total for s, k in choices]
+    assert totals == sorted(totals, reverse=True)
+    for choice, total in zip(choices, totals, strict=True):
+        enough = int(total / parallel.ROOM) + 1
+        assert parallel.choose(model, config, [shape], Eight(smallest=enough)) == choice
+        assert f"{total / 2**30:.1f} GiB" in capsys.readouterr().out
+    assert parallel.choose(model, Config({"parallel": "ddp"}), [shape], Eight(smallest=enough)) == ("ddp", True)
+    assert "warning" in capsys.readouterr().out
+    assert parallel.choose(model, Config({"parallel": "fsdp"}), [shape], Eight(smallest=2**60)) == ("fsdp", True)
+    larger = {**shape, "rows": 10**6}
+    assert parallel.choose(model, config, [shape, larger, shape], Eight(smallest=enough)) == ("fsdp", False)
+    assert "gathered in every pass" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("strategy", "keep"), [("ddp", True), ("fsdp", True), ("fsdp", False)])
@@ -321,6 +356,7 @@ def test_a_process_takes_the_gpu_of_its_local_rank(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     monkeypatch.setattr(parallel.dist, "rendezvous", lambda *_, **__: iter([(HashStore(), 5, 8)]))
     monkeypatch.setattr(parallel.dist, "init_process_group", lambda backend, **_: taken.append(backend))
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda on: taken.append(f"cuDNN {on}"))
     processes = parallel.start_processes()
     assert (processes.rank, processes.world_size, str(processes.device)) == (5, 8, "cuda:1")
-    assert [str(value) for value in taken] == ["cuda:1", "nccl"]
+    assert [str(value) for value in taken] == ["cuda:1", "cuDNN False", "nccl"]

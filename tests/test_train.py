@@ -1,0 +1,51 @@
+"""Small parts of a training run, alone."""
+
+import pytest
+import torch
+
+import train
+from build import build
+from config import load_config
+from helpers import make_problems, save_model, write_json
+from parallel import Processes
+from utils import StopRequest
+
+
+def test_the_commit_is_unknown_where_git_is_not_installed(monkeypatch):
+    assert train.git_commit() != "unknown"
+    monkeypatch.setenv("PATH", "")
+    assert train.git_commit() == "unknown"
+
+
+@pytest.fixture
+def words(tmp_path) -> list[str]:
+    """The command line of a small run."""
+    data = write_json(tmp_path / "data.json", [*make_problems(4, steps=3), *make_problems(4, steps=1)])
+    config = tmp_path / "config.yaml"
+    config.write_text("method: coconut\nlogger: none\nname: small\n")
+    paths = [f"save_path={tmp_path}", f"model_id={save_model(tmp_path / 'model')}", f"data_cache={tmp_path / 'cache'}"]
+    return [str(config), f"train_path={data}", f"val_path={data}", *paths]
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_tf32_is_asked_for(words, tf32):
+    before = torch.get_float32_matmul_precision()
+    try:
+        build(load_config(words[0], [*words[1:], f"tf32={tf32}"]), Processes(), StopRequest())
+        assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize(("method", "thoughts"), [("coconut", [0, 2, 4, 4]), ("pause_as_thought", [0, 0, 0, 0])])
+def test_the_largest_batches_of_all_stages_are_those_that_are_made(words, method, thoughts):
+    options = ["max_latent_stage=2", "c_thought=2", "num_epochs=6", f"method={method}", "batch_size_training=8"]
+    run = build(load_config(words[0], [*words[1:], *options]), Processes(), StopRequest())
+    shapes = train.largest_batches(run)
+    assert [shape["thoughts"] for shape in shapes] == thoughts
+    for epoch, shape in enumerate(shapes):
+        [step] = train.steps_left(run, epoch, 0)
+        _, [batch] = train.make_batches(run, epoch, step)
+        assert (batch["labels"] != -100).sum(1).max() == shape["supervised"]
+        assert batch["attention_mask"].sum(1).max() == shape["columns"]
+        assert len(batch["input_ids"]) == shape["rows"]
