@@ -19,7 +19,7 @@ from torch.nn import functional as F
 if TYPE_CHECKING:
     from parallel import Processes
 
-PIECE = 2**24  # bytes of a part that are collected at a time, since gloo makes a copy of them all
+PIECE = 2**22  # bytes of a part that are collected at a time, since gloo makes a copy of them all
 
 
 def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:

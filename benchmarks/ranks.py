@@ -70,6 +70,7 @@ def peak() -> int:
 
 def work(phase: str, words: list[str]) -> dict[str, int]:
     """A phase in this process: the peaks of the part that is measured."""
+    import datasets  # noqa: F401
     import torch
     from transformers.models.llama import modeling_llama  # noqa: F401
 

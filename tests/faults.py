@@ -95,19 +95,19 @@ class Fault:
             path.write_bytes(b"torn")
             self.strike(self.step)
 
-        wrap(__import__("moments"), "write_tensors", before)
+        wrap(__import__("checkpoint"), "write_tensors", before)
 
     def at_slim(self) -> None:
         """Strikes where the manifest of an older checkpoint is rewritten and the file is still there."""
         import kept
 
-        write = kept.write_manifest
+        write = kept.write_text
 
         def patched(*arguments):
             write(*arguments)
             self.strike(self.step)
 
-        kept.write_manifest = patched
+        kept.write_text = patched
 
     def at_rename(self, after: bool) -> None:
         """Strikes before or after a save moves its directory to its place."""

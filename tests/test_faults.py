@@ -24,8 +24,9 @@ import pytest
 from dataset import step_batches
 from faults import ROOT, Fault, flip, launch, truncate
 from helpers import run_script, snapshot
-from kept import checkpoints, damage
+from kept import checkpoints
 from setting import Setting, assert_same, flat_state, metrics
+from utils import damage
 
 
 @pytest.fixture(scope="module")

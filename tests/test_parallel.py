@@ -114,6 +114,13 @@ def test_any_number_of_thoughts_under_fsdp(setting, ranks):
     assert {1, 12} <= {int(text[1:].split()[0]) for text in texts}
 
 
+def test_adapters_train_alike_in_two_processes(setting):
+    """Their random weights come from the main process, too."""
+    changes = {"lora_rank": 2, "num_epochs": 2, "bf16": False}
+    alone, shared = (finish(setting, f"adapters-{n}", n, batch_size_training=16 // n, **changes) for n in (1, 2))
+    assert_close(shared, alone)
+
+
 @slow
 def test_bf16_under_fsdp(setting, single):
     run = finish(setting, "bf16", 2, bf16=True, parallel="fsdp", batch_size_training=8)

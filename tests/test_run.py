@@ -1,5 +1,6 @@
 """Whole runs on tiny models: what they write, how they continue, and that any number of processes trains the same."""
 
+import json
 import os
 import shutil
 import signal
@@ -12,10 +13,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-import checkpoint
 import kept
 import run
 import train
+import utils
 from build import build
 from checkpoint import check_same_training
 from config import UserError, load_config
@@ -34,9 +35,9 @@ from helpers import (
     words,
     write_json,
 )
-from kept import checkpoints, damage, fingerprint, write_manifest
+from kept import checkpoints
 from parallel import Processes
-from utils import StopRequest, set_seed
+from utils import StopRequest, damage, fingerprint, set_seed
 
 STEPS = 5  # optimizer steps per epoch: 17 problems in batches of 4
 CHECKPOINT_FILES = {"model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"}
@@ -435,7 +436,8 @@ def test_a_checkpoint_of_an_earlier_version_continues_bit_for_bit(world, whole):
     torch.save(state, path / "training_state.pt")
     (path / "optimizer.safetensors").unlink()
     (path / "manifest.json").unlink()
-    write_manifest(path, {file.name: fingerprint(file) for file in path.iterdir()})
+    manifest = {file.name: fingerprint(file) for file in path.iterdir()}
+    (path / "manifest.json").write_text(json.dumps(manifest))
     shutil.rmtree(directory / "checkpoint_3")
     start(world, name="earlier", num_epochs=3)
     assert_same_run(directory, whole, 3)
@@ -528,14 +530,14 @@ def test_the_checkpoints_that_are_kept(world, scripted, options, kept, last):
 def test_the_newest_two_of_them_keep_the_optimizers_state(world, scripted, monkeypatch, options, states):
     scripted(ACCURACIES)
     hashed = []
-    monkeypatch.setattr(checkpoint, "fingerprint", lambda path: hashed.append(path) or fingerprint(path))
-    monkeypatch.setattr(kept, "fingerprint", hashed.append)  # what is there is not read again
+    monkeypatch.setattr(utils, "fingerprint", lambda path: hashed.append(path) or fingerprint(path))
     directory = start(world, name="states_" + "_".join(options), num_epochs=6, **options)
     monkeypatch.undo()
     found = [path for path in checkpoints(directory) if (path / "optimizer.safetensors").exists()]
     assert found == [directory / f"checkpoint_{i}" for i in reversed(states)]
     assert all(damage(path) is None for path in checkpoints(directory))
-    assert len(hashed) == 6 * len(CHECKPOINT_FILES - {"manifest.json"})
+    hashed = [path for path in hashed if directory in path.parents]
+    assert len(hashed) == 6 * len(CHECKPOINT_FILES - {"manifest.json"})  # what is there already is not read again
 
 
 @pytest.mark.parametrize("in_parts", [False, True])

@@ -16,9 +16,9 @@ from torch.utils._pytree import tree_leaves
 from config import Config, load_config
 from faults import free_port, server
 from helpers import byte_tokenizer, make_problems, save_model, tiny_gpt2, tiny_llama, words, write_json
-from kept import damage
 from pretrained import load_pretrained, outline
 from spread import collect, named_tensors, spread
+from utils import damage
 
 
 def on_ranks(function, ranks: int, folder: Path, *arguments) -> list:
