@@ -6,7 +6,9 @@ import errno
 import multiprocessing
 import os
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -281,24 +283,31 @@ def test_two_runs_at_once_tokenize_once(source, cache, tmp_path):
 
 
 def test_each_node_has_a_process_that_makes_and_an_error_of_any_is_raised_by_all(monkeypatch):
-    """Two nodes of two processes, which are played one after the other."""
-    outcomes = {0: ("zero", None), 1: (None, None), 2: ("two", None), 3: (None, None)}
+    """Two nodes of two processes, which are threads here."""
+    calls, told, barrier = [], {}, threading.Barrier(4, timeout=20)
 
-    def result(rank, function):
-        processes = Processes(rank, 4, local_rank=rank % 2)
-        monkeypatch.setattr(Processes, "gather", lambda _, own: list({**outcomes, rank: own}.values()))
-        return processes.on_each_node(function)
+    def gather(self, value):
+        told[self.rank] = value
+        barrier.wait()
+        values = [told[rank] for rank in range(4)]
+        barrier.wait()
+        return values
 
-    assert [result(rank, lambda name=name: name) for rank, name in enumerate(["zero", "-", "two", "-"])] == [
-        "zero",
-        "zero",
-        "two",
-        "two",
-    ]
-    outcomes[2] = (None, UserError("a file is missing on the second node"))
-    for rank in (0, 1, 3):
-        with pytest.raises(UserError, match="second node"):
-            result(rank, lambda: "fine")
+    def on_each_node(rank, missing=None):
+        def make():
+            calls.append(rank)
+            if rank == missing:
+                raise UserError(f"a file is missing for rank {rank}")
+            return f"made by {rank}"
+
+        return Processes(rank, 4, local_rank=rank % 2).on_each_node(make)
+
+    monkeypatch.setattr(Processes, "gather", gather)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(on_each_node, range(4))) == ["made by 0"] * 2 + ["made by 2"] * 2
+        assert sorted(calls) == [0, 2]
+        futures = [pool.submit(on_each_node, rank, missing=2) for rank in range(4)]
+        assert [str(future.exception()) for future in futures] == ["a file is missing for rank 2"] * 4
 
 
 @pytest.fixture(scope="module")
