@@ -41,6 +41,8 @@ def measure(project: Path, words: list[str], ranks: int) -> list[dict]:
 def work(project: Path, words: list[str], reports: Path) -> None:
     """One process: an epoch without any arithmetic, then its report."""
     sys.path.insert(0, str(project))
+    import torch
+
     import build
     import dataset
     import train
@@ -50,15 +52,18 @@ def work(project: Path, words: list[str], reports: Path) -> None:
 
     report = {}
 
-    def step(trainer, batches: list[dict], place: str) -> dict:
-        """In place of Trainer.train_step."""
+    def note(*_) -> dict:
+        """In place of a step's passes and update, or of an earlier version's train_step."""
         report.setdefault("first step", time.time() - float(os.environ["STARTED"]))
         report.setdefault("first step, CPU", sum(os.times()[:4]))  # workers that have ended included
         return {"loss": 0.0, "grad_norm": 0.0, "lr": 0.0, "tokens": 1}
 
     clock(build, "check_lengths", report)
     clock(train if hasattr(train, "epoch_order") else dataset, "epoch_order", report)
-    train.Trainer.train_step = step
+    train.Trainer.train_step = note
+    train.Trainer.backward = lambda *_: note() and torch.zeros(())
+    train.Trainer.gradient_norm = lambda _: torch.zeros(())
+    train.Trainer.update = lambda *_: 0.0
     config, processes = load_config(words[0], words[1:]), start_processes()
     trainer = train.Trainer(build.build(config, processes, StopRequest()))
     clock(trainer, "train_epoch", report)
