@@ -10,7 +10,6 @@ from dataclasses import astuple, dataclass, replace
 from itertools import pairwise
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from cache import RECOMPUTED_COLUMNS
 from coconut import Coconut
@@ -182,14 +181,14 @@ class Kept:
     @classmethod
     def by(cls, model: Coconut, step: Step) -> Kept:
         """What the model's blocks keep."""
-        config, block = model.base_causallm.config, model.blocks[0]
+        config, block = model.base_causallm.config.get_text_config(), model.blocks[0]
         hidden, heads = config.hidden_size, config.num_attention_heads
         key_heads = getattr(config, "num_key_value_heads", None) or heads
         width = getattr(config, "head_dim", None) or hidden // heads
         queries, keys_and_values = heads * width, 2 * key_heads * width
-        linear = [m for name, m in block.named_modules() if isinstance(m, nn.Linear | Conv1D) and ".lora_" not in name]
-        inner = max(max(m.weight.shape) for m in linear)  # the MLP's width
-        fused = len(linear) == 4  # GPT-2: one layer for queries, keys and values, and no gate
+        matrices = [p for name, p in block.named_parameters() if p.ndim == 2 and ".lora_" not in name]
+        inner = max(max(p.shape) for p in matrices)  # the MLP's width
+        fused = len(matrices) == 4  # GPT-2: one layer for queries, keys and values, and no gate
         # Layers with the same input share it, but autocast casts it for each of them.
         attended, gates = (1, 1) if fused else (3, 2)
         casts = (attended, gates) if step.bf16 and not step.sharded else (1, 1)
