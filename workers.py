@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import io
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -11,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent dies
@@ -27,7 +29,28 @@ class Made(Dataset):
         return len(self.items)
 
     def __getitem__(self, index: int):
-        return self.make(self.items[index])
+        made = self.make(self.items[index])
+        return made if get_worker_info() is None else Parcel(made)
+
+
+class Parcel:
+    """Something made by a worker, which its parent receives in one piece: torch would send a file for every tensor, and
+    to receive those of a batch takes the parent as long as to make them."""
+
+    def __init__(self, made):
+        content = io.BytesIO()
+        TensorPickler(content, pickle.HIGHEST_PROTOCOL).dump(made)
+        self.content = content.getvalue()
+
+    def __reduce__(self) -> tuple:
+        return pickle.loads, (self.content,)
+
+
+class TensorPickler(pickle.Pickler):
+    """Pickles the numbers of a tensor with the rest."""
+
+    def reducer_override(self, value):
+        return (torch.from_numpy, (value.numpy(),)) if isinstance(value, torch.Tensor) else NotImplemented
 
 
 def made_ahead(make: Callable, items: Sequence, workers: int, pin: bool = False) -> Iterator:

@@ -20,7 +20,7 @@ from workers import made_ahead
 def make(item: int) -> tuple[int, list[dict]]:
     """A batch, made with random numbers of the process."""
     random.random(), torch.rand(1)
-    return item, [{"ids": torch.full((2, 3), item)}]
+    return item, [{"ids": torch.full((2, 3), item), "flags": torch.eye(3, dtype=torch.bool)[:, :2], "none": None}]
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
@@ -30,7 +30,10 @@ def test_what_is_made_ahead_is_what_would_be_made(workers):
     if workers:
         assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
     assert [item for item, _ in made] == list(range(10, 17))
-    assert all(torch.equal(batches[0]["ids"], make(item)[1][0]["ids"]) for item, batches in made)
+    for item, [batch] in made:
+        batch["ids"] += 1  # as writable as if it were made here
+        assert torch.equal(batch["ids"], torch.full((2, 3), item + 1))
+        assert torch.equal(batch["flags"], torch.eye(3, dtype=torch.bool)[:, :2]) and batch["none"] is None
 
 
 def test_nothing_to_make():
