@@ -108,6 +108,7 @@ def recomputed(forward: Callable, layer: int | None = None) -> Callable:
     """
 
     def call(hidden_states: Tensor, *args, **kwargs):
+        """Keeps the inputs alone, unless the pass is short or needs no gradient."""
         if not torch.is_grad_enabled() or hidden_states.shape[1] < RECOMPUTED_COLUMNS:
             return forward(hidden_states, *args, **kwargs)
         caches = [x for x in (*args, *kwargs.values()) if isinstance(x, Cache)] if layer is not None else []
