@@ -82,7 +82,8 @@ def causal_mask(attention_mask: Tensor, columns: int, dtype: torch.dtype) -> Ten
     queries = keys[-columns:, None]  # (columns, 1)
     visible = (attention_mask[:, None, None].bool() & (keys < queries)) | (keys == queries)  # (batch, 1, columns, all)
     mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)
-    return F.pad(mask, (0, -size % ALIGNMENT))[..., :size]
+    # Never without padding: a mask that is contiguous at some lengths alone would be compiled for as another kind.
+    return F.pad(mask, (0, ALIGNMENT - size % ALIGNMENT))[..., :size]
 
 
 def recompute(blocks: nn.ModuleList, mode: str) -> None:

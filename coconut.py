@@ -91,7 +91,7 @@ class Coconut(nn.Module):
         backbone = self.base_causallm.base_model
 
         def compute(weights: dict[str, Tensor], **inputs):
-            return functional_call(backbone, weights, (), inputs)
+            return functional_call(backbone, weights, (), inputs) if weights else backbone(**inputs)
 
         self.compiled = torch.compile(compute, dynamic=True, **options)
 
@@ -302,4 +302,7 @@ def cast_weights(module: nn.Module) -> dict[str, Tensor]:
     """
     linear = {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear | Conv1D)}
     dtype = autocast_dtype(next(module.parameters()).device)
-    return {f"{name}.weight": m.weight.to(dtype) for name, m in linear.items()} if dtype else {}
+    weights = {f"{name}.weight": m.weight.to(dtype) for name, m in linear.items()} if dtype else {}
+    for weight in weights.values():
+        torch._dynamo.mark_static(weight)  # its sizes are facts to compile for, as a parameter's are
+    return weights

@@ -107,6 +107,7 @@ def test_compiled_passes_keep_each_weight_once(kind):
     weights = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
     assert weights > 50_000
     eager = [kept_in_bf16(model, question_and_answer(thoughts, rows=1)) for thoughts in (0, 3)]
+    torch._dynamo.reset()  # what other tests compiled would count against its limit
     model.compile(backend="aot_eager_decomp_partition")  # what the compiler keeps, without compiling it
     compiled = [kept_in_bf16(model, question_and_answer(thoughts, rows=1)) for thoughts in (0, 3)]
     for less, more in (eager, compiled):
@@ -129,6 +130,12 @@ def test_loss_and_greedy_choice_are_made_of_float32_logits(kind):
 
 
 # --- the mask ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [8, 13, 16])
+def test_masks_of_all_lengths_are_laid_out_alike(size):
+    """Otherwise those of every eighth length would be another kind to compile for."""
+    assert not cache.causal_mask(torch.ones(2, size), 5, torch.float32).is_contiguous()
 
 
 @pytest.mark.parametrize("columns", [1, 3, 11])
