@@ -114,6 +114,23 @@ def test_compiled_passes_keep_each_weight_once(kind):
         assert 2 * weights <= less and more - less < weights, (kind, weights, eager, compiled)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("bf16", [False, True])
+def test_passes_are_compiled_for_their_kinds_not_for_their_shapes(bf16):
+    """The first pass or a later one, of one column or several, of one row or several."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = wrap(tiny_gpt2(positions=256, n_embd=128)).train()  # wider than the sequences: no equal sizes by chance
+    model.compile(backend="eager")
+    for thoughts in (0, 1, 3, 2, 5, 4):
+        for rows in (4, 1, 3):
+            for length in (9, 11, 16, 24):
+                row = [*[5] * length, START, *[LATENT] * thoughts, END, *[7] * 9]
+                gradients(model, batch_of([row] * rows, [0] * rows), bf16)
+    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 12
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_loss_and_greedy_choice_are_made_of_float32_logits(kind):
     model, seen = wrap(MODELS[kind]()).eval(), []
