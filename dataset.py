@@ -221,10 +221,14 @@ class Lengths:
         return self.sum_by_example(self.step * (self.place >= skipped)) + self.answer
 
     def most(self, stage: int, configs) -> dict[str, int]:
-        """The most columns, thoughts and supervised tokens that a training sequence has at a stage."""
-        thoughts = self.placeholders(stage, configs).max() if METHODS[configs.method].placeholder == "latent" else 0
-        most = {"columns": self.of_sequences(stage, configs).max(), "supervised": self.supervised(stage, configs).max()}
-        return {name: int(count) for name, count in {**most, "thoughts": thoughts}.items()}
+        """The most columns of a padded batch at a stage, and thoughts and supervised tokens of a training sequence."""
+        sequences, supervised = self.of_sequences(stage, configs), self.supervised(stage, configs)  # (n,) each
+        counts = self.placeholders(stage, configs) * (METHODS[configs.method].placeholder == "latent")  # (n,)
+        before = self.question + 1  # (n,), tokens that stand before the first thought
+        latent = counts > 0  # rows whose first thoughts the collator puts into one column
+        apart = before[latent].max(initial=0) + (sequences - before)[latent].max(initial=0)
+        most = {"columns": max(sequences.max(), apart), "supervised": supervised.max(), "thoughts": counts.max()}
+        return {name: int(count) for name, count in most.items()}
 
     def sum_by_example(self, numbers: np.ndarray) -> np.ndarray:
         """Sums of a number for each step. (all steps,) -> (n,)"""

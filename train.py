@@ -306,7 +306,7 @@ def steps_left(run: Run, epoch: int, done: int) -> list[Step]:
 
 
 def largest_batches(run: Run) -> list[dict[str, int]]:
-    """For each stage of the run the rows of a batch, and the most columns, thoughts and supervised tokens of a row."""
+    """The shape of a batch at each stage: rows, most columns, and the most thoughts and supervised tokens of a row."""
     lengths, config = Lengths(run.train_examples), run.config
     stages = {stage_of(epoch, config) for epoch in range(run.config.num_epochs)}
     return [{"rows": config.batch_size_training, **lengths.most(stage, config)} for stage in sorted(stages)]

@@ -20,7 +20,9 @@ def test_the_commit_is_unknown_where_git_is_not_installed(monkeypatch):
 @pytest.fixture
 def words(tmp_path) -> list[str]:
     """The command line of a small run."""
-    data = write_json(tmp_path / "data.json", [*make_problems(4, steps=3), *make_problems(4, steps=1)])
+    problems = [*make_problems(4, steps=3), *make_problems(4, steps=1)]
+    problems[-1]["question"] += " as ever"  # the longest question has not the longest answer
+    data = write_json(tmp_path / "data.json", problems)
     config = tmp_path / "config.yaml"
     config.write_text("method: coconut\nlogger: none\nname: small\n")
     paths = [f"save_path={tmp_path}", f"model_id={save_model(tmp_path / 'model')}", f"data_cache={tmp_path / 'cache'}"]
@@ -47,5 +49,4 @@ def test_the_largest_batches_of_all_stages_are_those_that_are_made(words, method
         [step] = train.steps_left(run, epoch, 0)
         _, [batch] = train.make_batches(run, epoch, step)
         assert (batch["labels"] != -100).sum(1).max() == shape["supervised"]
-        assert batch["attention_mask"].sum(1).max() == shape["columns"]
-        assert len(batch["input_ids"]) == shape["rows"]
+        assert batch["input_ids"].shape == (shape["rows"], shape["columns"])
