@@ -154,6 +154,7 @@ def retain_memory(retain: bool) -> None:
     half of a step's time, and erratically; times are taken without it, sizes with it."""
     libc = ctypes.CDLL(None)
     libc.mallopt(-4, 0 if retain else 65536)  # M_MMAP_MAX: how many tensors get a mapping of their own
+    libc.mallopt(-3, 131072)  # M_MMAP_THRESHOLD: from how many bytes; it grows by itself where it is not set
     libc.mallopt(-1, -1 if retain else 131072)  # M_TRIM_THRESHOLD: -1 for never
 
 
