@@ -209,7 +209,7 @@ def read_words(words: list[str]) -> tuple[dict, list[str]]:
 def read_yaml(path: str | Path, inside: tuple[Path, ...] = ()) -> dict:
     """The mapping in a YAML file, on top of that in the file which its `base` key names (relative to the file)."""
     path = Path(path)
-    if path.resolve() in [other.resolve() for other in inside]:
+    if inside and os.path.realpath(path) in map(os.path.realpath, inside):
         raise UserError(f"{path}: the base keys lead back to this file: {' -> '.join(map(str, (*inside, path)))}")
     try:
         values = parse_yaml(path.read_text(encoding="utf-8"))

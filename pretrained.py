@@ -117,6 +117,8 @@ def loading(folder: str, key: str) -> Iterator[None]:
         raise
     except Exception as error:  # the libraries raise all kinds for a missing, damaged or unreachable model
         reason = str(error).strip().split("\n")[0]
+        if "trust_remote_code" in str(error):
+            reason = "it has code of its own, which runs only with trust_remote_code: True; read it before you set that"
         raise UserError(f"{key}: {folder!r} cannot be loaded: {reason}") from error
 
 
