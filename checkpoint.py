@@ -17,7 +17,7 @@ from kept import STATES_KEPT, set_links
 from lora import check_frozen, frozen_checksum, merged, trained_weights
 from moments import MOMENTS, TensorFile, load_moments, named_moments, write_tensors
 from parallel import Processes
-from pretrained import DESCRIPTION, Pretrained, read_description
+from pretrained import DESCRIPTION, Pretrained, read_description, read_tensors
 from spread import while_collecting
 from utils import damage, read_manifest, saving, whole_directory
 
@@ -148,15 +148,27 @@ def load_training_state(
 
 def read_state(checkpoint: Path) -> dict:
     """The training state of a checkpoint without the optimizer's, which an earlier version kept in the same file."""
-    training = torch.load(checkpoint / STATE, map_location="cpu", mmap=True, weights_only=True)
+    training = read_training(checkpoint)
     return {key: value for key, value in training.items() if key != "optimizer"}
+
+
+def read_training(checkpoint: Path) -> dict:
+    """The training_state.pt of a checkpoint, its tensors mapped. Raises UserError for one that we did not write."""
+    advice = "remove that checkpoint to go on from the one before"
+    try:
+        training = read_tensors(checkpoint / STATE, mmap=True)
+        TrainState(**training["state"])
+        len(training["random_states"])
+    except (ValueError, TypeError, LookupError) as error:
+        raise UserError(f"name: {str(checkpoint)!r} cannot be continued: {error}; {advice}") from error
+    return training
 
 
 def open_moments(checkpoint: Path) -> TensorFile | dict | None:
     """The optimizer's state in a checkpoint, PARAMETER.KEY -> tensor, none of it read yet; None if it has none."""
     if MOMENTS in read_manifest(checkpoint):
         return TensorFile(checkpoint / MOMENTS)
-    training = torch.load(checkpoint / STATE, map_location="cpu", mmap=True, weights_only=True)
+    training = read_training(checkpoint)
     if "optimizer" not in training:
         return None
     states = training["optimizer"]["state"].items()

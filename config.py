@@ -14,9 +14,8 @@ import typing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-import yaml
-
 from curriculum import METHODS
+from parsing import broken, parse_yaml, shown
 
 OFFICIAL_METHODS = ("coconut", "cot", "no_thoughts", "no_cot")  # the official code names a method by four booleans
 SPLIT_PATHS = ("train_path", "val_path")
@@ -77,7 +76,7 @@ class Config:
     data_workers: int | None = option(None, "processes that make batches ahead (None: 1 for a GPU, else 0)", low=0)
     # training
     seed: int = option(0, "random seed of weights, order, dropout and stage mixing", low=0, high=2**63 - 1)
-    num_epochs: int = option(1, "number of epochs", low=1)
+    num_epochs: int = option(1, "number of epochs", low=1, high=10**6)
     resume: int = option(
         0, "finished epochs to skip at the start; for only_eval, the epoch that fixes the stage", low=0
     )
@@ -127,7 +126,8 @@ class Config:
         options, hints, problems = {f.name: f for f in fields(self)}, typing.get_type_hints(Config), []
         for key, value in values.items():
             if key not in options:
-                near = difflib.get_close_matches(str(key), options, n=1, cutoff=0)[0]
+                key = key if isinstance(key, str) else shown(key)
+                near = difflib.get_close_matches(key, options, n=1, cutoff=0)[0]
                 problems.append(f"{key}: unknown key; the nearest known one is {near}")
                 continue
             try:
@@ -158,14 +158,17 @@ def check_value(value, hint, doc: str, low, high, choices):
         value = to_float(value)  # YAML 1.1 reads 1e-4 as a string
     if type(value) not in kinds:
         names = " or ".join("None" if kind is types.NoneType else kind.__name__ for kind in kinds)
-        raise ValueError(f"{value!r} is no {names} ({doc})")
+        raise ValueError(f"{shown(value)} is no {names} ({doc})")
+    if isinstance(value, str) and ("\0" in value or broken(value)):
+        raise ValueError(f"{shown(value)} holds a null byte or half a character ({doc})")
     if choices and value not in choices:
-        raise ValueError(f"{value!r} is none of {', '.join(str(c) for c in choices if c is not None)}")
+        raise ValueError(f"{shown(value)} is none of {', '.join(str(c) for c in choices if c is not None)}")
     if isinstance(value, int | float) and not isinstance(value, bool):
         above, below = low is None or value >= low, high is None or value <= high
-        if not (above and below and (isinstance(value, int) or math.isfinite(value))):
+        sane = abs(value) < 2**63 if isinstance(value, int) else math.isfinite(value)
+        if not (above and below and sane):
             bounds = f"at least {low}" if high is None else f"from {low} to {high}"
-            raise ValueError(f"{value} is out of range: a finite number, {bounds} ({doc})")
+            raise ValueError(f"{shown(value)} is out of range: a finite number, {bounds} ({doc})")
     return value
 
 
@@ -181,16 +184,8 @@ def to_float(value):
 
 def load_config(path: str, overrides: list[str] = ()) -> Config:
     """The config of a run: defaults < YAML < key=value words. Raises UserError with all problems at once."""
-    values, problems = read_yaml(path), []
-    for word in overrides:
-        key, separator, text = word.partition("=")
-        if not separator:
-            problems.append(f"{word}: not a key=value word")
-            continue
-        try:
-            values[key.removeprefix("--")] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            problems.append(f"{key}: {text!r} is not a YAML value; quote it")
+    values, (given, problems) = read_yaml(path), read_words(overrides)
+    values |= given
     config = Config()
     problems += config.update(values)
     problems += run_problems(config, given=values)
@@ -199,25 +194,42 @@ def load_config(path: str, overrides: list[str] = ()) -> Config:
     return config
 
 
+def read_words(words: list[str]) -> tuple[dict, list[str]]:
+    """The values in key=value words, and a line for each word that is none."""
+    values, problems = {}, []
+    for word in words:
+        key, separator, text = word.partition("=")
+        if not separator:
+            problems.append(f"{word}: not a key=value word")
+            continue
+        try:
+            values[key.removeprefix("--")] = parse_yaml(text)
+        except ValueError:
+            problems.append(f"{key}: {shown(text)} is not a YAML value; quote it")
+    return values, problems
+
+
 def read_yaml(path: str | Path, inside: tuple[Path, ...] = ()) -> dict:
     """The mapping in a YAML file, on top of that in the file which its `base` key names (relative to the file)."""
     path = Path(path)
-    if path in inside:
+    if inside and os.path.realpath(path) in map(os.path.realpath, inside):
         raise UserError(f"{path}: the base keys lead back to this file: {' -> '.join(map(str, (*inside, path)))}")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot read the config: {error.strerror}. args/ holds ready ones.") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: the config is not UTF-8 text: {error}") from error
-    except yaml.YAMLError as error:
+    except ValueError as error:
         raise UserError(f"{path}: the config is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: the config must be lines of 'key: value', this is {type(values).__name__}")
     base = values.pop("base", None)
     if base is None:
         return values
-    return read_yaml(path.parent / str(base), (*inside, path)) | values
+    if not isinstance(base, str) or "\0" in base or broken(base):
+        raise UserError(f"{path}: base: {shown(base)} is no path; name a YAML file, relative to this one")
+    return read_yaml(path.parent / base, (*inside, path)) | values
 
 
 def run_problems(config: Config, given: dict) -> list[str]:
@@ -271,9 +283,13 @@ def path_problem(key: str, config: Config) -> list[str]:
         return [f"{key}: {value!r} is a placeholder; put your own path there"]
     if key in SPLIT_PATHS and value.startswith(HUB):
         return hub_problem(key, value)
-    local = key not in ("save_path", "data_cache") and (key != "model_id" or value.startswith((".", "/", "~")))
-    if local and not Path(value).exists():
-        return [f"{key}: {value!r} does not exist; {REMEDIES[key]}"]
+    try:
+        os.stat(Path(value, config.name or "") if key == "save_path" else value)
+    except (FileNotFoundError, NotADirectoryError):
+        local = key not in ("save_path", "data_cache") and (key != "model_id" or value.startswith((".", "/", "~")))
+        return [f"{key}: {value!r} does not exist; {REMEDIES[key]}"] if local else []
+    except OSError as error:  # a name that is too long, a folder that this user may not enter
+        return [f"{key}: {shown(value)} cannot be used: {error.strerror}; choose another path"]
     return []
 
 

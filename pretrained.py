@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from coconut import Coconut
 from config import Config, UserError
 from curriculum import END, LATENT, METHODS, PAUSE, START
 from parallel import Processes
+from parsing import parse_json, shown
 
 NO_TOKENS = (-1, -1, -1)  # in place of the markers' ids
 DESCRIPTION = "coconut.json"  # beside a checkpoint's weights: method, c_thought, stage, token_ids
@@ -54,7 +55,7 @@ def load_pretrained(config: Config, load_path: str | Path | None) -> Pretrained:
     """
     folder, key, is_checkpoint = source(config, load_path)
     with loading(folder, key):
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+        tokenizer = load_tokenizer(folder, config)
         lm = load_model(folder, config, is_checkpoint)
     if tokenizer.eos_token_id is None:
         raise UserError(f"model_id: the tokenizer of {folder!r} has no eos token, which ends every answer")
@@ -91,7 +92,7 @@ def outline(config: Config, load_path: str | Path | None, rows: int, tied: bool)
     folder, key, _ = source(config, load_path)
     trust = {"trust_remote_code": config.trust_remote_code}
     with loading(folder, key):
-        tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
+        tokenizer = load_tokenizer(folder, config)
         architecture = AutoConfig.from_pretrained(folder, **trust, tie_word_embeddings=tied)
         with torch.device("meta"):
             lm = AutoModelForCausalLM.from_config(architecture, **trust).float()
@@ -116,7 +117,16 @@ def loading(folder: str, key: str) -> Iterator[None]:
         raise
     except Exception as error:  # the libraries raise all kinds for a missing, damaged or unreachable model
         reason = str(error).strip().split("\n")[0]
+        if "trust_remote_code" in str(error):
+            reason = "it has code of its own, which runs only with trust_remote_code: True; read it before you set that"
         raise UserError(f"{key}: {folder!r} cannot be loaded: {reason}") from error
+
+
+def load_tokenizer(folder: str, config: Config) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub name, tried: some of what is wrong with its files shows only in use."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    tokenizer([config.new_token_init, ""])
+    return tokenizer
 
 
 def load_model(folder: str, config: Config, is_checkpoint: bool) -> PreTrainedModel:
@@ -185,13 +195,9 @@ def load_state_file(path: Path) -> tuple[dict[str, Tensor], bool]:
     are read with weights_only, so that a file with code in it is refused.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"load_model_path: {str(path)!r} is no file of plain weights (a torch state dict), or it is damaged. Other "
-            f"pickles are refused, since they can run code. {reason:.200}"
-        ) from error
+        state = read_tensors(path)
+    except ValueError as error:
+        raise UserError(f"load_model_path: {error}") from error
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise UserError(f"load_model_path: {str(path)!r} holds no state dict, a mapping from names to tensors")
     state = {name.removeprefix("module."): value for name, value in state.items()}
@@ -202,6 +208,18 @@ def load_state_file(path: Path) -> tuple[dict[str, Tensor], bool]:
     return state, is_coconut
 
 
+def read_tensors(path: Path, **options):
+    """What a file of torch holds: tensors and plain values. Raises ValueError for any other; none of its code runs."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, **options)
+    except Exception as error:  # torch raises all kinds for a file that is damaged or no pickle
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"{str(path)!r} is no file of plain weights (a torch state dict), or it is damaged. Other pickles are "
+            f"refused, since they can run code. {reason:.200}"
+        ) from error
+
+
 def load_state(lm: PreTrainedModel, state: dict[str, Tensor], path: str, own_tokens: int) -> None:
     """Loads a state dict into the model, whose vocabulary takes on its number of rows; every name must fit."""
     table = lm.get_input_embeddings()
@@ -209,9 +227,9 @@ def load_state(lm: PreTrainedModel, state: dict[str, Tensor], path: str, own_tok
     rows = len(state[name]) if name in state and state[name].ndim == 2 else len(table.weight)
     if rows < min(own_tokens, len(table.weight)):
         raise UserError(f"load_model_path: {path!r} has {rows} rows in {name}, but the tokenizer {own_tokens} tokens")
-    if rows != len(table.weight):
-        lm.resize_token_embeddings(rows, mean_resizing=False)
     try:
+        if rows != len(table.weight):
+            lm.resize_token_embeddings(rows, mean_resizing=False)
         result = lm.load_state_dict(state, strict=False)
     except RuntimeError as error:
         raise UserError(f"load_model_path: {path!r} does not fit the model: {error}") from error
@@ -227,13 +245,28 @@ def name_some(names: list) -> str:
     return ", ".join(str(name) for name in names[:4]) + (f" ... ({len(names)})" if len(names) > 4 else "")
 
 
-def read_description(folder: str) -> dict:
+def read_description(folder: str | Path) -> dict:
     """The coconut.json of a checkpoint directory; {} for other models."""
-    path = Path(folder) / DESCRIPTION
+    path = Path(folder, DESCRIPTION)
+    if not os.path.isfile(path):  # False, and no error, for a name that no file can have
+        return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
+        description = parse_json(path.read_text(encoding="utf-8"))
+        check_description(description)
+    except (OSError, ValueError) as error:
         raise UserError(f"load_model_path: {str(path)!r} cannot be read: {error}") from error
+    return description
+
+
+def check_description(description) -> None:
+    """Raises ValueError unless a coconut.json holds what is asked of it, each of its type."""
+    if not isinstance(description, dict):
+        raise ValueError(f"it must be a mapping, not {shown(description)}")
+    for key, kind in {"token_ids": dict, "stage": int, "improved": bool}.items():
+        if key in description and type(description[key]) is not kind:
+            raise ValueError(f"{key} must be a {kind.__name__}, not {shown(description[key])}")
+    if description.get("stage", 0) < 0:
+        raise ValueError(f"stage must be at least 0, not {description['stage']}")
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase, method: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -13,6 +12,7 @@ from pyarrow import parquet
 
 from config import HUB, UserError
 from curriculum import END, LATENT, PAUSE, START
+from parsing import broken, parse_json, shown
 
 FIELDS = ("question", "answer", "steps")
 SHAPE = '{"question": "...", "answer": "...", "steps": ["...", ...]}'
@@ -55,9 +55,9 @@ def read_source(path: str) -> Iterable:
 def json_rows(text: str, path: str) -> Iterable:
     """The problems of a JSON list, or of JSON lines."""
     try:
-        problems = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and text.lstrip().startswith("{"):
+        problems = parse_json(text)
+    except ValueError as error:
+        if getattr(error, "msg", None) == "Extra data" and text.lstrip().startswith("{"):
             return json_lines(text, path)
         raise UserError(f"{path}: not valid JSON: {error}; expected a list of {SHAPE}") from error
     if isinstance(problems, dict) and "question" in problems:  # JSON lines, of which there is one
@@ -72,9 +72,9 @@ def json_lines(text: str, path: str) -> Iterator:
     lines = ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
     for index, (number, line) in enumerate(lines):
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError as error:
-            reason = f"{error.msg} at column {error.colno}"
+            yield parse_json(line)
+        except ValueError as error:
+            reason = f"{error.msg} at column {error.colno}" if hasattr(error, "msg") else error
             raise UserError(f"{path}: problem {index} (line {number}): not valid JSON: {reason}") from error
 
 
@@ -84,7 +84,7 @@ def parquet_rows(content: bytes, path: str) -> Iterator[dict]:
         file = parquet.ParquetFile(pyarrow.BufferReader(content))
         present = [name for name in FIELDS if name in file.schema_arrow.names]
         yield from table_rows(file.iter_batches(columns=present))
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, pyarrow.ArrowException, ValueError, ArithmeticError) as error:  # also texts that are not UTF-8
         raise UserError(f"{path}: not a sound Parquet file: {error}") from error
 
 
@@ -133,13 +133,13 @@ def problem_complaint(problem) -> str | None:
         if name not in problem:
             return f'has no "{name}"'
     if not isinstance(problem["steps"], list):
-        return f'"steps" is no list but {problem["steps"]!r:.60}'
+        return f'"steps" is no list but {shown(problem["steps"])}'
     texts = {"question": problem["question"], "answer": problem["answer"]}
     texts |= {f"steps[{i}]": step for i, step in enumerate(problem["steps"])}
     for name, text in texts.items():
         if not isinstance(text, str):
-            return f'"{name}" is no string but {text!r:.60}'
-        if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+            return f'"{name}" is no string but {shown(text)}'
+        if broken(text):
             return f'"{name}" holds half a surrogate pair, which is no character'
         if "<|" in text and (marker := next((m for m in (START, END, LATENT, PAUSE) if m in text), None)):
             return f'"{name}" holds {marker}, which only the curriculum may insert'

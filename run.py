@@ -22,7 +22,7 @@ from config import UserError, load_config
 from evaluate import validate, write_predictions
 from parallel import start_processes, stop_processes
 from train import NotFiniteError, train
-from utils import Interrupted, SaveError, StopRequest, saving
+from utils import Interrupted, SaveError, StopRequest, make_private, saving
 
 EXIT_CODES = {UserError: 2, NotFiniteError: 3, SaveError: 4}
 
@@ -71,7 +71,7 @@ def test(run: Run) -> None:
 def write_evaluation(predictions: list[dict], summary: dict, directory: Path) -> None:
     """Writes what only_eval found, beside what it found before."""
     with saving(directory):
-        directory.mkdir(parents=True, exist_ok=True)
+        make_private(directory)
         path = unused(directory / f"predictions_{Path(summary['val_path']).stem}.jsonl")
         write_predictions(predictions, path)
         path.with_name(path.stem.replace("predictions", "metrics") + ".yaml").write_text(yaml.safe_dump(summary))

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from config import UserError
 from parallel import Processes
 from problems import content_digest, read_problems
-from utils import damage, whole_directory
+from utils import damage, make_private, whole_directory
 from workers import cores, made_ahead
 
 if TYPE_CHECKING:  # it is slow to import, and not needed to refuse a config
@@ -78,7 +78,7 @@ def cached_files(sources: list, tokenizer, folder: Path) -> list[Path]:
     missing = {entry: source for entry, source in zip(entries, sources, strict=True) if damage(entry)}
     problems = {entry: read_problems(*source) for entry, source in missing.items()}  # mistakes, before any is written
     if missing:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_private(folder)
         with locked(folder):
             for entry, (path, _) in missing.items():
                 make_entry(entry, problems.pop(entry), tokenizer, path)

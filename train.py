@@ -28,7 +28,7 @@ from kept import prune, remove_partial, room_report, set_links
 from lora import parameter_groups
 from metrics import MetricLogger
 from parallel import choose, clear_gradients, distribute, gradient_sync, is_sharded, reshard
-from utils import Interrupted, saving, write_text
+from utils import Interrupted, make_private, saving, write_text
 
 
 class NotFiniteError(Exception):
@@ -110,7 +110,7 @@ class Trainer:
         if run.config.debug:
             return
         with saving(run.directory):
-            run.directory.mkdir(parents=True, exist_ok=True)
+            make_private(run.directory)
         self.log = MetricLogger(run.directory, run.config, self.state.run_id, self.state.metrics_bytes, self.state.step)
         with saving(run.directory):
             remove_partial(run.directory)

@@ -16,8 +16,18 @@ from pathlib import Path
 import torch
 
 from config import Config, UserError
+from parsing import parse_json
 
-__all__ = ["Config", "Interrupted", "SaveError", "StopRequest", "saving", "set_seed", "write_text"]  # Config: official
+__all__ = [
+    "Config",
+    "Interrupted",
+    "SaveError",
+    "StopRequest",
+    "make_private",
+    "saving",
+    "set_seed",
+    "write_text",
+]  # Config: official
 
 MANIFEST = "manifest.json"
 
@@ -72,7 +82,8 @@ def whole_directory(directory: Path) -> Iterator[Path]:
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)  # a crash left it
     try:
-        partial.mkdir(parents=True)
+        make_private(partial.parent)
+        partial.mkdir(mode=0o700)
         yield partial
         manifest = {path.name: fingerprint(path) for path in sorted(partial.iterdir())}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
@@ -86,6 +97,12 @@ def whole_directory(directory: Path) -> Iterator[Path]:
         raise
 
 
+def make_private(directory: Path) -> None:
+    """Makes a directory and its missing parents for this user alone; what is there stays as it is."""
+    for path in (*reversed(directory.parents), directory):
+        path.mkdir(mode=0o700, exist_ok=True)
+
+
 def damage(directory: Path) -> str | None:
     """What is wrong with the files of a directory, measured against its manifest, or None."""
     try:
@@ -94,7 +111,7 @@ def damage(directory: Path) -> str | None:
         return f"{MANIFEST} is missing or unreadable"
     for name, expected in manifest.items():
         path = directory / name
-        if not path.is_file():
+        if not os.path.isfile(path):  # False, and no error, for a name that no file can have
             return f"{name} is missing"
         if fingerprint(path) != expected:
             return f"{name} differs from its manifest"
@@ -103,7 +120,7 @@ def damage(directory: Path) -> str | None:
 
 def read_manifest(directory: Path) -> dict[str, dict]:
     """The size and checksum of every file that belongs to a directory. Raises OSError or ValueError."""
-    manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+    manifest = parse_json((directory / MANIFEST).read_text(encoding="utf-8"))
     if not isinstance(manifest, dict):
         raise ValueError(f"{directory / MANIFEST} holds no mapping")
     return manifest

@@ -21,7 +21,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from config import Config, UserError, read_yaml  # noqa: E402
+from config import Config, UserError, read_words, read_yaml  # noqa: E402
 from curriculum import METHODS  # noqa: E402
 
 # Table 1 of the paper, GPT-2: accuracy in % with its standard deviation, and generated tokens.
@@ -75,7 +75,7 @@ def launch(processes: int, config: Path, words: list[str]) -> None:
 def train_and_test(dataset: str, method: str, seed: int, processes: int, words: list[str]) -> dict:
     """Trains one method with one seed and tests its best checkpoint; returns the test's metrics."""
     path = ROOT / "args" / f"{dataset}_{method}.yaml"
-    config = Config(read_yaml(path) | read_words(words))
+    config = Config(read_yaml(path) | read_words(words)[0])  # run.py tells of those that are none
     own = [*words, f"name={config.name}-seed{seed}", f"seed={seed}"]
     if config.load_model_path and not any(word.startswith("load_model_path=") for word in words):
         start = Path(config.load_model_path)  # .../NAME/best -> save_path/NAME-seedS/best
@@ -91,11 +91,6 @@ def train_and_test(dataset: str, method: str, seed: int, processes: int, words: 
         launch(processes, path, [w for w in own if not w.startswith("load_model_path=")] + evaluation)
     metrics = max(tested.glob(pattern), key=lambda path: path.stat().st_mtime)
     return {**yaml.safe_load(metrics.read_text(encoding="utf-8")), "directory": directory}
-
-
-def read_words(words: list[str]) -> dict:
-    """key=value words as a mapping."""
-    return {key: yaml.safe_load(value) for key, _, value in (word.partition("=") for word in words)}
 
 
 def format_table(dataset: str, results: dict[str, list[dict]]) -> str:

@@ -70,7 +70,7 @@ def test_the_config_of_these_tests_runs(place, capsys):
         ("batch_size_training=0", ["batch_size_training", "0", "at least 1"]),
         ("gradient_accumulation_steps=-2", ["gradient_accumulation_steps", "-2"]),
         ("epochs_per_stage=0", ["epochs_per_stage", "at least 1"]),
-        ("num_epochs=0", ["num_epochs", "at least 1"]),
+        ("num_epochs=0", ["num_epochs", "from 1 to 1000000"]),
         ("c_thought=-1", ["c_thought", "-1"]),
         ("max_latent_stage=-1", ["max_latent_stage", "-1"]),
         ("resume=-1", ["resume", "-1"]),
