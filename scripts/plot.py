@@ -52,7 +52,7 @@ def draw_line(axes, seeds: list[Finished], curve: str, **style) -> None:
     curves = [run.curves[curve] for run in seeds]
     epochs = sorted(set.intersection(*map(set, curves)))
     values = [[each[epoch] for each in curves] for epoch in epochs]
-    axes.plot(epochs, [statistics.mean(each) for each in values], **style)
+    axes.plot(epochs, [statistics.mean(each) for each in values], marker=".", **style)
     if len(seeds) > 1:
         low, high = [min(each) for each in values], [max(each) for each in values]
         axes.fill_between(epochs, low, high, color=style["color"], alpha=0.2, linewidth=0)

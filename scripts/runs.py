@@ -47,7 +47,9 @@ def read_run(directory: Path) -> Finished:
         curves = {name: {epoch: line[key] for epoch, line in validations.items()} for name, key in CURVES.items()}
         curves["training loss"] = {epoch: loss for epoch, loss in training_losses(lines) if epoch in validations}
     except (TypeError, KeyError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{directory}: not what run.py writes: {error!r}; give the directory of a run") from error
+        raise UserError(
+            f"{directory}: not what run.py writes: {type(error).__name__}: {error}; give the directory of a run"
+        ) from error
     if not validations:
         raise UserError(f"{directory}: no epoch of this run has ended yet; wait for its first validation")
     stages, steps = ({epoch: line[key] for epoch, line in validations.items()} for key in ("eval/stage", "step"))
