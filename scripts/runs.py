@@ -41,8 +41,9 @@ def read_run(directory: Path) -> Finished:
     """Reads a run's config.yaml and metrics.jsonl. Raises UserError where they are missing, damaged or too short."""
     text = read_file(directory / "config.yaml")
     try:
-        config = Config().resolved() | Config(yaml.safe_load(text)).resolved()
-        lines = [json.loads(line) for line in read_file(directory / "metrics.jsonl").splitlines()]
+        config = Config(yaml.safe_load(text)).resolved()
+        whole, _, _ = read_file(directory / "metrics.jsonl").rpartition("\n")  # a running one has begun another line
+        lines = [json.loads(line) for line in whole.splitlines()]
         validations = {line["eval/epoch"]: line for line in lines if "eval/epoch" in line}
         curves = {name: {epoch: line[key] for epoch, line in validations.items()} for name, key in CURVES.items()}
         curves["training loss"] = {epoch: loss for epoch, loss in training_losses(lines) if epoch in validations}

@@ -82,7 +82,7 @@ def test_other_methods_and_other_data_are_no_reference(start, seeds, capsys, tmp
 
 
 def test_what_is_no_finished_run_is_refused(start, capsys, tmp_path):
-    for text in (None, "", "step 1", '{"eval/epoch": 1}', "[]"):
+    for text in (None, "", "step 1\n", '{"eval/epoch": 1}\n', "[]\n"):
         (tmp_path / "config.yaml").write_text("method: cot")
         if text is not None:
             (tmp_path / "metrics.jsonl").write_text(text)
@@ -90,6 +90,13 @@ def test_what_is_no_finished_run_is_refused(start, capsys, tmp_path):
         assert str(tmp_path) in capsys.readouterr().err
         assert plot.main([str(tmp_path), "--out", str(tmp_path / "no.svg")]) == 2
     assert not (tmp_path / "no.svg").exists()
+
+
+def test_a_line_that_a_running_run_has_begun_is_left_out(start, tmp_path):
+    shutil.copytree(start("seed0"), tmp_path / "running", symlinks=True)
+    with open(tmp_path / "running" / "metrics.jsonl", "a") as metrics:
+        metrics.write('{"step": 13, "train/ep')
+    assert compare.main([str(tmp_path / "running"), str(start("seed0"))]) == 0
 
 
 def test_a_plot_shows_methods_seeds_and_stages(start, seeds, tmp_path, capsys):
