@@ -43,11 +43,15 @@ def make_problems(count: int, seed: int) -> list[dict]:
     return list(problems.values())
 
 
-def write_tokenizer(folder: Path) -> None:
-    """Writes a tokenizer whose tokens are the words of these problems, each with the blank or newline behind it."""
+def words() -> list[str]:
+    """The words of these problems, each with the blank or newline behind it."""
+    return [*NODES, *(f"{node}\n" for node in NODES), *(f"{x}>{y} " for x in NODES for y in NODES if x != y)]
+
+
+def write_tokenizer(folder: Path, words: list[str]) -> None:
+    """Writes a tokenizer whose tokens are these words, the answer's mark and the special ones."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    words = [*NODES, *(f"{node}\n" for node in NODES), *(f"{x}>{y} " for x in NODES for y in NODES if x != y)]
     vocabulary = {word: number for number, word in enumerate([*words, "### ", "<|unknown|>", "<|endoftext|>"])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unknown|>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\S+\s?"), behavior="isolated")
@@ -59,13 +63,13 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 
-def main(words: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="write the tokenizer instead of problems")
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_args(argv)
     if arguments.tokenizer:
-        write_tokenizer(arguments.tokenizer)
+        write_tokenizer(arguments.tokenizer, words())
         return
     problems = make_problems(sum(SPLITS.values()), SEED)
     for split, count in SPLITS.items():

@@ -1,0 +1,100 @@
+"""Says whether a run is like a reference: the same training, and curves within the spread of the reference's seeds.
+
+    python scripts/compare.py checkpoints/ring-coconut-seed0 results/ring
+    python scripts/compare.py RUN REFERENCE           REFERENCE: a run's directory, or a folder with those of seeds
+
+Only the reference's runs of RUN's method count, over the epochs that all have finished. A curve lies within the spread
+if it lies between the lowest and the highest seed, widened by their distance and at least by the margin below on either
+side; it has left it where two epochs in a row, or the last one, lie outside.
+
+Exit code: 0 alike; 1 another training (the keys are named) or a curve that has left; 2 nothing to compare.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+from runs import Finished, UserError, differences, read_run
+
+MARGINS = {"accuracy": 0.05, "validation loss": 0.1, "training loss": 0.1}  # of losses: as a part of the loss
+
+
+def references(folder: Path, run: Finished) -> list[Finished]:
+    """The reference's runs of the run's method. Raises UserError where there is none, or where they are no seeds."""
+    found = [read_run(path.parent) for path in sorted(folder.rglob("metrics.jsonl"))]
+    if not found:
+        raise UserError(f"{folder}: holds no metrics.jsonl; give a run's directory or a folder of them")
+    alike = [other for other in found if other.config["method"] == run.config["method"]]
+    if not alike:
+        methods = ", ".join(sorted({other.config["method"] for other in found}))
+        raise UserError(f"{run.directory} is of method {run.config['method']}, {folder} has {methods} only")
+    for other in alike[1:]:
+        if keys := differences(alike[0], other):
+            both = f"{alike[0].directory} and {other.directory}"
+            raise UserError(f"{both} differ in {', '.join(keys)}; give one of them as the reference")
+    return alike
+
+
+def spread(values: list[float], name: str) -> tuple[float, float]:
+    """The lowest and the highest value that pass as one more seed's."""
+    low, high = min(values), max(values)
+    margin = MARGINS[name] * (1 if name == "accuracy" else high)
+    widening = max(high - low, margin)
+    return low - widening, high + widening
+
+
+def epochs_outside(name: str, run: Finished, seeds: list[Finished]) -> tuple[list[str], bool]:
+    """A line for every epoch in which a curve of the run lies outside the spread, and whether it has left it."""
+    curves = [seed.curves[name] for seed in (run, *seeds)]
+    epochs, lines, outside = sorted(set.intersection(*map(set, curves))), [], []
+    for epoch in epochs:
+        value, *others = (curve[epoch] for curve in curves)
+        low, high = spread(others, name)
+        outside.append(not low <= value <= high)
+        if outside[-1]:
+            place = f"epoch {epoch} (stage {run.stages[epoch]})"
+            lines.append(f"  {place}: {name} {value:.3f}, outside {low:.3f} to {high:.3f}")
+    return lines, (True, True) in pairwise(outside) or outside[-1:] == [True]
+
+
+def compare(run: Finished, seeds: list[Finished]) -> bool:
+    """Prints what differs between a run and the reference's seeds; returns whether they are alike."""
+    common = set.intersection(*(set(each.stages) for each in (run, *seeds)))
+    if not common:
+        raise UserError(f"{run.directory} has no finished epoch in common with the reference")
+    print(f"{run.directory}: {len(common)} epochs beside {len(seeds)} seed(s) of the reference")
+    keys = differences(run, seeds[0])
+    for key, (here, there) in keys.items():
+        print(f"  another training: {key} is {here!r} here, {there!r} in the reference")
+    for name, version in seeds[0].versions.items():
+        if run.versions.get(name) != version:
+            print(f"  {name} {run.versions.get(name)} here, {version} in the reference")
+    left = []
+    for name in run.curves:
+        lines, gone = epochs_outside(name, run, seeds)
+        print("\n".join([f"{name}: {'has LEFT' if gone else 'within'} the reference's spread", *lines]))
+        left += [name] if gone else []
+    return not keys and not left
+
+
+def main(words: list[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="a run's directory, save_path/name")
+    parser.add_argument("reference", type=Path, help="a run's directory, or a folder with those of several seeds")
+    arguments = parser.parse_args(words)
+    try:
+        run = read_run(arguments.run)
+        alike = compare(run, references(arguments.reference, run))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print("alike" if alike else "NOT alike")
+    return 0 if alike else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""What the tools read of runs: their configs, the versions they ran with, and their curves, epoch by epoch."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from checkpoint import FREE_KEYS
+from config import Config, UserError
+
+CURVES = {"accuracy": "eval/acc", "validation loss": "eval/loss"}  # of each epoch's validation
+DATA_KEYS = ("train_path", "val_path")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a run's directory tells: its resolved config, the versions that it names, and values by finished epochs.
+
+    curves: name -> {epoch: value}, those of CURVES and the "training loss", a mean over the epoch's steps;
+    stages: {epoch: stage}; steps: {epoch: optimizer steps done by then}.
+    """
+
+    directory: Path
+    config: dict
+    versions: dict[str, str]
+    curves: dict[str, dict[int, float]]
+    stages: dict[int, int]
+    steps: dict[int, int]
+
+
+def read_run(directory: Path) -> Finished:
+    """Reads a run's config.yaml and metrics.jsonl. Raises UserError where they are missing, damaged or too short."""
+    text = read_file(directory / "config.yaml")
+    try:
+        config = Config(yaml.safe_load(text)).resolved()
+        whole, _, _ = read_file(directory / "metrics.jsonl").rpartition("\n")  # a running one has begun another line
+        lines = [json.loads(line) for line in whole.splitlines()]
+        validations = {line["eval/epoch"]: line for line in lines if "eval/epoch" in line}
+        curves = {name: {epoch: line[key] for epoch, line in validations.items()} for name, key in CURVES.items()}
+        curves["training loss"] = {epoch: loss for epoch, loss in training_losses(lines) if epoch in validations}
+    except (TypeError, KeyError, ValueError, yaml.YAMLError) as error:
+        raise UserError(
+            f"{directory}: not what run.py writes: {type(error).__name__}: {error}; give the directory of a run"
+        ) from error
+    if not validations:
+        raise UserError(f"{directory}: no epoch of this run has ended yet; wait for its first validation")
+    stages, steps = ({epoch: line[key] for epoch, line in validations.items()} for key in ("eval/stage", "step"))
+    return Finished(directory, config, dict(re.findall(r"^# (\w+) (.+)$", text, re.M)), curves, stages, steps)
+
+
+def read_file(path: Path) -> str:
+    """The text of one of a run's files."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); give the directory of a run, save_path/name") from error
+
+
+def training_losses(lines: list[dict]) -> Iterator[tuple[int, float]]:
+    """The mean training loss of each epoch."""
+    losses = {}
+    for line in lines:
+        if "train/loss" in line:
+            losses.setdefault(line["train/epoch"], []).append(line["train/loss"])
+    return ((epoch, statistics.mean(values)) for epoch, values in losses.items())
+
+
+def differences(one: Finished, other: Finished) -> dict[str, tuple]:
+    """The keys, seed apart, in which two runs were trained or validated differently, each with both values.
+
+    Data are the same where their files are called the same. A batch may be made of other parts: what counts is that an
+    epoch takes as many optimizer steps.
+    """
+    keys = [key for key in one.config if key not in FREE_KEYS - {"val_path"} and key != "seed"]
+    pairs = {key: (shown(key, one.config[key]), shown(key, other.config[key])) for key in keys}
+    common = one.steps.keys() & other.steps.keys()
+    if all(one.steps[epoch] == other.steps[epoch] for epoch in common):
+        for key in ("batch_size_training", "gradient_accumulation_steps"):
+            del pairs[key]
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def shown(key: str, value):
+    """A config value as it is compared: files and folders by their names, wherever they are."""
+    paths = (*DATA_KEYS, "model_id", "load_model_path")
+    return Path(value).name if key in paths and value is not None else value

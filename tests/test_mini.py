@@ -1,0 +1,58 @@
+"""Mini ProsQA: what a question asks is true of its graph, and nothing but the search for a path gives it away."""
+
+from itertools import islice, pairwise
+
+import mini
+import pytest
+
+from helpers import REPOSITORY
+
+PROBLEMS = list(islice(mini.make_problems(seed=1), 100))
+
+
+def read(problem):
+    """The arrows as pairs, the two ends, and the root."""
+    *arrows, one, other, root = problem["question"].split()
+    return [tuple(arrow.split(">")) for arrow in arrows], (one, other), root
+
+
+def hops(arrows, node):
+    """The fewest hops from a node to each one that it leads to."""
+    found, reached, count = {}, {node}, 0
+    while reached:
+        found |= dict.fromkeys(reached, count)
+        reached, count = {child for parent, child in arrows if parent in reached} - set(found), count + 1
+    return found
+
+
+@pytest.mark.parametrize("problem", PROBLEMS[:20], ids=range(20))
+def test_the_root_leads_to_the_answer_alone_and_the_steps_say_how(problem):
+    arrows, ends, root = read(problem)
+    [wrong] = set(ends) - {problem["answer"]}
+    assert hops(arrows, root)[problem["answer"]] == mini.HOPS == len(problem["steps"])
+    assert wrong not in hops(arrows, root)
+    assert problem["steps"][-1] == problem["answer"]
+    assert set(pairwise([root, *problem["steps"]])) <= set(arrows)
+
+
+def test_both_ends_are_leaves_of_the_same_depth():
+    for first, second in zip(PROBLEMS[::2], PROBLEMS[1::2], strict=True):  # one graph, asked from both roots
+        assert len(read(first)[0]) == len(read(second)[0])
+        for problem in (first, second):
+            arrows, ends, _ = read(problem)
+            inner = {parent for parent, _ in arrows}
+            assert not inner & set(ends)
+            [wrong] = set(ends) - {problem["answer"]}
+            assert any(hops(arrows, node).get(wrong) == mini.HOPS for node in inner)
+
+
+def test_the_letters_and_the_place_of_the_answer_are_random():
+    first = [read(problem)[1].index(problem["answer"]) for problem in PROBLEMS]
+    assert 30 < sum(first) < 70
+    assert len({problem["answer"] for problem in PROBLEMS}) > 10
+
+
+def test_the_tokenizer_is_that_of_the_model(tmp_path):
+    mini.main(["--tokenizer", str(tmp_path)])
+    for path in tmp_path.iterdir():
+        assert path.read_bytes() == (REPOSITORY / "args" / "mini_model" / path.name).read_bytes()

@@ -1,0 +1,130 @@
+"""Plots and comparisons of runs: what run.py writes is read, and different things are told apart."""
+
+import json
+import shutil
+import sys
+from xml.etree import ElementTree
+
+import compare
+import plot
+import pytest
+import yaml
+
+import run
+from helpers import make_problems, save_model, words, write_json
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A function that trains four epochs with a stage switch in the middle, and returns the run's directory."""
+    world = tmp_path_factory.mktemp("world")
+    config = {"save_path": str(world), "model_id": save_model(world / "model"), "logger": "none", "max_new_tokens": 5}
+    config |= {"train_path": write_json(world / "train.json", make_problems(12)), "method": "coconut"}
+    config |= {"val_path": write_json(world / "valid.json", make_problems(4, seed=1)), "reset_optimizer": True}
+    config |= {"max_latent_stage": 1, "epochs_per_stage": 2, "num_epochs": 4, "batch_size_training": 4, "lr": 3e-3}
+    (world / "config.yaml").write_text(yaml.safe_dump(config))
+
+    def train(name, **values):
+        if not (world / name).exists():
+            assert run.main([str(world / "config.yaml"), *words({"name": name, **values})]) == 0
+        return world / name
+
+    return train
+
+
+@pytest.fixture
+def seeds(start, tmp_path):
+    """A folder with the runs of two seeds."""
+    for seed in (0, 1):
+        shutil.copytree(start(f"seed{seed}", seed=seed), tmp_path / "seeds" / str(seed), symlinks=True)
+    return tmp_path / "seeds"
+
+
+def edit(directory, change):
+    """Rewrites every line of a run's metrics by a function."""
+    path = directory / "metrics.jsonl"
+    lines = [change(json.loads(line)) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_the_same_training_is_alike(start, seeds):
+    assert compare.main([str(start("seed0")), str(seeds)]) == 0
+    assert compare.main([str(start("halves", batch_size_training=2, gradient_accumulation_steps=2)), str(seeds)]) == 0
+
+
+@pytest.mark.parametrize("key, value", [("reset_optimizer", False), ("c_thought", 0), ("lr", 1e-3)])
+def test_a_run_with_a_wrong_key_is_told_apart(start, seeds, capsys, key, value):
+    assert compare.main([str(start(f"wrong-{key}", **{key: value})), str(seeds)]) == 1
+    printed = [line.split() for line in capsys.readouterr().out.splitlines() if "another training" in line]
+    assert [line[2] for line in printed] == [key]
+
+
+@pytest.mark.parametrize("epochs, code", [((3,), 0), ((2, 3), 1), ((4,), 1)])
+def test_a_curve_leaves_the_spread_for_two_epochs_or_in_the_last(start, seeds, capsys, epochs, code):
+    def worse(line):
+        return line | ({"eval/acc": 0.9} if line.get("eval/epoch") in epochs else {})
+
+    shutil.copytree(start("seed0"), changed := seeds.parent / "changed", symlinks=True)
+    edit(changed, worse)
+    assert compare.main([str(changed), str(seeds)]) == code
+    assert [f"epoch {epoch} " in capsys.readouterr().out for epoch in epochs[:1]] == [True]
+
+
+def test_other_methods_and_other_data_are_no_reference(start, seeds, capsys, tmp_path):
+    assert compare.main([str(start("cot", method="cot")), str(seeds)]) == 2
+    assert "method cot" in capsys.readouterr().err
+    other = write_json(tmp_path / "other.json", make_problems(4, seed=1))
+    assert compare.main([str(start("other", val_path=other)), str(seeds)]) == 1
+    assert "val_path is 'other.json' here, 'valid.json'" in capsys.readouterr().out
+    shutil.copytree(start("other"), seeds / "other", symlinks=True)
+    assert compare.main([str(start("seed0")), str(seeds)]) == 2
+    assert "differ in val_path" in capsys.readouterr().err
+
+
+def test_what_is_no_finished_run_is_refused(start, capsys, tmp_path):
+    for text in (None, "", "step 1\n", '{"eval/epoch": 1}\n', "[]\n"):
+        (tmp_path / "config.yaml").write_text("method: cot")
+        if text is not None:
+            (tmp_path / "metrics.jsonl").write_text(text)
+        assert compare.main([str(tmp_path), str(start("seed0"))]) == 2
+        assert str(tmp_path) in capsys.readouterr().err
+        assert plot.main([str(tmp_path), "--out", str(tmp_path / "no.svg")]) == 2
+    assert not (tmp_path / "no.svg").exists()
+
+
+def test_a_line_that_a_running_run_has_begun_is_left_out(start, tmp_path):
+    shutil.copytree(start("seed0"), tmp_path / "running", symlinks=True)
+    with open(tmp_path / "running" / "metrics.jsonl", "a") as metrics:
+        metrics.write('{"step": 13, "train/ep')
+    assert compare.main([str(tmp_path / "running"), str(start("seed0"))]) == 0
+
+
+def test_a_plot_shows_methods_seeds_and_stages(start, seeds, tmp_path, capsys):
+    runs = [start("cot", method="cot"), seeds / "0", seeds / "1", start("wrong-lr", lr=1e-3)]
+    assert plot.main([*map(str, runs), "--out", str(tmp_path / "a.svg")]) == 0
+    texts = {element.text for element in ElementTree.parse(tmp_path / "a.svg").iter("{http://www.w3.org/2000/svg}text")}
+    assert {"cot", "coconut, lr 0.003 (2 seeds)", "coconut, lr 0.001", "stage 1"} <= texts
+    assert plot.main([*map(str, runs), "--out", str(tmp_path / "b.svg")]) == 0
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+
+
+def test_lines_of_other_data_are_named(start, tmp_path):
+    other = start("other", val_path=write_json(tmp_path / "other.json", make_problems(4, seed=1)))
+    names = plot.labels(plot.group([plot.read_run(path) for path in (start("cot", method="cot"), other)]))
+    assert names == ["cot, val_path valid.json", "coconut, val_path other.json"]
+
+
+def test_a_plot_replaces_nothing(start, tmp_path, capsys):
+    (tmp_path / "kept.png").write_text("kept")
+    assert plot.main([str(start("seed0")), "--out", str(tmp_path / "kept.png")]) == 2
+    assert (tmp_path / "kept.png").read_text() == "kept"
+    for name in ("plot.what", "nowhere/plot.svg"):
+        assert plot.main([str(start("seed0")), "--out", str(tmp_path / name)]) == 2
+    assert plot.main([str(start("seed0")), "--out", str(tmp_path / "new.png")]) == 0
+    assert (tmp_path / "new.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_missing_matplotlib_is_named(start, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert plot.main([str(start("seed0")), "--out", str(tmp_path / "no.svg")]) == 2
+    assert "requirements-extra.txt" in capsys.readouterr().err
