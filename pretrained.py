@@ -21,10 +21,10 @@ from transformers import (
 from coconut import Coconut
 from config import Config, UserError
 from curriculum import END, LATENT, METHODS, PAUSE, START
+from export import DESCRIPTION
 from parallel import Processes
 
 NO_TOKENS = (-1, -1, -1)  # in place of the markers' ids
-DESCRIPTION = "coconut.json"  # beside a checkpoint's weights: method, c_thought, stage, token_ids
 
 
 @dataclass
@@ -38,6 +38,11 @@ class Pretrained:
     def token_id(self, token: str) -> int:
         """The id of an added token."""
         return self.tokenizer.convert_tokens_to_ids(token)
+
+    def prompt_ids(self, method: str) -> list[int]:
+        """The ids of the start marker, the placeholder and the end marker in a method's prompts."""
+        placeholder = PAUSE if METHODS[method].placeholder == "pause" else LATENT
+        return [self.token_id(token) for token in (START, placeholder, END)]
 
     def coconut(self) -> Coconut:
         """The model as a Coconut module."""
