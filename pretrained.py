@@ -24,6 +24,7 @@ from curriculum import END, LATENT, METHODS, PAUSE, START
 from export import DESCRIPTION
 from parallel import Processes
 
+PREFIX = "base_causallm."  # of a language model's names in official files of a Coconut module
 NO_TOKENS = (-1, -1, -1)  # in place of the markers' ids
 
 
@@ -200,10 +201,11 @@ def load_state_file(path: Path) -> tuple[dict[str, Tensor], bool]:
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise UserError(f"load_model_path: {str(path)!r} holds no state dict, a mapping from names to tensors")
     state = {name.removeprefix("module."): value for name, value in state.items()}
-    prefix = "base_causallm."
-    is_coconut = any(name.startswith(prefix) for name in state)
+    if adapters := [name for name in state if ".lora_" in name]:
+        raise UserError(f"load_model_path: {str(path)!r} holds LoRA adapters ({name_some(adapters)}); merge them first")
+    is_coconut = any(name.startswith(PREFIX) for name in state)
     if is_coconut:
-        state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        state = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
     return state, is_coconut
 
 
