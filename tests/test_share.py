@@ -5,6 +5,7 @@ import json
 import shutil
 
 import ask
+import convert
 import pytest
 import torch
 import yaml
@@ -248,3 +249,113 @@ def test_ask_refuses_by_name(place, capsys, arguments, named):
         ask.main([str(place / arguments[0]), *arguments[1:]])
     assert stopped.value.code == 2
     assert named in capsys.readouterr().err
+
+
+# --- scripts/convert.py -----------------------------------------------------------------------------------------------
+
+
+def written_officially(path, lm, wrapped=True):
+    """An official file of a model: a Coconut module's names and its input embedding twice, or a plain one's."""
+    state = lm.state_dict()
+    if wrapped:
+        embedding = lm.get_input_embeddings().weight.detach()
+        state = {f"base_causallm.{name}": value for name, value in state.items()} | {"embedding.weight": embedding}
+    torch.save(state, path)
+    return path
+
+
+def convert_official(place, file, folder, *words):
+    convert.main(["from-official", str(file), str(folder), "--model-id", str(place / "gpt2_model"), *words])
+    return folder
+
+
+def test_an_official_file_comes_back_the_same(place, tmp_path):
+    torch.manual_seed(7)
+    lm = tiny_gpt2(V + 3, 128).eval()
+    file = written_officially(tmp_path / "checkpoint_1", lm)
+    folder = convert_official(place, file, tmp_path / "ours", "--c-thought", "2", "--max-latent-stage", "2")
+    convert.main(["to-official", str(folder), str(tmp_path / "back")])
+    before, after = (torch.load(path, weights_only=True) for path in (file, tmp_path / "back"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    tokenizer = byte_tokenizer()
+    prompt = torch.tensor([tokenizer(PROMPTS[0])["input_ids"] + [V, V + 2, V + 2, V + 2, V + 2, V + 1]])
+    official = Coconut(lm, V + 2, V, V + 1, tokenizer.eos_token_id).generate(prompt, torch.ones_like(prompt), 6)
+    [found] = ours(folder, PROMPTS[:1])
+    assert found == official[0, len(PROMPTS[0]) :].tolist()
+    assert damage(folder) is None
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "cot"])
+def test_the_official_code_gets_the_weights_of_a_checkpoint(place, tmp_path, name):
+    convert.main(["to-official", str(place / name / "best"), str(tmp_path / "official")])
+    state = torch.load(tmp_path / "official", weights_only=True)
+    lm = AutoModelForCausalLM.from_pretrained(place / name / "best", dtype=torch.float32)
+    prefix = "" if name == "cot" else "base_causallm."
+    for key, value in lm.state_dict().items():
+        assert torch.equal(value, state.pop(prefix + key))
+    assert list(state) == ([] if name == "cot" else ["embedding.weight"])
+
+
+def test_a_plain_official_file_is_opened_by_its_method(place, tmp_path):
+    torch.manual_seed(7)
+    file = written_officially(tmp_path / "cot", tiny_gpt2(V, 128), wrapped=False)
+    folder = convert_official(place, file, tmp_path / "ours", "--method", "cot")
+    convert.main(["to-official", str(folder), str(tmp_path / "back")])
+    before, after = (torch.load(path, weights_only=True) for path in (file, tmp_path / "back"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def refused(capsys, *words) -> str:
+    """The message with which a conversion is refused, after which nothing more is there than before."""
+    with pytest.raises(SystemExit) as stopped:
+        convert.main([str(word) for word in words])
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+STAGES = ("--max-latent-stage", "2")
+
+
+@pytest.mark.parametrize(
+    ("rows", "wrapped", "words", "named"),
+    [
+        (V, False, STAGES, "--method"),
+        (V + 3, True, ("--method", "cot"), "--method"),
+        (V + 3, True, (), "--max-latent-stage"),
+        (V - 9, True, STAGES, f"{V - 9} rows"),
+    ],
+)
+def test_an_official_file_of_another_kind_is_refused(place, tmp_path, capsys, rows, wrapped, words, named):
+    file = written_officially(tmp_path / "file", tiny_gpt2(rows, 128), wrapped)
+    model = ("--model-id", place / "gpt2_model")
+    assert named in refused(capsys, "from-official", file, tmp_path / "ours", *model, *words)
+    assert not (tmp_path / "ours").exists()
+
+
+def test_adapters_other_vocabularies_and_pauses_are_refused(place, tmp_path, capsys):
+    weights = {"base_model.model.lm_head.lora_A.weight": torch.zeros(2, 2)}
+    torch.save(weights, tmp_path / "lora")
+    model = ("--model-id", place / "gpt2_model")
+    assert "lora_A" in refused(capsys, "from-official", tmp_path / "lora", tmp_path / "ours", *model, *STAGES)
+    shutil.copytree(place / "gpt2" / "best", tmp_path / "adapted")
+    (tmp_path / "adapted" / "adapter_config.json").write_text("{}")
+    assert "LoRA" in refused(capsys, "to-official", tmp_path / "adapted", tmp_path / "file")
+    assert "<|pause|>" in refused(capsys, "to-official", place / "pause" / "best", tmp_path / "file")
+    assert "coconut.json" in refused(capsys, "to-official", place / "gpt2_model", tmp_path / "file")
+    shutil.copytree(place / "gpt2" / "best", tmp_path / "spare")
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "spare")
+    lm.resize_token_embeddings(V + 9)
+    lm.save_pretrained(tmp_path / "spare")
+    assert f"{V + 9} rows" in refused(capsys, "to-official", tmp_path / "spare", tmp_path / "file")
+    assert not (tmp_path / "file").exists()
+
+
+def test_a_conversion_overwrites_nothing(place, tmp_path, capsys):
+    taken = tmp_path / "taken"
+    taken.write_text("kept")
+    model = ("--model-id", place / "gpt2_model")
+    assert "exists already" in refused(capsys, "to-official", place / "gpt2" / "best", taken)
+    assert "exists already" in refused(capsys, "from-official", tmp_path / "file", taken, *model, *STAGES)
+    assert taken.read_text() == "kept"
