@@ -125,6 +125,8 @@ def test_what_a_caller_may_want_besides(place):
     plain = AutoModelForCausalLM.from_pretrained(folder)
     named = plain.generate(**batch, custom_generate=str(folder), trust_remote_code=True)
     assert torch.equal(named, lm.generate(**batch))
+    again = lm.generate(**batch, custom_generate=str(folder), trust_remote_code=True)  # to one that has the code
+    assert torch.equal(named, again)
     assert lm.generate(batch["input_ids"][1:2], thoughts=0, max_new_tokens=2).shape == (1, length + 2 + 2)
     lm.generate(**tokenizer("1+2\n", return_tensors="pt"), streamer=TextStreamer(tokenizer))
     with pytest.raises(ValueError, match="input_ids"):
