@@ -12,7 +12,7 @@ from torch import Tensor
 
 from checkpoint import check_same_training
 from coconut import Coconut
-from config import Config, read_yaml
+from config import Config, UserError, read_yaml
 from curriculum import METHODS, stage_of
 from dataset import MyCollator, SequenceDataset, check_lengths
 from kept import latest_checkpoint
@@ -94,6 +94,8 @@ def inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def build(config: Config, processes: Processes, stop: StopRequest) -> Run:
     """Loads the model and the data; whatever is wrong with them is found here, before anything of a run is written."""
+    if not config.only_eval:
+        config.gradient_accumulation_steps = accumulation_steps(config, processes)
     checkpoint = find_checkpoint(config, processes)
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     set_seed(config.seed)  # random weights come from the main process
@@ -110,6 +112,16 @@ def build(config: Config, processes: Processes, stop: StopRequest) -> Run:
     if config.only_eval:  # for training, `distribute` decides what each process holds
         replicate(model, processes)
     return Run(config, processes, stop, checkpoint, pretrained, model, train, texts, examples)
+
+
+def accumulation_steps(config: Config, processes: Processes) -> int:
+    """The forward passes of an optimizer step, from global_batch_size if it is given."""
+    at_once = config.batch_size_training * processes.world_size
+    passes, rest = divmod(config.global_batch_size or at_once * config.gradient_accumulation_steps, at_once)
+    if rest or not passes:
+        made = f"batch_size_training {config.batch_size_training} x {processes.world_size} processes"
+        raise UserError(f"global_batch_size: {config.global_batch_size} is no multiple of {made}; change one of them")
+    return passes
 
 
 def load_data(config: Config, pretrained: Pretrained, processes: Processes) -> tuple[Dataset | None, Dataset]:

@@ -200,8 +200,8 @@ def check_same_training(saved: dict, config: Config, checkpoint: Path, processes
     before = read_description(str(checkpoint)).get("problems_per_step")
     now = problems_per_step(config, processes)
     if before == now:
-        changed.pop("batch_size_training", None)
-        changed.pop("gradient_accumulation_steps", None)
+        for key in ("batch_size_training", "gradient_accumulation_steps", "global_batch_size"):
+            changed.pop(key, None)
     elif before and config.group_by_length and "_step_" in checkpoint.name:
         changed["group_by_length"] = f"  - group_by_length ties the order to {before} problems for each step, now {now}"
     elif before:

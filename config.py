@@ -83,6 +83,9 @@ class Config:
     )
     batch_size_training: int = option(32, "problems per process and forward pass", low=1)
     gradient_accumulation_steps: int = option(1, "forward passes per optimizer step", low=1)
+    global_batch_size: int | None = option(
+        None, "problems per optimizer step of all processes; sets gradient_accumulation_steps", low=1
+    )
     group_by_length: bool = option(False, "steps of problems of similar length: less padding, another order")
     lr: float = option(1e-4, "AdamW's learning rate", low=0)
     weight_decay: float = option(0.01, "AdamW's weight decay", low=0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
@@ -73,3 +75,32 @@ def test_the_sequences_are_as_printed(row):
 @pytest.mark.parametrize("row", config_rows())
 def test_every_config_key_is_explained(row):
     assert row + "\n" in README
+
+
+PAGES = [REPOSITORY / "README.md", *sorted(REPOSITORY.glob("*/*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_links_lead_to_files_and_headings_that_exist(page):
+    for target in re.findall(r"\]\((?!http)([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        path, _, heading = target.partition("#")
+        place = page.parent / path if path else page
+        assert place.exists(), target
+        assert not heading or heading in headings(place), target
+
+
+def headings(page: Path) -> set[str]:
+    """The headings of a page as links name them."""
+    lines = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_commands_name_files_that_exist(page):
+    """Those that stand in indented blocks."""
+    commands = re.findall(
+        r"^    (?:.*&& )?((?:python|bash|torchrun) .*)$", page.read_text(encoding="utf-8"), re.MULTILINE
+    )
+    others = {"CONFIG.yaml", "run_experiment.py"}  # the user's, and one of ProntoQA's
+    for word in re.findall(r"\b(?:\w+/)*[\w.]+\.(?:py|bash|yaml)\b", "\n".join(commands)):
+        assert word in others or (REPOSITORY / word).exists(), word

@@ -649,6 +649,15 @@ def test_accumulation_equals_one_big_batch(world, single, per_pass, passes):
         assert losses(directory)[:2] != pytest.approx(losses(single)[:2], rel=1e-5)
 
 
+def test_the_global_batch_size_sets_the_accumulation(world, single, capsys):
+    values = {"name": "global_batch", "model_id": world / "plain", "num_epochs": 3, "global_batch_size": 8}
+    assert_equal_training(start(world, batch_size_training=4, **values), single)
+    start(world, batch_size_training=2, **values | {"num_epochs": 4})  # as many problems for a step: it continues
+    start(world, batch_size_training=3, **values | {"name": "no_multiple"}, code=2)
+    message = capsys.readouterr().err
+    assert "global_batch_size: 8 is no multiple of batch_size_training 3 x 1 processes" in message
+
+
 def test_grouping_by_length_is_tied_to_the_problems_of_a_step(world):
     values = {"model_id": world / "plain", "num_epochs": 1, "group_by_length": True}
     sizes = {"grouped_4": (4, 1), "grouped_2": (2, 2)}
