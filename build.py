@@ -13,7 +13,7 @@ from torch import Tensor
 from checkpoint import check_same_training
 from coconut import Coconut
 from config import Config, UserError, read_yaml
-from curriculum import END, LATENT, METHODS, PAUSE, START, stage_of
+from curriculum import METHODS, stage_of
 from dataset import MyCollator, SequenceDataset, check_lengths
 from kept import latest_checkpoint
 from lora import add_lora
@@ -83,8 +83,7 @@ class Run:
     def sequences(self, make, stage: int, examples: Dataset, **options) -> SequenceDataset:
         """A data set of `make` (get_cot_latent_dataset or get_question_latent_dataset) for the run's method."""
         method = METHODS[self.config.method]
-        placeholder = PAUSE if method.placeholder == "pause" else LATENT
-        ids = (self.pretrained.token_id(token) for token in (START, placeholder, END))
+        ids = self.pretrained.prompt_ids(self.config.method)
         return make(stage, examples, self.config, *ids, no_special_marker=not method.markers, **options)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,12 +11,13 @@ from torch import Tensor
 
 from coconut import Coconut
 from config import Config, UserError
-from curriculum import METHODS
+from curriculum import ALL, METHODS, placeholders
+from export import export
 from kept import STATES_KEPT, set_links
 from lora import check_frozen, frozen_checksum, merged, trained_weights
 from moments import MOMENTS, TensorFile, load_moments, named_moments, write_tensors
 from parallel import Processes
-from pretrained import DESCRIPTION, Pretrained, read_description, read_tensors
+from pretrained import Pretrained, read_description, read_tensors
 from spread import while_collecting
 from utils import damage, read_manifest, saving, whole_directory
 
@@ -83,9 +83,8 @@ def write_files(partial: Path, pretrained: Pretrained, weights: dict, descriptio
     if any(".lora_" in name for name in weights):  # the model's file holds them merged, which rounds
         training["weights"] = trained_weights(pretrained.lm, weights)
         training["frozen"] = frozen_checksum(pretrained.lm)
-    pretrained.lm.save_pretrained(partial, state_dict=merged(pretrained.lm, weights))
+    export(pretrained.lm, partial, description, merged(pretrained.lm, weights))
     pretrained.tokenizer.save_pretrained(partial)
-    (partial / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
     torch.save(training, partial / STATE)
 
 
@@ -102,14 +101,20 @@ def problems_per_step(config: Config, processes: Processes) -> int:
 
 
 def describe(config: Config, state: TrainState, pretrained: Pretrained, improved: bool) -> dict:
-    """What coconut.json says of a checkpoint: how to prompt the model, and which added tokens it has rows for."""
+    """What coconut.json says of a checkpoint: how to prompt the model, and which added tokens it has rows for.
+
+    thoughts (pauses) are those of a problem with as many steps as there are stages.
+    """
     ids = {token: pretrained.token_id(token) for token in METHODS[config.method].tokens}
     keys = ("method", "c_thought", "max_latent_stage", "pad_latent_to_max")
     return {key: getattr(config, key) for key in keys} | {
         "stage": state.stage,
+        "thoughts": placeholders(state.stage, ALL, config, training=False),
+        "max_new_tokens": config.answer_limit,
         "epoch": state.epoch,
         "improved": improved,
         "token_ids": ids,
+        "eos_token_id": pretrained.tokenizer.eos_token_id,
     }
 
 

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, pairwise
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import cached_file
 
 from cache import BufferedLayer, causal_mask, recompute
+from curriculum import END, LATENT, START
+from export import DESCRIPTION, export
 
 
 @dataclass
@@ -78,6 +83,33 @@ class Coconut(nn.Module):
         self.end_latent_id = end_latent_id
         self.eos_token_id = eos_token_id
         self.compiled = None
+        self.description = {}  # what `from_pretrained` found in coconut.json
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **options) -> Coconut:
+        """Opens a checkpoint, or what `save_pretrained` wrote: a folder or hub name; options go to transformers."""
+        lm = AutoModelForCausalLM.from_pretrained(folder, **{"dtype": torch.float32, **options})
+        try:
+            description = json.loads(Path(cached_file(folder, DESCRIPTION)).read_text(encoding="utf-8"))
+        except OSError as error:
+            remedy = "build Coconut(model, ...) with the ids of its markers"
+            raise ValueError(f"{folder} has no {DESCRIPTION}, so it is no checkpoint of ours; {remedy}") from error
+        ids = (description["token_ids"].get(token, -1) for token in (LATENT, START, END))
+        model = cls(lm, *ids, description["eos_token_id"])
+        model.description = description
+        return model
+
+    def save_pretrained(self, folder: str | Path, **description) -> None:
+        """Writes a folder that `from_pretrained` opens, and that thinks where transformers opens it; see `export`.
+
+        description: what its coconut.json says besides, such as thoughts=6. The tokenizer is saved by its own method.
+        """
+        folder = Path(folder)
+        if (folder / "config.json").exists():
+            raise ValueError(f"{folder} holds a model already; choose another folder")
+        ids = {START: self.start_latent_id, END: self.end_latent_id, LATENT: self.latent_token_id}
+        own = {"token_ids": ids, "thoughts": 0, "max_new_tokens": 128, "eos_token_id": self.eos_token_id}
+        export(self.base_causallm, folder, own | self.description | description)
 
     def compile(self, **options) -> None:
         """Compiles the passes of training, with options of torch.compile; the first steps then take minutes.
@@ -236,6 +268,18 @@ class Coconut(nn.Module):
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
+
+    @torch.no_grad()
+    def inputs_embeds(self, input_ids: Tensor) -> Tensor:
+        """The input embeddings of one prompt with its thoughts filled in: (columns,) ids -> (columns, hidden).
+
+        The plain model goes on from them as this one goes on from the prompt.
+        """
+        input_ids = input_ids[None]  # (1, columns)
+        attention_mask = torch.ones_like(input_ids)
+        cuts = self.plan(input_ids, attention_mask).cuts
+        _, embeds = self.think(input_ids, attention_mask, None, self.new_cache(input_ids.shape[1]), cuts)
+        return embeds[0]
 
     @torch.no_grad()
     def generate(

@@ -139,6 +139,11 @@ class Config:
             self.method = named[0]
         return problems
 
+    @property
+    def answer_limit(self) -> int:
+        """The number of new tokens at which an answer is cut off."""
+        return self.max_new_tokens or (64 if "gsm" in (self.val_path or "") else 128)
+
     def resolved(self) -> dict:
         """All keys but the four booleans, which `method` replaces: what config.yaml holds."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in OFFICIAL_METHODS}

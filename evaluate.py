@@ -105,7 +105,7 @@ def mean_loss(run: Run, sequences: SequenceDataset) -> float:
 
 def answers(run: Run, prompts: SequenceDataset) -> list[dict]:
     """The predictions for all prompts of a data set, in its order."""
-    limit = run.config.max_new_tokens or (64 if "gsm" in run.config.val_path else 128)
+    limit = run.config.answer_limit
     predictions = []
     for batch in batches(run, prompts, "validation answers"):
         with run.autocast():

@@ -21,11 +21,12 @@ from transformers import (
 from coconut import Coconut
 from config import Config, UserError
 from curriculum import END, LATENT, METHODS, PAUSE, START
+from export import DESCRIPTION
 from parallel import Processes
 from parsing import parse_json, shown
 
+PREFIX = "base_causallm."  # of a language model's names in official files of a Coconut module
 NO_TOKENS = (-1, -1, -1)  # in place of the markers' ids
-DESCRIPTION = "coconut.json"  # beside a checkpoint's weights: method, c_thought, stage, token_ids
 
 
 @dataclass
@@ -39,6 +40,11 @@ class Pretrained:
     def token_id(self, token: str) -> int:
         """The id of an added token."""
         return self.tokenizer.convert_tokens_to_ids(token)
+
+    def prompt_ids(self, method: str) -> list[int]:
+        """The ids of the start marker, the placeholder and the end marker in a method's prompts."""
+        placeholder = PAUSE if METHODS[method].placeholder == "pause" else LATENT
+        return [self.token_id(token) for token in (START, placeholder, END)]
 
     def coconut(self) -> Coconut:
         """The model as a Coconut module."""
@@ -201,10 +207,11 @@ def load_state_file(path: Path) -> tuple[dict[str, Tensor], bool]:
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise UserError(f"load_model_path: {str(path)!r} holds no state dict, a mapping from names to tensors")
     state = {name.removeprefix("module."): value for name, value in state.items()}
-    prefix = "base_causallm."
-    is_coconut = any(name.startswith(prefix) for name in state)
+    if adapters := [name for name in state if ".lora_" in name]:
+        raise UserError(f"load_model_path: {str(path)!r} holds LoRA adapters ({name_some(adapters)}); merge them first")
+    is_coconut = any(name.startswith(PREFIX) for name in state)
     if is_coconut:
-        state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        state = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
     return state, is_coconut
 
 

@@ -7,7 +7,7 @@ python=${PYTHON:-python3}
     echo "error: $("$python" --version) found, but 3.11 to 3.13 is needed; set PYTHON=/path/to/python3.12" >&2
     exit 2
 }
-stamp=.venv/installed-$(cat "$1" requirements.txt | cksum | cut -d' ' -f1)
+stamp=.venv/installed-$(cat "$1" requirements*.txt | cksum | cut -d' ' -f1)
 if [ ! -e "$stamp" ]; then
     echo "setting up .venv (a few minutes, once)"
     "$python" -m venv .venv

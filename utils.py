@@ -85,9 +85,10 @@ def whole_directory(directory: Path) -> Iterator[Path]:
         make_private(partial.parent)
         partial.mkdir(mode=0o700)
         yield partial
-        manifest = {path.name: fingerprint(path) for path in sorted(partial.iterdir())}
+        files = sorted(path for path in partial.rglob("*") if path.is_file())
+        manifest = {path.relative_to(partial).as_posix(): fingerprint(path) for path in files}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        for path in (*partial.iterdir(), partial):
+        for path in (*partial.rglob("*"), partial):
             sync(path)
         shutil.rmtree(directory, ignore_errors=True)  # a damaged one
         os.replace(partial, directory)

@@ -5,6 +5,7 @@ import os
 import tempfile
 
 os.environ["HF_DATASETS_CACHE"] = (cache := tempfile.TemporaryDirectory()).name  # it goes when the tests end
+os.environ["HF_MODULES_CACHE"] = os.path.join(cache.name, "modules")  # the code that checkpoints bring
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

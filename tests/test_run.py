@@ -42,7 +42,7 @@ from utils import StopRequest, damage, fingerprint, set_seed
 STEPS = 5  # optimizer steps per epoch: 17 problems in batches of 4
 CHECKPOINT_FILES = {"model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"}
 CHECKPOINT_FILES |= {"coconut.json", "training_state.pt", "optimizer.safetensors"}
-CHECKPOINT_FILES |= {"manifest.json", "generation_config.json"}
+CHECKPOINT_FILES |= {"manifest.json", "generation_config.json", "custom_generate/generate.py"}
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +76,11 @@ def start_real(world, *overrides, processes=0, env=None, **values):
 
 
 TIMES = ("train/tokens_per_second", "eval/seconds")
+
+
+def files_in(directory):
+    """The files under a directory, by their paths in it."""
+    return {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
 
 
 def metrics(directory, prefix="", drop=TIMES):
@@ -131,7 +136,7 @@ def test_a_run_directory_holds_what_the_design_says(whole):
     assert {path.name for path in whole.iterdir()} == numbered | {"config.yaml", "metrics.jsonl", "best", "last"}
     for i in (1, 2, 3):
         files = CHECKPOINT_FILES - ({"optimizer.safetensors"} if i == 1 else set())  # the newest two have it
-        assert {path.name for path in (whole / f"checkpoint_{i}").iterdir()} == files
+        assert files_in(whole / f"checkpoint_{i}") == files
     assert os.readlink(whole / "last") == "checkpoint_3"
 
 
@@ -439,7 +444,7 @@ def test_a_checkpoint_of_an_earlier_version_continues_bit_for_bit(world, whole):
     torch.save(state, path / "training_state.pt")
     (path / "optimizer.safetensors").unlink()
     (path / "manifest.json").unlink()
-    manifest = {file.name: fingerprint(file) for file in path.iterdir()}
+    manifest = {name: fingerprint(path / name) for name in files_in(path)}
     (path / "manifest.json").write_text(json.dumps(manifest))
     shutil.rmtree(directory / "checkpoint_3")
     start(world, name="earlier", num_epochs=3)

@@ -1,0 +1,64 @@
+"""Makes a checkpoint think wherever transformers opens its folder with trust_remote_code=True.
+
+transformers copies this file alone and calls its `generate` in place of the model's own, so it imports no other one.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import DynamicCache
+from transformers.utils import cached_file
+
+
+@torch.no_grad()
+def generate(inputs=None, *args, model, input_ids=None, attention_mask=None, thoughts=None, **options):
+    """Appends the markers and thoughts of coconut.json to prompts, thinks, and goes on as transformers generates.
+
+    Args: token ids and mask (batch, length), padded on either side, of prompts that end as in training ("question\\n");
+    the number of thoughts (default: the checkpoint's); all that transformers' `generate` takes besides.
+    Returns what that returns: the prompts, now with markers and thoughts, padded on the left; then the new tokens.
+    """
+    input_ids = inputs if input_ids is None else input_ids
+    if input_ids is None or options.get("inputs_embeds") is not None:
+        raise ValueError("a checkpoint that thinks generates from input_ids, not from inputs_embeds")
+    attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    description = json.loads(Path(cached_file(model.name_or_path, "coconut.json")).read_text(encoding="utf-8"))
+    thoughts = description["thoughts"] if thoughts is None else thoughts
+    ids = description["token_ids"]
+    middle = []
+    if ids:
+        start, end, placeholder = ids.values()
+        middle = [start, *[placeholder] * thoughts, end]
+    input_ids, attention_mask = append(input_ids.to(model.device), attention_mask.to(model.device), middle)
+    embeds = model.get_input_embeddings()(input_ids)  # (batch, length + len(middle), hidden)
+    if "<|latent|>" in ids:
+        think(model, embeds, attention_mask, thoughts)
+    options.pop("custom_generate", None)  # where it names this file to a model that has it already
+    return type(model).generate(model, input_ids, *args, inputs_embeds=embeds, attention_mask=attention_mask, **options)
+
+
+def append(input_ids, attention_mask, middle):
+    """Prompts and their mask, (batch, length) each, with the tokens `middle` at their ends and all padding ahead."""
+    order = attention_mask.argsort(dim=1, stable=True)  # (batch, length), padding first
+    input_ids, attention_mask = input_ids.gather(1, order), attention_mask.gather(1, order)
+    added = input_ids.new_tensor(middle).expand(len(input_ids), -1)  # (batch, len(middle))
+    return torch.cat([input_ids, added], dim=1), torch.cat([attention_mask, torch.ones_like(added)], dim=1)
+
+
+def think(model, embeds, attention_mask, thoughts):
+    """Fills the thoughts, which stand before the last column, into embeds (batch, length, hidden).
+
+    Each is the last hidden state, after the final norm, of the column before it.
+    """
+    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)  # (batch, length)
+    cache, done, end = DynamicCache(config=model.config), 0, embeds.shape[1] - 1
+    for column in range(end - thoughts, end):
+        hidden = model.base_model(
+            inputs_embeds=embeds[:, done:column],
+            attention_mask=attention_mask[:, :column],
+            position_ids=position_ids[:, done:column],
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state  # (batch, column - done, hidden)
+        embeds[:, column], done = hidden[:, -1], column

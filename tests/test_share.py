@@ -1,0 +1,363 @@
+"""Checkpoints in other hands: transformers and servers go on with the same tokens as our own generation."""
+
+import io
+import json
+import shutil
+
+import ask
+import convert
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+
+import run
+from build import inputs
+from coconut import Coconut
+from config import Config
+from curriculum import END, LATENT, PAUSE, START
+from dataset import MyCollator, get_dataset, get_question_latent_dataset
+from helpers import byte_tokenizer, make_problems, save_model, tiny_gpt2, tiny_llama, words, write_json
+from utils import damage
+
+V = len(byte_tokenizer())
+METHODS = {"gpt2": "coconut", "llama": "no_curriculum", "pause": "pause_token", "cot": "cot"}
+PROMPTS = ["1+2+3\n", "4+5+6+7+8\n", "9\n"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with four short runs, which write steps, pause, and think with two kinds of models; 4 thoughts each."""
+    place = tmp_path_factory.mktemp("share")
+    models = {name: save_model(place / f"{name}_model") for name in ("gpt2", "pause", "cot")}
+    models["llama"] = save_model(place / "llama_model", tiny_llama(V, 128))
+    data = write_json(place / "data.json", make_problems(8, steps=4))
+    config = {"save_path": str(place), "logger": "none", "lr": 1e-3, "c_thought": 2, "max_latent_stage": 2}
+    config |= {"train_path": data, "val_path": data, "max_new_tokens": 6, "resume": 2, "num_epochs": 3}
+    (place / "config.yaml").write_text(yaml.safe_dump(config))
+    for name, method in METHODS.items():
+        values = {"name": name, "method": method, "model_id": models[name]}
+        assert run.main([str(place / "config.yaml"), *words(values)]) == 0
+    return place
+
+
+def ours(folder, prompts=PROMPTS, **options):
+    """Our generation's tokens for each prompt alone, made as validation makes them: markers, thoughts and answer."""
+    model, tokenizer = Coconut.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    description = json.loads((folder / "coconut.json").read_text())
+    config = Config({key: description[key] for key in ("method", "c_thought", "max_latent_stage")})
+    problems = [{"question": prompt.removesuffix("\n"), "answer": "", "steps": []} for prompt in prompts]
+    examples = get_dataset(write_json(folder.parent / "prompts.json", problems), tokenizer)
+    ids = description["token_ids"]
+    order = [ids.get(START), ids.get(LATENT, ids.get(PAUSE)), ids.get(END)]
+    features = get_question_latent_dataset(description["stage"], examples, config, *order, no_special_marker=not ids)
+    rows = []
+    for feature, question in zip(features, examples["question_tokenized"], strict=True):
+        batch = MyCollator(tokenizer, model.latent_token_id)([feature])
+        [row] = model.eval().generate(**inputs(batch), max_new_tokens=6, **options).tolist()
+        rows.append(row[len(question) :])
+    return rows
+
+
+def opened(folder, **options):
+    """The model as transformers opens it with trust, its tokenizer, and the prompts as a padded batch."""
+    lm = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options)
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    return lm, tokenizer, tokenizer(PROMPTS, return_tensors="pt", padding=True)
+
+
+def without_padding(rows, eos):
+    """Rows of tokens without what follows after their ends."""
+    return [row[: row.index(eos)] if eos in row else row for row in rows]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", METHODS)
+def test_transformers_goes_on_with_the_same_tokens(place, name, side):
+    lm, tokenizer, batch = opened(place / name / "best")
+    batch = tokenizer(PROMPTS, return_tensors="pt", padding=True, padding_side=side)
+    found = lm.generate(**batch)[:, batch["input_ids"].shape[1] :].tolist()  # greedy, and as long as validation's
+    expected = ours(place / name / "best")
+    assert without_padding(found, tokenizer.eos_token_id) == without_padding(expected, tokenizer.eos_token_id)
+
+
+def test_the_thoughts_are_the_ones_that_matter(place):
+    """Without trust the folder is a plain model, which does not think and says something else."""
+    folder = place / "gpt2" / "best"
+    lm, _, batch = opened(folder)
+    thinking = lm.generate(**batch)
+    assert thinking.shape[1] == batch["input_ids"].shape[1] + 6 + 6
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    assert plain.generate(**batch).shape[1] == batch["input_ids"].shape[1] + 6
+    middle = thinking[:, :-6]
+    mask = torch.cat([batch["attention_mask"], torch.ones(3, 6, dtype=torch.long)], dim=1)
+    assert not torch.equal(plain.generate(middle, attention_mask=mask), thinking)
+
+
+def test_sampling_and_beams_follow_thoughts_too(place):
+    lm, _, batch = opened(place / "gpt2" / "best")
+    torch.manual_seed(0)
+    sampled = lm.generate(**batch, do_sample=True, num_return_sequences=20, max_new_tokens=3)
+    length = batch["input_ids"].shape[1]
+    assert sampled.shape == (60, length + 6 + 3)
+    assert (sampled[:, length : length + 6] == torch.tensor([V, V + 2, V + 2, V + 2, V + 2, V + 1])).all()
+    assert len(sampled[:20].unique(dim=0)) > 1
+    assert torch.equal(lm.generate(**batch, do_sample=True, top_k=1), lm.generate(**batch))
+    assert lm.generate(**batch, num_beams=3).shape[1] <= length + 6 + 6
+
+
+def test_the_first_sampled_token_has_the_distribution_after_the_thoughts(place):
+    folder = place / "gpt2" / "best"
+    lm, tokenizer, _ = opened(folder)
+    prompt = tokenizer(PROMPTS[0], return_tensors="pt")
+    out = lm.generate(**prompt, max_new_tokens=1, output_logits=True, return_dict_in_generate=True)
+    model = Coconut.from_pretrained(folder).eval()
+    with torch.no_grad():
+        expected = model(out.sequences[:, :-1], torch.ones_like(out.sequences[:, :-1])).logits[:, -1]
+    torch.testing.assert_close(out.logits[0], expected)
+
+
+def test_what_a_caller_may_want_besides(place):
+    """The folder named to a plain model, ids by position, another number of thoughts, a streamer."""
+    folder = place / "gpt2" / "best"
+    lm, tokenizer, batch = opened(folder)
+    length = batch["input_ids"].shape[1]
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    named = plain.generate(**batch, custom_generate=str(folder), trust_remote_code=True)
+    assert torch.equal(named, lm.generate(**batch))
+    again = lm.generate(**batch, custom_generate=str(folder), trust_remote_code=True)  # to one that has the code
+    assert torch.equal(named, again)
+    assert lm.generate(batch["input_ids"][1:2], thoughts=0, max_new_tokens=2).shape == (1, length + 2 + 2)
+    lm.generate(**tokenizer("1+2\n", return_tensors="pt"), streamer=TextStreamer(tokenizer))
+    with pytest.raises(ValueError, match="input_ids"):
+        lm.generate(inputs_embeds=torch.zeros(1, 2, 16))
+
+
+def test_coconut_opens_what_it_saves(place, tmp_path):
+    folder = place / "llama" / "best"
+    model = Coconut.from_pretrained(folder)
+    assert (model.start_latent_id, model.end_latent_id, model.latent_token_id) == (V, V + 1, V + 2)
+    model.save_pretrained(tmp_path / "saved")
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "saved")
+    again = Coconut.from_pretrained(tmp_path / "saved")
+    assert again.description == model.description == json.loads((folder / "coconut.json").read_text())
+    assert again.eos_token_id == model.eos_token_id
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name])
+    assert ours(tmp_path / "saved") == ours(folder)
+    with pytest.raises(ValueError, match="holds a model already"):
+        again.save_pretrained(tmp_path / "saved")
+
+
+def test_a_model_of_ones_own_is_saved_with_its_thoughts(tmp_path):
+    Coconut(tiny_gpt2(50), 49, 47, 48, 0).save_pretrained(tmp_path / "saved", thoughts=3)
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", trust_remote_code=True)
+    out = lm.generate(torch.tensor([[1, 2]]), max_new_tokens=2)
+    assert out[0, :7].tolist() == [1, 2, 47, 49, 49, 49, 48]
+
+
+def test_other_folders_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"no coconut\.json"):
+        Coconut.from_pretrained(save_model(tmp_path / "plain"))
+
+
+def test_a_checkpoint_without_its_code_is_damaged(place, tmp_path):
+    shutil.copytree(place / "cot" / "best", tmp_path / "copy")
+    assert damage(tmp_path / "copy") is None
+    (tmp_path / "copy" / "custom_generate" / "generate.py").unlink()
+    assert "generate.py is missing" in damage(tmp_path / "copy")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_plain_model_goes_on_from_a_prompts_embeddings(place, name):
+    folder = place / name / "best"
+    model, tokenizer = Coconut.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    thoughts = [model.start_latent_id, *[model.latent_token_id] * 4, model.end_latent_id]
+    prompt = torch.tensor(tokenizer("1+2+3\n")["input_ids"] + thoughts)
+    embeds = model.inputs_embeds(prompt)
+    assert embeds.shape == (len(prompt), 16)
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    mask = torch.ones(1, len(prompt), dtype=torch.long)
+    found = plain.generate(inputs_embeds=embeds[None], attention_mask=mask, max_new_tokens=6)
+    expected = model.generate(prompt[None], mask, max_new_tokens=6)[:, len(prompt) :]
+    eos = model.eos_token_id
+    assert without_padding(found.tolist(), eos) == without_padding(expected.tolist(), eos)
+    assert not torch.equal(embeds[-4:-2], model.base_causallm.get_input_embeddings()(prompt)[-4:-2])
+
+
+# --- scripts/ask.py ---------------------------------------------------------------------------------------------------
+
+
+def asked(capsys, *arguments) -> list[dict]:
+    """What ask.py says in JSON."""
+    ask.main([str(argument) for argument in (*arguments, "--json")])
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_ask_says_what_the_model_says(place, capsys, name):
+    folder = place / name / "best"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    [said] = asked(capsys, folder, "1+2+3")
+    middle, thoughts = (0, "") if name == "cot" else (6, "" if name == "pause" else "[4 thoughts]")
+    [new] = without_padding([row[middle:] for row in ours(folder, PROMPTS[:1])], tokenizer.eos_token_id)
+    assert said["question"] == "1+2+3"
+    assert said["generated"] == thoughts + tokenizer.decode(new)
+    assert said["new_tokens"] == min(len(new) + 1, 6) + (4 if thoughts else 0)
+    assert said["seconds"] > 0
+
+
+def test_ask_thinks_as_long_as_it_is_told(place, capsys):
+    folder = place / "gpt2" / "best"
+    for count, shown in ((1, "[1 thought]"), (7, "[7 thoughts]")):
+        [said] = asked(capsys, folder, "1+2+3", "--thoughts", count)
+        assert said["generated"].startswith(shown)
+    [said] = asked(capsys, folder, "1+2+3", "--thoughts", 0)
+    assert "thought" not in said["generated"]
+
+
+def test_ask_shows_the_tokens_that_thoughts_are_closest_to(place, capsys):
+    folder = place / "gpt2" / "best"
+    [said] = asked(capsys, folder, "1+2+3", "--show-thoughts")
+    tokenizer, lm = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():  # the first thought comes before any other, so the plain model has it, too
+        prompt = tokenizer("1+2+3\n" + START, return_tensors="pt")
+        expected = lm(**prompt).logits[0, -1].softmax(-1).max(-1)
+    assert [len(tokens) for tokens in said["thoughts"]] == [5] * 4
+    token, probability = said["thoughts"][0][0]
+    assert token == tokenizer.decode(expected.indices)
+    assert probability == pytest.approx(expected.values.item(), rel=1e-4)
+    ask.main([str(folder), "1+2+3", "--show-thoughts"])
+    assert "thought 4: " in capsys.readouterr().out
+
+
+def test_ask_reads_a_question_from_each_line(place, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("1+2+3\n\n 4+5 \n"))
+    assert [said["question"] for said in asked(capsys, place / "cot" / "best")] == ["1+2+3", "4+5"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["gpt2_model", "1+2"], "coconut.json"),
+        (["nowhere", "1+2"], "nowhere"),
+        (["cot/best", "1+2", "--thoughts", "2"], "cot"),
+        (["gpt2/best", "1+2", "--thoughts", "-1"], "--thoughts"),
+        (["gpt2/best", "1+" * 80], "128"),
+    ],
+)
+def test_ask_refuses_by_name(place, capsys, arguments, named):
+    with pytest.raises(SystemExit) as stopped:
+        ask.main([str(place / arguments[0]), *arguments[1:]])
+    assert stopped.value.code == 2
+    assert named in capsys.readouterr().err
+
+
+# --- scripts/convert.py -----------------------------------------------------------------------------------------------
+
+
+def written_officially(path, lm, wrapped=True):
+    """An official file of a model: a Coconut module's names and its input embedding twice, or a plain one's."""
+    state = lm.state_dict()
+    if wrapped:
+        embedding = lm.get_input_embeddings().weight.detach()
+        state = {f"base_causallm.{name}": value for name, value in state.items()} | {"embedding.weight": embedding}
+    torch.save(state, path)
+    return path
+
+
+def convert_official(place, file, folder, *words):
+    convert.main(["from-official", str(file), str(folder), "--model-id", str(place / "gpt2_model"), *words])
+    return folder
+
+
+def test_an_official_file_comes_back_the_same(place, tmp_path):
+    torch.manual_seed(7)
+    lm = tiny_gpt2(V + 3, 128).eval()
+    file = written_officially(tmp_path / "checkpoint_1", lm)
+    folder = convert_official(place, file, tmp_path / "ours", "--c-thought", "2", "--max-latent-stage", "2")
+    convert.main(["to-official", str(folder), str(tmp_path / "back")])
+    before, after = (torch.load(path, weights_only=True) for path in (file, tmp_path / "back"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    tokenizer = byte_tokenizer()
+    prompt = torch.tensor([tokenizer(PROMPTS[0])["input_ids"] + [V, V + 2, V + 2, V + 2, V + 2, V + 1]])
+    official = Coconut(lm, V + 2, V, V + 1, tokenizer.eos_token_id).generate(prompt, torch.ones_like(prompt), 6)
+    [found] = ours(folder, PROMPTS[:1])
+    assert found == official[0, len(PROMPTS[0]) :].tolist()
+    assert damage(folder) is None
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "cot"])
+def test_the_official_code_gets_the_weights_of_a_checkpoint(place, tmp_path, name):
+    convert.main(["to-official", str(place / name / "best"), str(tmp_path / "official")])
+    state = torch.load(tmp_path / "official", weights_only=True)
+    lm = AutoModelForCausalLM.from_pretrained(place / name / "best", dtype=torch.float32)
+    prefix = "" if name == "cot" else "base_causallm."
+    for key, value in lm.state_dict().items():
+        assert torch.equal(value, state.pop(prefix + key))
+    assert list(state) == ([] if name == "cot" else ["embedding.weight"])
+
+
+def test_a_plain_official_file_is_opened_by_its_method(place, tmp_path):
+    torch.manual_seed(7)
+    file = written_officially(tmp_path / "cot", tiny_gpt2(V, 128), wrapped=False)
+    folder = convert_official(place, file, tmp_path / "ours", "--method", "cot")
+    convert.main(["to-official", str(folder), str(tmp_path / "back")])
+    before, after = (torch.load(path, weights_only=True) for path in (file, tmp_path / "back"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def refused(capsys, *words) -> str:
+    """The message with which a conversion is refused, after which nothing more is there than before."""
+    with pytest.raises(SystemExit) as stopped:
+        convert.main([str(word) for word in words])
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+STAGES = ("--max-latent-stage", "2")
+
+
+@pytest.mark.parametrize(
+    ("rows", "wrapped", "words", "named"),
+    [
+        (V, False, STAGES, "--method"),
+        (V + 3, True, ("--method", "cot"), "--method"),
+        (V + 3, True, (), "--max-latent-stage"),
+        (V - 9, True, STAGES, f"{V - 9} rows"),
+    ],
+)
+def test_an_official_file_of_another_kind_is_refused(place, tmp_path, capsys, rows, wrapped, words, named):
+    file = written_officially(tmp_path / "file", tiny_gpt2(rows, 128), wrapped)
+    model = ("--model-id", place / "gpt2_model")
+    assert named in refused(capsys, "from-official", file, tmp_path / "ours", *model, *words)
+    assert not (tmp_path / "ours").exists()
+
+
+def test_adapters_other_vocabularies_and_pauses_are_refused(place, tmp_path, capsys):
+    weights = {"base_model.model.lm_head.lora_A.weight": torch.zeros(2, 2)}
+    torch.save(weights, tmp_path / "lora")
+    model = ("--model-id", place / "gpt2_model")
+    assert "lora_A" in refused(capsys, "from-official", tmp_path / "lora", tmp_path / "ours", *model, *STAGES)
+    shutil.copytree(place / "gpt2" / "best", tmp_path / "adapted")
+    (tmp_path / "adapted" / "adapter_config.json").write_text("{}")
+    assert "LoRA" in refused(capsys, "to-official", tmp_path / "adapted", tmp_path / "file")
+    assert "<|pause|>" in refused(capsys, "to-official", place / "pause" / "best", tmp_path / "file")
+    assert "coconut.json" in refused(capsys, "to-official", place / "gpt2_model", tmp_path / "file")
+    shutil.copytree(place / "gpt2" / "best", tmp_path / "spare")
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "spare")
+    lm.resize_token_embeddings(V + 9)
+    lm.save_pretrained(tmp_path / "spare")
+    assert f"{V + 9} rows" in refused(capsys, "to-official", tmp_path / "spare", tmp_path / "file")
+    assert not (tmp_path / "file").exists()
+
+
+def test_a_conversion_overwrites_nothing(place, tmp_path, capsys):
+    taken = tmp_path / "taken"
+    taken.write_text("kept")
+    model = ("--model-id", place / "gpt2_model")
+    assert "exists already" in refused(capsys, "to-official", place / "gpt2" / "best", taken)
+    assert "exists already" in refused(capsys, "from-official", tmp_path / "file", taken, *model, *STAGES)
+    assert taken.read_text() == "kept"
