@@ -160,10 +160,8 @@ def watch(rank: int, thread: int) -> None:
 
 def places(frames: traceback.StackSummary) -> str:
     """The functions of this program in a stack, the outermost first."""
-    own = [frame for frame in frames if Path(frame.filename).parent == ROOT and frame.name != "<module>"]
-    return " > ".join(frame.name for frame in own) + (
-        f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
-    )
+    own = [frame for frame in frames if Path(frame.filename).parent == ROOT and not frame.name.startswith("<")]
+    return " > ".join(frame.name for frame in own)
 
 
 def name_of(rank: int) -> str:
