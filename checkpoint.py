@@ -190,17 +190,10 @@ FREE_KEYS = {
     "num_epochs",
     "resume",
     "val_path",
+    "verify",
 }
 FREE_KEYS |= {"batch_size_eval", "max_new_tokens", "save_only_improve", "save_every_steps", "keep_checkpoints"}
-FREE_KEYS |= {
-    "parallel",
-    "compile",
-    "gradient_checkpointing",
-    "trust_remote_code",
-    "verify",
-    "data_cache",
-    "data_workers",
-}
+FREE_KEYS |= {"parallel", "compile", "gradient_checkpointing", "trust_remote_code", "data_cache", "data_workers"}
 
 
 def check_same_training(saved: dict, config: Config, checkpoint: Path, processes: Processes) -> None:

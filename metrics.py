@@ -65,9 +65,8 @@ class MetricLogger:
         except Exception as error:  # whatever a service, its network or its disk may raise
             self.backend = None
             reason = str(error).strip().split("\n")[0] or type(error).__name__
-            print(
-                f"warning: {self.name} failed ({reason}); the run goes on, and {self.path} has all metrics", flush=True
-            )
+            advice = f"the run goes on, and {self.path} has all metrics"
+            print(f"warning: {self.name} failed ({reason}); {advice}", flush=True)
 
     def flush(self) -> int:
         """Makes what was logged durable and returns the size of metrics.jsonl in bytes."""
