@@ -79,9 +79,8 @@ def lost(error: RuntimeError) -> str:
 def standing(error: Exception) -> str:
     """Which process an error struck in which place, and its first line."""
     place = places(traceback.extract_tb(error.__traceback__))
-    return (
-        f"{name_of(int(os.environ.get('RANK', 0)))} in {place}: {(str(error) or type(error).__name__).splitlines()[0]}"
-    )
+    first_line = (str(error) or type(error).__name__).splitlines()[0]
+    return f"{name_of(int(os.environ.get('RANK', 0)))} in {place}: {first_line}"
 
 
 def test(run: Run) -> None:
