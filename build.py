@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from checkpoint import check_same_training
+from checkpoint import check_intact, check_same_training
 from coconut import Coconut
 from config import Config, UserError, read_yaml
 from curriculum import METHODS, stage_of
 from dataset import MyCollator, SequenceDataset, check_lengths
 from kept import latest_checkpoint
 from lora import add_lora
-from parallel import Processes, replicate
+from parallel import Processes, check_shared, replicate
 from pretrained import Pretrained, load_shared
 from tokens import TEXTS, TOKENS, default_cache, load_tokenized
-from utils import Interrupted, StopRequest, set_seed
+from utils import MANIFEST, Interrupted, StopRequest, set_seed
 from workers import made_ahead
 
 if TYPE_CHECKING:
@@ -101,6 +101,8 @@ def build(config: Config, processes: Processes, stop: StopRequest) -> Run:
     set_seed(config.seed)  # random weights come from the main process
     # With adapters a checkpoint brings only what is trained, and the frozen weights come from where they came before.
     path = (None if config.lora_rank else checkpoint) or config.load_model_path
+    if path != checkpoint or path is None:  # one that is continued has been checked
+        processes.on_main(lambda: check_intact(config, path))
     pretrained = load_shared(config, path, processes)
     if config.lora_rank and not config.only_eval:
         new_ids = [pretrained.token_id(token) for token in METHODS[config.method].tokens]
@@ -157,5 +159,6 @@ def find_checkpoint(config: Config, processes: Processes) -> Path | None:
         return None
     checkpoint = processes.on_main(lambda: latest_checkpoint(directory))
     if checkpoint is not None:
+        check_shared(checkpoint / MANIFEST, processes)
         check_same_training(read_yaml(directory / "config.yaml"), config, checkpoint, processes)
     return checkpoint

@@ -19,7 +19,7 @@ from moments import MOMENTS, TensorFile, load_moments, named_moments, write_tens
 from parallel import Processes
 from pretrained import Pretrained, read_description, read_tensors
 from spread import while_collecting
-from utils import damage, read_manifest, saving, whole_directory
+from utils import MANIFEST, damage, read_manifest, saving, whole_directory
 
 STATE = "training_state.pt"
 
@@ -180,6 +180,22 @@ def open_moments(checkpoint: Path) -> TensorFile | dict | None:
     return {f"{name}.{key}": value for name, state in states for key, value in state.items()}
 
 
+def check_intact(config: Config, path: str | Path | None) -> None:
+    """Raises UserError where a checkpoint that is evaluated or started from is not as its manifest says.
+
+    What has no manifest, since it was not saved by a run, is taken with a word.
+    """
+    key = "load_model_path" if path else "model_id"
+    where = Path(path or config.model_id)
+    if not config.verify or not where.exists() or (config.from_scratch and not path):
+        return  # a hub name, or no weights
+    if not (where / MANIFEST).exists():
+        print(f"{key}: {where} has no {MANIFEST}, so it is taken as it is", flush=True)
+    elif complaint := damage(where, unread={STATE, MOMENTS}):
+        advice = "copy it anew, or take another one; verify: False takes it as it is"
+        raise UserError(f"{key}: {str(where)!r} is damaged ({complaint}); {advice}")
+
+
 # Keys that a continued run may change: none of them alters what is trained.
 FREE_KEYS = {
     "project",
@@ -191,6 +207,7 @@ FREE_KEYS = {
     "num_epochs",
     "resume",
     "val_path",
+    "verify",
 }
 FREE_KEYS |= {"batch_size_eval", "max_new_tokens", "save_only_improve", "save_every_steps", "keep_checkpoints"}
 FREE_KEYS |= {"parallel", "compile", "gradient_checkpointing", "trust_remote_code", "data_cache", "data_workers"}

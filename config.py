@@ -69,6 +69,7 @@ class Config:
     new_token_init: str = option("<<", "the markers' new rows start as this token's; the mean row if it is not one")
     lora_rank: int | None = option(None, "train low-rank adapters of this rank (None: all weights); needs peft", low=1)
     trust_remote_code: bool = option(False, "let a hub model run code of its own")
+    verify: bool = option(True, "check a checkpoint that is loaded against its manifest; False saves reading it twice")
     # data
     train_path: str | None = option(None, "training problems: JSON, JSON lines, Parquet or hub:OWNER/NAME[:SPLIT]")
     val_path: str | None = option(None, "validation or test problems, likewise; of the hub, name the SPLIT")

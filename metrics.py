@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,6 +22,7 @@ class MetricLogger:
 
     def __init__(self, directory: Path | None, config: Config, run_id: str, keep_bytes: int = 0, steps: int = 0):
         self.file = self.backend = self.error = None
+        self.name = config.logger
         if directory is None:
             return
         self.path = directory / "metrics.jsonl"
@@ -29,7 +31,7 @@ class MetricLogger:
             lock(self.file, directory)
             self.cut(keep_bytes)
         if config.logger == "wandb":
-            self.backend = start_wandb(directory, config, run_id)
+            self.tell(lambda: setattr(self, "backend", start_wandb(directory, config, run_id)))
         elif config.logger == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter  # an optional package
 
@@ -52,10 +54,19 @@ class MetricLogger:
         except OSError as error:
             self.error = error
         if hasattr(self.backend, "add_scalar"):
-            for name, value in metrics.items():
-                self.backend.add_scalar(name, value, step)
+            self.tell(lambda: [self.backend.add_scalar(name, value, step) for name, value in metrics.items()])
         elif self.backend is not None:
-            self.backend.log(metrics, step=step)
+            self.tell(lambda: self.backend.log(metrics, step=step))
+
+    def tell(self, function: Callable) -> None:
+        """Calls a function of the backend; the run goes on without one that fails."""
+        try:
+            function()
+        except Exception as error:  # whatever a service, its network or its disk may raise
+            self.backend = None
+            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            advice = f"the run goes on, and {self.path} has all metrics"
+            print(f"warning: {self.name} failed ({reason}); {advice}", flush=True)
 
     def flush(self) -> int:
         """Makes what was logged durable and returns the size of metrics.jsonl in bytes."""
@@ -74,9 +85,9 @@ class MetricLogger:
             with suppress(OSError):  # flush has complained
                 self.file.close()
         if hasattr(self.backend, "add_scalar"):
-            self.backend.close()
+            self.tell(self.backend.close)
         elif self.backend is not None:
-            self.backend.finish()
+            self.tell(self.backend.finish)
 
 
 def lock(file, directory: Path) -> None:
@@ -104,6 +115,6 @@ def start_wandb(directory: Path, config: Config, run_id: str):
         return wandb.init(mode="offline", **settings)
     try:
         return wandb.init(**settings)
-    except wandb.errors.Error as error:
+    except Exception as error:  # its own, and those of the network
         print(f"wandb: {error}; this run is logged offline", flush=True)
         return wandb.init(mode="offline", **settings)

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import math
 import os
+import socket
+import sys
+import threading
+import time
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -22,6 +28,9 @@ from spread import hand_out, set_aside
 ROOM = 0.9  # of a GPU's memory that a step may take by its estimate; the rest is for what the allocator loses
 # For how long processes wait for one that does not answer, before they give up. More than the longest save takes.
 PATIENCE = timedelta(minutes=30)
+QUIET = timedelta(minutes=10)  # without an exchange, after which a process says where it stands
+VISIBLE = 60  # seconds within which all see on a shared file system what the main process wrote
+ROOT = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -129,7 +138,64 @@ def start_processes() -> Processes:
         backend = "nccl" if device.type == "cuda" else "gloo"
         store = dist.PrefixStore(attempt(), next(dist.rendezvous("env://", timeout=PATIENCE))[0])
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=PATIENCE)
+        threading.Thread(target=watch, args=(rank, threading.get_ident()), daemon=True).start()
     return Processes(rank, world_size, device, local_rank)
+
+
+def watch(rank: int, thread: int) -> None:
+    """Says, for as long as this process lives, where its thread stands whenever nothing is exchanged for a while.
+
+    So of processes that wait for one that hangs, and of that one, everybody knows where.
+    """
+    before = None
+    while dist.is_initialized():
+        exchanges = dist.group.WORLD._get_sequence_number_for_group()
+        if exchanges == before and (frame := sys._current_frames().get(thread)):
+            place = places(traceback.extract_stack(frame))
+            since = f"has exchanged nothing for {QUIET.total_seconds():g} s; it stands in {place}"
+            print(f"warning: {name_of(rank)} {since}", file=sys.stderr, flush=True)
+        before = exchanges
+        time.sleep(QUIET.total_seconds())
+
+
+def places(frames: traceback.StackSummary) -> str:
+    """The functions of this program in a stack, the outermost first."""
+    own = [frame for frame in frames if Path(frame.filename).parent == ROOT and not frame.name.startswith("<")]
+    return " > ".join(frame.name for frame in own)
+
+
+def name_of(rank: int) -> str:
+    """A process as messages name it."""
+    return f"rank {rank} on {socket.gethostname()}"
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether an error says that another process has ended or does not answer; gloo's are plain RuntimeErrors."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def check_shared(path: Path, processes: Processes) -> None:
+    """Waits until every process reads in a text file what the main one does; else all raise the UserError of one.
+
+    Others may see late what one process has written and renamed, and never where a file system is not shared.
+    """
+    text = processes.on_main(lambda: path.read_text(encoding="utf-8"))
+    processes.on_all(lambda: wait_for(path, text, processes.rank))
+
+
+def wait_for(path: Path, text: str, rank: int) -> None:
+    """Waits until a file holds a text. Raises UserError if it does not come."""
+    end, found = time.monotonic() + VISIBLE, None
+    while found != text:
+        if time.monotonic() > end:
+            what = "is not there" if found is None else "is another"
+            advice = "save_path must be a folder that all nodes share"
+            waited = f"{name_of(rank)} waited {VISIBLE} s for {path} as the main process has it, but there it {what}"
+            raise UserError(f"save_path: {waited}; {advice}")
+        with suppress(OSError):
+            found = path.read_text(encoding="utf-8")
+        if found != text:
+            time.sleep(0.1)
 
 
 def attempt() -> str:

@@ -4,7 +4,8 @@
     python run.py CONFIG.yaml [key=value ...]         (one process, on a GPU or on the CPU)
 
 Exit codes: 0 done, 2 a user's mistake, 3 a loss or gradient that is not finite, 4 a checkpoint that could not be
-saved, 130 and 143 stopped by SIGINT and SIGTERM after saving: the same command continues the run.
+saved, 5 a GPU that is out of memory, 6 another process that ended or does not answer, 130 and 143 stopped by SIGINT
+and SIGTERM after saving: the same command continues the run.
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from pathlib import Path
 
+import torch
 import transformers
 import yaml
 
 from build import Run, build, evaluation_stage
 from config import UserError, load_config
 from evaluate import validate, write_predictions
-from parallel import start_processes, stop_processes
+from parallel import is_lost, name_of, places, start_processes, stop_processes
 from train import NotFiniteError, train
 from utils import Interrupted, SaveError, StopRequest, make_private, saving
 
@@ -45,11 +48,39 @@ def main(words: list[str] | None = None) -> int:
             code = EXIT_CODES[type(error)]
             if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # once on every node: a file may be missing on one alone
                 print(f"error: {error}", file=sys.stderr, flush=True)
+        except RuntimeError as error:
+            if not (full := isinstance(error, torch.OutOfMemoryError)) and not is_lost(error):
+                raise
+            code = 5 if full else 6
+            explain = out_of_memory if full else lost
+            print(f"error: {explain(error)}", file=sys.stderr, flush=True)  # every process has its own to say
         except Interrupted as interruption:
             code = 128 + interruption.signal
     if code == 0:  # else the others may wait in a collective, and so would this one; the end of the process does it
         stop_processes()
     return code
+
+
+def out_of_memory(error: torch.OutOfMemoryError) -> str:
+    """What a user can do about a GPU that is full, so that the same run goes on."""
+    keys = "halve batch_size_training and double gradient_accumulation_steps, which makes the same steps, or set "
+    keys += "gradient_checkpointing: block, or parallel: fsdp on several GPUs"
+    if any(frame.name == "validate" for frame in traceback.extract_tb(error.__traceback__)):
+        keys = "lower batch_size_eval (if it is not set, it is batch_size_training) or max_new_tokens"
+    again = "Earlier checkpoints are as they were, and the same command goes on from the newest"
+    return f"out of GPU memory: {standing(error)}; {keys}. {again}"
+
+
+def lost(error: RuntimeError) -> str:
+    """What a user should know where another process has ended or does not answer."""
+    return f"lost another process, look at what that one says: {standing(error)}; earlier checkpoints are as they were"
+
+
+def standing(error: Exception) -> str:
+    """Which process an error struck in which place, and its first line."""
+    place = places(traceback.extract_tb(error.__traceback__))
+    first_line = (str(error) or type(error).__name__).splitlines()[0]
+    return f"{name_of(int(os.environ.get('RANK', 0)))} in {place}: {first_line}"
 
 
 def test(run: Run) -> None:

@@ -27,7 +27,7 @@ from evaluate import Evaluation, validate, write_predictions
 from kept import prune, remove_partial, room_report, set_links
 from lora import parameter_groups
 from metrics import MetricLogger
-from parallel import choose, clear_gradients, distribute, gradient_sync, is_sharded, reshard
+from parallel import check_shared, choose, clear_gradients, distribute, gradient_sync, is_sharded, reshard
 from utils import Interrupted, make_private, saving, write_text
 
 
@@ -93,6 +93,8 @@ class Trainer:
         run, config, state = self.run, self.run.config, self.state
         run.processes.on_main(self.open_log)
         try:
+            if not config.debug:
+                check_shared(run.directory / "config.yaml", run.processes)
             for epoch in range(state.epoch, config.num_epochs):
                 self.train_epoch(epoch)
                 self.end_epoch(epoch, validate(run, state.stage))
@@ -114,7 +116,8 @@ class Trainer:
         self.log = MetricLogger(run.directory, run.config, self.state.run_id, self.state.metrics_bytes, self.state.step)
         with saving(run.directory):
             remove_partial(run.directory)
-            write_text(run.directory / "config.yaml", resolved_text(run.config))
+            # With the run's id no other folder has the same text, which tells whether all nodes see this one.
+            write_text(run.directory / "config.yaml", f"{resolved_text(run.config)}# run {self.state.run_id}\n")
 
     def train_epoch(self, epoch: int) -> None:
         """The optimizer steps of an epoch, or those that are left of it."""

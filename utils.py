@@ -49,7 +49,7 @@ def saving(path: Path) -> Iterator[None]:
     """Turns what goes wrong while something is written (a full, read-only or failing disk) into a SaveError."""
     try:
         yield
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # besides OSError, the libraries have errors of their own for a full disk
         advice = "earlier checkpoints are as they were; make room, and the same command continues the run"
@@ -104,13 +104,15 @@ def make_private(directory: Path) -> None:
         path.mkdir(mode=0o700, exist_ok=True)
 
 
-def damage(directory: Path) -> str | None:
-    """What is wrong with the files of a directory, measured against its manifest, or None."""
+def damage(directory: Path, unread: set[str] = frozenset()) -> str | None:
+    """What is wrong with the files of a directory, but for `unread` ones, measured against its manifest, or None."""
     try:
         manifest = read_manifest(directory)
     except (OSError, ValueError):
         return f"{MANIFEST} is missing or unreadable"
     for name, expected in manifest.items():
+        if name in unread:
+            continue
         path = directory / name
         if not os.path.isfile(path):  # False, and no error, for a name that no file can have
             return f"{name} is missing"

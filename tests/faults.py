@@ -21,7 +21,10 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tests")) if path not in sys.path]
@@ -33,8 +36,11 @@ class Fault:
 
     action: kill (SIGKILL), sigterm, sigint, impatient (SIGTERM, and later once more), wait (until a signal comes),
             raise (an exception), full (ENOSPC), limit (no file may grow beyond `limit` bytes from now on, as on a full
-            disk), nan (a loss), inf (all gradients of this process)
-    place:  step (an optimizer step begins), backward (its gradients are there), validation (an answer is there),
+            disk), nan (a loss), inf (all gradients of this process), oom (a GPU is out of memory), hang (for `limit`
+            seconds, of which the others wait for 4), unseen (this process sees no file of the run for `limit` seconds,
+            of which it waits for 3)
+    place:  step (an optimizer step begins), backward (its gradients are there), optimizer (it is about to take it),
+            validation (an answer is there),
             state (a save has written the weights and begins with the training state), moments (it begins with that of
             the optimizer), rename (a save is about to rename its files), renamed (it has), slim (an older checkpoint is
             about to lose its optimizer's state), log (metrics are about to be made durable), forward (for nan)
@@ -51,14 +57,22 @@ class Fault:
 
     def inject(self) -> None:
         """Patches the modules of the program so that the fault strikes this process when it comes to its place."""
+        import parallel
         import train
 
+        if self.action == "hang":  # for all processes
+            parallel.PATIENCE, parallel.QUIET = timedelta(seconds=4), timedelta(seconds=1)
+        if self.action == "unseen":
+            parallel.VISIBLE = 3
         if int(os.environ.get("RANK", 0)) != self.rank or (self.once and Path(self.once).exists()):
             return
         self.watch_trainer(train.Trainer)
+        if self.action == "unseen":
+            return self.hide(time.monotonic())
         {
             "step": lambda: wrap(train.Trainer, "backward", lambda *_: self.strike(self.step - 1)),
             "backward": lambda: wrap(train.Trainer, "gradient_norm", lambda *_: self.strike(self.step - 1)),
+            "optimizer": lambda: wrap(torch.optim.AdamW, "step", lambda *_: self.strike(self.step - 1)),
             "validation": self.at_validation,
             "state": self.at_state,
             "moments": self.at_moments,
@@ -68,6 +82,16 @@ class Fault:
             "log": self.at_log,
             "forward": self.at_forward,
         }[self.place]()
+
+    def hide(self, start: float) -> None:
+        """Hides the small files of a run, as a file system does that shows late, or never, what others have written."""
+
+        def before(path, *_):
+            is_of_run = any((folder / "metrics.jsonl").exists() for folder in list(path.parents)[:2])
+            if is_of_run and time.monotonic() < start + self.limit:
+                raise FileNotFoundError(path)
+
+        wrap(Path, "read_text", before)
 
     def watch_trainer(self, trainer_class) -> None:
         """Keeps hold of the trainer, which knows the step."""
@@ -79,7 +103,6 @@ class Fault:
 
     def at_state(self) -> None:
         """Strikes where a save writes the training state: some files are complete, this one is torn."""
-        import torch
 
         def before(_, path):
             if ".partial" in str(path):
@@ -172,6 +195,10 @@ class Fault:
         elif self.action == "wait":
             while not self.trainer.run.stop.signal:
                 time.sleep(0.01)
+        elif self.action == "oom":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore lines of advice")
+        elif self.action == "hang":
+            time.sleep(self.limit)
         elif self.action == "raise":
             raise RuntimeError("an injected error")
         elif self.action == "full":

@@ -1,77 +1,129 @@
-"""A soak: one run, killed with SIGKILL at random moments, must end as if nothing had ever happened.
+"""A soak: runs of two processes, killed with SIGKILL at random moments, must end as if nothing had ever happened.
 
     python tests/soak.py --kills 50
-    python tests/soak.py --kills 20 --processes 2      (torchrun and its workers, all killed at once)
 
-A run that nothing disturbs comes first. Then the same command is started again and again and killed after a
-random delay, in start-up, training, validation or a save. After the last kill the run may finish, and is compared with
-the first one: weights, optimizer and random streams bit by bit, metrics and predictions line by line. A run that
-finishes before that is compared, too, and another one begins. The exit code is 1 for any difference.
+Each kind of run (with keep_checkpoints, with LoRA, with FSDP) gets its share of the kills. A run that nothing disturbs
+comes first. Then the same command is started under torchrun again and again, and torchrun and its workers are all
+killed at once: in the phases by turns, at a random moment of a random occurrence. After the last kill the run may
+finish, and is compared with the first one: weights, optimizer and random streams bit by bit, metrics and predictions
+line by line. A run that finishes before that is compared, too, and another one begins. The exit code is 1 for any
+difference.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib
 import json
 import os
 import random
+import runpy
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from contextlib import suppress
+from itertools import cycle, pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
-from helpers import make_problems, write_json  # noqa: E402
-from setting import Setting, assert_same, metrics  # noqa: E402
+KINDS = {
+    "keep_checkpoints": {"keep_checkpoints": 2, "parallel": "ddp"},
+    "lora": {"lora_rank": 2},
+    "fsdp": {"parallel": "fsdp"},
+}
+PHASES = {  # what the program calls in them
+    "caching": ("tokens", "make_entry"),
+    "training": ("train.Trainer", "train_epoch"),
+    "validation": ("train", "validate"),
+    "saving": ("train", "save_checkpoint"),
+    "pruning": ("train", "prune"),
+}
+
+
+# --- in the killed processes ------------------------------------------------------------------------------------------
+
+
+def watched(log: Path, words: list[str]) -> None:
+    """run.py, whose main process writes down which phase it is in, and when it came there."""
+    if os.environ["RANK"] == "0":
+        stack, file = ["start-up"], log.open("a", buffering=1)
+
+        def enter(phase: str) -> None:
+            file.write(f"{time.monotonic()} {phase}\n")
+
+        enter("start-up")
+        for phase, (owner, name) in PHASES.items():
+            watch(owner, name, phase, stack, enter)
+    sys.argv = [str(ROOT / "run.py"), *words]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def watch(owner: str, name: str, phase: str, stack: list[str], enter) -> None:
+    """Calls enter(phase) whenever a function is entered, and enter(the phase around it) when it is left."""
+    module, *classes = owner.split(".")
+    owner = functools.reduce(getattr, classes, importlib.import_module(module))
+    function = getattr(owner, name)
+
+    @functools.wraps(function)
+    def patched(*args, **kwargs):
+        if phase == "training":
+            stack[0] = phase  # what is left of start-up is over
+        stack.append(phase)
+        enter(phase)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            stack.pop()
+            enter(stack[-1])
+
+    setattr(owner, name, patched)
+
+
+# --- the killer -------------------------------------------------------------------------------------------------------
 
 
 class Process:
-    """A run as a user starts it."""
+    """A run under torchrun."""
 
-    def __init__(self, setting: Setting, name: str, processes: int):
+    def __init__(self, setting, name: str, changes: dict):
         self.directory = setting.directory / name
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        launcher = torchrun if processes > 1 else []
-        command = [sys.executable, *launcher, str(ROOT / "run.py"), *setting.words(name)]
-        self.started, self.output = time.monotonic(), setting.directory / f"{name}.txt"
+        self.log, self.output = (setting.directory / f"{name}.{suffix}" for suffix in ("phases", "txt"))
+        self.log.write_text("")
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        words = [str(ROOT / "tests" / "soak.py"), "watched", str(self.log), *setting.words(name, **changes)]
         with self.output.open("wb") as output:
-            self.process = subprocess.Popen(command, stdout=output, stderr=output)
+            self.process = subprocess.Popen([sys.executable, *torchrun, *words], stdout=output, stderr=output)
 
-    def wait(self, seconds: float | None) -> int | None:
-        """The exit code, or None if the run goes on after so many seconds."""
-        try:
-            return self.process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return None
+    def phases(self) -> list[tuple[float, str]]:
+        """The phases so far, each with the time at which it began."""
+        lines = [line.split() for line in self.log.read_text().splitlines()]
+        return [(float(moment), phase) for moment, phase in lines] or [(0.0, "start-up")]
 
-    def wait_for_training(self) -> float:
-        """The seconds that start-up took."""
-        while self.process.poll() is None and "step/s" not in self.output.read_text(errors="replace"):
-            time.sleep(0.05)
-        return time.monotonic() - self.started
+    def wait_for(self, phase: str) -> bool:
+        """Waits until the run enters a phase; False if it ends before."""
+        seen = len(self.phases())
+        while all(other != phase for _, other in self.phases()[seen - 1 :]):
+            if self.process.poll() is not None:
+                return False
+            time.sleep(0.001)
+        return True
 
     def kill(self) -> str:
         """Kills the run and says what it was doing."""
-        place = self.place()
         os.kill(self.process.pid, signal.SIGSTOP)  # torchrun starts no more workers
         for pid in [self.process.pid, *descendants(self.process.pid)]:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
-        return place
-
-    def place(self) -> str:
-        """What the run is doing, as far as its output and its directory tell."""
-        if list(self.directory.glob("*.partial")):
-            return "saving"
-        text = self.output.read_text(errors="replace")
-        return max(("start-up", "step/s", "validation"), key=text.rfind).replace("step/s", "training")
+        return self.phases()[-1][1]
 
 
 def descendants(pid: int) -> list[int]:
@@ -81,13 +133,24 @@ def descendants(pid: int) -> list[int]:
     return [*children, *(pid for child in children for pid in descendants(child))]
 
 
-def longest_delay(startup: float, training: float, kills: int) -> float:
-    """The bound of random delays with which so many attempts together train for about as long as the run needs.
+def durations(process: Process) -> dict[str, float]:
+    """The mean seconds that a finished run spent in a phase, before it came into another one."""
+    spans, phases = {}, process.phases()
+    for (begin, phase), (end, _) in pairwise(phases):
+        spans.setdefault(phase, []).append(end - begin)
+    return {phase: sum(times) / len(times) for phase, times in spans.items()}
 
-    A delay is uniform in 0 .. bound, so an attempt trains for (bound - startup)^2 / (2 bound) seconds on average.
-    """
-    share = startup + training / kills
-    return share + (share**2 - startup**2) ** 0.5
+
+def disturb(process: Process, target: str, mean: dict[str, float], rng: random.Random) -> str | None:
+    """Kills a run at a random moment of a phase; returns the phase that it was in, None if it finished before."""
+    if target not in ("start-up", "caching"):
+        if not process.wait_for("training"):
+            return None
+        time.sleep(rng.uniform(0, 2))  # not always at the first save, validation, ...
+    if not process.wait_for(target):
+        return None
+    time.sleep(rng.uniform(0, mean[target]))
+    return process.kill() if process.process.poll() is None else None
 
 
 def newest(directory: Path) -> str:
@@ -95,8 +158,17 @@ def newest(directory: Path) -> str:
     return os.readlink(directory / "last") if (directory / "last").is_symlink() else "none yet"
 
 
-def differences(run: Path, reference: Path) -> int:
+def forget_tokens(cache: Path) -> None:
+    """Empties the cache of tokenized data but for what a kill left there unfinished, so that every start fills it."""
+    for path in cache.glob("coconut-*"):
+        if not path.name.endswith(".partial"):
+            shutil.rmtree(path)
+
+
+def differs(run: Path, reference: Path) -> int:
     """Compares two finished runs; prints the verdict, and returns 1 where they differ."""
+    from setting import assert_same, metrics
+
     try:
         assert_same(run, reference)
     except AssertionError as error:
@@ -107,50 +179,68 @@ def differences(run: Path, reference: Path) -> int:
     return 0
 
 
-def soak(setting: Setting, kills: int, processes: int, rng: random.Random) -> int:
-    """Kills runs until as many kills are done and the last run has finished; returns the number that differ."""
-    undisturbed = Process(setting, "undisturbed", processes)
-    startup = undisturbed.wait_for_training()
-    assert undisturbed.wait(None) == 0, undisturbed.output.read_text(errors="replace")
-    total = time.monotonic() - undisturbed.started
-    bound = longest_delay(startup, total - startup, kills)
-    print(f"undisturbed: {total:.0f} s, {startup:.0f} s of them start-up; kills after 0 to {bound:.0f} s", flush=True)
-    done, failures, run = 0, 0, 1
-    while done < kills or run:
-        name = f"killed_{run}"
-        process = Process(setting, name, processes)
-        delay = rng.uniform(0, bound) if done < kills else None
-        code = process.wait(delay)
-        if code is None:
-            done, place = done + 1, process.kill()
-            print(f"kill {done:3} after {delay:4.1f} s in {place:10} newest: {newest(process.directory)}", flush=True)
+def soak(setting, kind: str, kills: int, rng: random.Random) -> tuple[Counter, int]:
+    """Kills runs of a kind until as many kills are done and the last run has finished.
+
+    Returns how many kills struck in which phase, and the number of runs that differ.
+    """
+    changes, targets = KINDS[kind], cycle(["start-up", *PHASES])
+    forget_tokens(Path(setting.values["data_cache"]))
+    undisturbed = Process(setting, f"{kind}_undisturbed", changes)
+    assert undisturbed.process.wait() == 0, undisturbed.output.read_text(errors="replace")
+    mean, struck, failures, run = durations(undisturbed), Counter(), 0, 1
+    print(f"{kind}: mean seconds in a phase: {json.dumps({k: round(v, 3) for k, v in mean.items()})}", flush=True)
+    while struck.total() < kills or run:
+        forget_tokens(Path(setting.values["data_cache"]))
+        process = Process(setting, f"{kind}_killed_{run}", changes)
+        place = disturb(process, next(targets), mean, rng) if struck.total() < kills else None
+        if place:
+            struck[place] += 1
+            print(f"kill {struck.total():3} in {place:10} newest: {newest(process.directory)}", flush=True)
             continue
-        if code != 0:
+        if code := process.process.wait():
             print(f"exit code {code}:\n{process.output.read_text(errors='replace')}")
-            return failures + 1
-        failures += differences(process.directory, undisturbed.directory)
-        run = run + 1 if done < kills else 0
-    return failures
+            return struck, failures + 1
+        failures += differs(process.directory, undisturbed.directory)
+        run = run + 1 if struck.total() < kills else 0
+    return struck, failures
+
+
+def make_setting(directory: Path, epochs: int):
+    """Problems, a tiny model, and a config that saves often."""
+    from helpers import make_problems, write_json
+    from setting import Setting
+
+    setting = Setting(directory)
+    setting.values |= {"num_epochs": epochs, "epochs_per_stage": epochs // 3, "save_every_steps": 4}
+    setting.values |= {"train_path": write_json(directory / "more.json", make_problems(80))}
+    setting.values |= {"data_cache": str(directory / "cache")}
+    return setting
 
 
 def main() -> int:
-    """Soaks, and says whether anything was different."""
+    """Soaks, and says where the kills struck and whether anything was different."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--epochs", type=int, default=180, help="the length of the run")
-    parser.add_argument("--seed", type=int, default=0, help="of the delays")
+    parser.add_argument("--epochs", type=int, default=24, help="the length of a run")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
     arguments = parser.parse_args()
+    print(json.dumps(vars(arguments)), flush=True)
+    rng, lines, failures = random.Random(arguments.seed), [], 0
     with tempfile.TemporaryDirectory() as directory:
-        setting = Setting(Path(directory))
-        problems = write_json(setting.directory / "more.json", make_problems(200))
-        setting.values |= {"num_epochs": arguments.epochs, "epochs_per_stage": arguments.epochs // 3}
-        setting.values |= {"train_path": problems, "keep_checkpoints": 2, "save_every_steps": 7}
-        print(json.dumps(vars(arguments)), flush=True)
-        failures = soak(setting, arguments.kills, arguments.processes, random.Random(arguments.seed))
-    print(f"{arguments.kills} kills, {failures} differences")
+        setting = make_setting(Path(directory), arguments.epochs)
+        for number, kind in enumerate(KINDS):
+            share = len(range(number, arguments.kills, len(KINDS)))
+            struck, different = soak(setting, kind, share, rng)
+            failures += different
+            where = ", ".join(f"{struck[phase]} in {phase}" for phase in ("start-up", *PHASES))
+            lines.append(f"{kind}: {struck.total()} kills ({where}), {different} differences")
+    print("\n".join([*lines, f"{arguments.kills} kills, {failures} differences"]))
     return 1 if failures else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if sys.argv[1:2] == ["watched"]:
+        watched(Path(sys.argv[2]), sys.argv[3:])
+    else:
+        sys.exit(main())

@@ -16,11 +16,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict
+from functools import partial
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+import run
 from dataset import step_batches
 from faults import ROOT, Fault, flip, launch, truncate
 from helpers import run_script, snapshot
@@ -496,3 +501,99 @@ def test_wandb_goes_on_with_the_same_run(setting, name):
         assert outcome.codes == [code], outcome.output
     runs = [path.name.rsplit("-", 1)[1] for path in (setting.directory / name / "wandb").glob("offline-run-*")]
     assert len(runs) == 2 and len(set(runs)) == 1
+
+
+# --- what a GPU, other nodes and services do --------------------------------------------------------------------------
+
+STEP_KEYS = ["batch_size_training", "gradient_accumulation_steps", "gradient_checkpointing"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "ranks", "keys"),
+    [
+        (Fault("oom", "step", 6, rank=1), 2, STEP_KEYS),
+        slow(Fault("oom", "optimizer", 6), 1, STEP_KEYS),
+        (Fault("oom", "validation", 8), 1, ["batch_size_eval", "max_new_tokens"]),
+        slow(Fault("oom", "validation", 4, rank=1), 2, ["batch_size_eval", "max_new_tokens"]),
+    ],
+    ids=show,
+)
+def test_a_full_gpu_names_the_keys_to_lower_and_harms_no_checkpoint(setting, name, fault, ranks, keys):
+    outcome = setting.run(name, ranks, fault)
+    assert outcome.codes == [5 if rank == fault.rank else 6 for rank in range(ranks)], outcome.output
+    [message] = re.findall(r"error: out of GPU memory: (.*)", outcome.output)
+    assert message.startswith(f"rank {fault.rank} on ") and all(key in message for key in keys)
+    assert "Earlier checkpoints are as they were" in message and "Traceback" not in outcome.output
+    run = setting.directory / name
+    assert checkpoints(run) and all(damage(path) is None for path in checkpoints(run))
+    assert setting.run(name, ranks).codes == [0] * ranks
+    assert_same(run, setting.reference(ranks))
+
+
+@pytest.mark.parametrize("parallel", ["ddp", slow("fsdp")])
+def test_a_process_that_hangs_is_told_of_by_all(setting, name, parallel):
+    outcome = setting.run(name, 2, Fault("hang", "step", 6, rank=1, limit=6), parallel=parallel)
+    assert outcome.codes == [6, 6], outcome.output
+    stands = r"warning: rank {} on \S+ has exchanged nothing for 1 s; it stands in main > train > fit > train_epoch"
+    assert all(re.search(stands.format(rank), outcome.output) for rank in range(2)), outcome.output
+    [first, *_] = re.findall(r"error: lost another process, look at what that one says: (.*)", outcome.output)
+    assert first.startswith("rank 0 on ") and "train_epoch" in first
+    assert "Traceback" not in outcome.output
+    assert setting.run(name, 2, parallel=parallel).codes == [0, 0]
+    assert_same(setting.directory / name, setting.reference(2, parallel=parallel))
+
+
+@pytest.mark.parametrize("started", [slow(False), True])
+def test_a_process_that_never_sees_the_runs_directory_stops_all(setting, name, started):
+    run = setting.directory / name
+    if started:
+        assert setting.run(name, 2, Fault("sigterm", "step", 6)).codes == [143, 143]
+    outcome = setting.run(name, 2, Fault("unseen", rank=1, limit=1000))
+    assert outcome.codes == [2, 2], outcome.output
+    file = run / ("last/manifest.json" if started else "config.yaml")
+    messages = re.findall(r"error: (save_path: rank 1 on \S+ waited 3 s for .*)", outcome.output)
+    assert messages and f"{file.resolve()} as the main process has it, but there it is not there" in messages[0]
+    assert "step/s" not in outcome.output  # no step was trained
+    assert setting.run(name, 2).codes == [0, 0]
+    assert_same(run, setting.reference(2))
+
+
+def test_a_process_that_sees_late_what_was_written_is_waited_for(setting, name):
+    assert setting.run(name, 2, Fault("sigterm", "step", 6)).codes == [143, 143]
+    outcome = setting.run(name, 2, Fault("unseen", rank=1, limit=2))
+    assert outcome.codes == [0, 0], outcome.output
+    assert_same(setting.directory / name, setting.reference(2))
+
+
+def test_clocks_that_differ_change_nothing(setting, name):
+    """The newest checkpoint has the oldest times, as after a node whose clock is ahead has written the others."""
+    run = stopped(setting, name)
+    for age, checkpoint in enumerate(checkpoints(run)):
+        for path in (*checkpoint.iterdir(), checkpoint):
+            os.utime(path, (4e9 * (age + 1) / 10,) * 2)  # from 1982 on; some lie in the future
+    os.utime(run / "metrics.jsonl", (0, 0))
+    again = setting.run(name)
+    assert again.codes == [0] and ", step 11" in again.output, again.output
+    assert_same(run, setting.reference())
+
+
+@pytest.mark.parametrize("fails", [slow("login"), "init", "log", slow("finish")])
+def test_a_wandb_that_fails_leaves_the_run_alone(setting, name, fails, monkeypatch, capsys):
+    """In wandb's place is one of which a function fails: at the start, in the middle, at the end of a run."""
+    wandb = ModuleType("wandb")
+    wandb.__spec__ = ModuleSpec("wandb", None)
+    calls = Counter()
+
+    def call(function, *_, **__):
+        calls[function] += 1
+        if function == fails and (function != "log" or calls[function] > 5):
+            raise ConnectionError("the network is down")
+        return wandb
+
+    for function in ("login", "init", "log", "finish"):
+        setattr(wandb, function, partial(call, function))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    assert run.main(setting.words(name, logger="wandb")) == 0
+    assert "warning: wandb failed (the network is down); the run goes on" in capsys.readouterr().out
+    assert calls["log"] == {"login": 0, "init": 0, "log": 6, "finish": 20}[fails]
+    assert_same(setting.directory / name, setting.reference())

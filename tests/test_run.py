@@ -21,6 +21,7 @@ from build import build
 from checkpoint import check_same_training
 from config import UserError, load_config
 from evaluate import Evaluation
+from faults import flip
 from helpers import (
     REPOSITORY,
     byte_tokenizer,
@@ -144,7 +145,7 @@ def test_the_saved_config_loads_again_and_names_the_versions(world, whole):
     config = load_config(whole / "config.yaml")
     assert config == load_config(world / "config.yaml", ["name=whole", "num_epochs=3"])
     comments = [line for line in (whole / "config.yaml").read_text().splitlines() if line.startswith("# ")]
-    assert [line.split()[1] for line in comments] == ["python", "torch", "transformers", "commit"]
+    assert [line.split()[1] for line in comments] == ["python", "torch", "transformers", "commit", "run"]
 
 
 def test_metrics_hold_a_line_per_step_and_per_validation(whole):
@@ -610,6 +611,35 @@ def test_only_eval_in_a_debug_run_writes_nothing(world, whole):
     before = snapshot(world)
     start(world, name="quiet", only_eval=True, load_model_path=whole / "last", debug=True)
     assert snapshot(world) == before
+
+
+@pytest.mark.parametrize("key", ["load_model_path", "model_id"])
+def test_a_flipped_bit_is_no_wrong_accuracy(world, whole, capsys, key):
+    """A checkpoint that is evaluated, or started from under either key, is checked against its manifest."""
+    damaged = world / f"flipped_{key}"
+    shutil.copytree(whole / "checkpoint_3", damaged)
+    flip(damaged / "training_state.pt")  # not read
+    values = {"only_eval": key == "load_model_path", "num_epochs": 1, key: damaged, "debug": True}
+    start(world, name="intact", **values)
+    flip(damaged / "model.safetensors")
+    before = snapshot(world)
+    start(world, name="flipped", code=2, **values)
+    found = capsys.readouterr()
+    assert "has no manifest" not in found.out
+    assert f"error: {key}: '{damaged}' is damaged (model.safetensors differs from its manifest)" in found.err
+    assert "verify: False" in found.err
+    assert snapshot(world) == before
+    start(world, name="flipped", verify=False, **values)
+
+
+def test_a_model_without_a_manifest_is_taken_with_a_word(world, whole, capsys):
+    copy = world / "without"
+    shutil.copytree(whole / "checkpoint_3", copy)
+    (copy / "manifest.json").unlink()
+    torch.save(load_file(copy / "model.safetensors"), world / "official.pt")
+    for model in (copy, world / "official.pt"):
+        start(world, name="without", only_eval=True, load_model_path=model, debug=True)
+        assert f"load_model_path: {model} has no manifest.json, so it is taken as it is" in capsys.readouterr().out
 
 
 # --- several processes ------------------------------------------------------------------------------------------------
