@@ -261,8 +261,13 @@ def run_problems(config: Config, given: dict) -> list[str]:
         problems.append(f"compile: no C++ compiler {compiler}; install it, or name another in CXX, or compile: False")
     needed = ("name", "val_path") if config.only_eval else ("name", *SPLIT_PATHS)
     problems += [f"{key}: missing; a run needs it" for key in needed if given.get(key) in (None, "", "None")]
-    if config.name and (Path(config.name).name != config.name or config.name == ".."):
-        problems.append(f"name: {config.name!r} must be a plain directory name; directories belong into save_path")
+    if config.name and (
+        Path(config.name).name != config.name or config.name == ".." or len(config.name.encode()) > 255
+    ):
+        problems.append(
+            f"name: {shown(config.name)} must be a plain directory name, of 255 bytes at most; directories belong into "
+            "save_path"
+        )
     problems += missing_packages(config)
     return problems + [p for key in PATH_KEYS for p in path_problem(key, config)]
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from utils import make_private
+
 DESCRIPTION = "coconut.json"  # beside the weights: method, c_thought, stage, thoughts, token_ids, ...
 GENERATE = Path("custom_generate") / "generate.py"  # transformers looks for it there
 
@@ -23,6 +25,6 @@ def export(lm: PreTrainedModel, folder: Path, description: dict, weights: dict[s
     eos = description["eos_token_id"]
     settings = GenerationConfig(eos_token_id=eos, pad_token_id=eos, max_new_tokens=description["max_new_tokens"])
     settings.save_pretrained(folder)
-    (folder / GENERATE).parent.mkdir(exist_ok=True)
+    make_private((folder / GENERATE).parent)
     shutil.copyfile(Path(__file__).parent / GENERATE, folder / GENERATE)
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
