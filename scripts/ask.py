@@ -67,28 +67,29 @@ def open_checkpoint(path: str, thoughts: int | None) -> Asked:
     return Asked(pretrained, model, config, stage)
 
 
-def prompt(asked: Asked, problem: dict) -> dict[str, torch.Tensor]:
-    """The prompt as validation makes it, a batch of one. Raises UserError where the model has too few positions."""
+def prompt(asked: Asked, question: str) -> dict:
+    """The prompt as validation makes it: input_ids, attention_mask, position_ids. Raises UserError where the model has
+    too few positions."""
     tokenizer, method = asked.pretrained.tokenizer, asked.config.method
-    [example] = tokenize_chunk([problem], 0, tokenizer).to_pylist()
+    [example] = tokenize_chunk([{"question": question, "answer": "", "steps": []}], 0, tokenizer).to_pylist()
     ids, plain = asked.pretrained.prompt_ids(method), not METHODS[method].markers
     prompts = get_question_latent_dataset(asked.stage, [], asked.config, *ids, no_special_marker=plain)
-    batch = inputs(MyCollator(tokenizer, asked.model.latent_token_id)([prompts.build(example)]))
-    limit = getattr(asked.pretrained.lm.config, "max_position_embeddings", None)
-    if limit and batch["input_ids"].shape[1] > limit:
-        raise UserError(f"the question: {batch['input_ids'].shape[1]} tokens with thoughts, the model takes {limit}")
-    return batch
+    item = prompts.build(example)
+    limit, length = getattr(asked.pretrained.lm.config, "max_position_embeddings", None), len(item["input_ids"])
+    if limit and length > limit:
+        raise UserError(f"the question: {length} tokens with thoughts, the model takes {limit}")
+    return item
 
 
 def ask(asked: Asked, question: str, show_thoughts: bool = False) -> dict:
     """What the model says: question, generated, answer, new_tokens, seconds, and with show_thoughts their tokens."""
-    problem = {"question": question, "answer": "", "steps": []}
     started, model, limit = time.perf_counter(), asked.model, asked.config.answer_limit
-    batch = prompt(asked, problem)
+    batch = inputs(MyCollator(asked.pretrained.tokenizer, model.latent_token_id)([prompt(asked, question)]))
     [output] = model.generate(**batch, max_new_tokens=limit).tolist()
     seconds = time.perf_counter() - started
     new = until_eos(output[batch["input_ids"].shape[1] :], model.eos_token_id, limit)
     thoughts = (batch["input_ids"] == model.latent_token_id).sum().item()
+    problem = {"question": question, "answer": "", "steps": []}
     said = predict(problem, 0, new, thoughts, asked.pretrained.tokenizer, asked.config.method)
     said = {key: said[key] for key in ("question", "generated", "answer", "new_tokens")} | {"seconds": seconds}
     return said | ({"thoughts": closest_tokens(asked, batch["input_ids"][0])} if show_thoughts else {})

@@ -3,21 +3,25 @@
 import io
 import json
 import shutil
+from types import SimpleNamespace
 
 import ask
 import convert
+import lm_eval_coconut
 import pytest
 import torch
 import yaml
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 import run
 from build import inputs
 from coconut import Coconut
-from config import Config
+from config import Config, UserError
 from curriculum import END, LATENT, PAUSE, START
 from dataset import MyCollator, get_dataset, get_question_latent_dataset
-from helpers import byte_tokenizer, make_problems, save_model, tiny_gpt2, tiny_llama, words, write_json
+from helpers import REPOSITORY, byte_tokenizer, make_problems, save_model, tiny_gpt2, tiny_llama, words, write_json
 from utils import damage
 
 V = len(byte_tokenizer())
@@ -361,3 +365,59 @@ def test_a_conversion_overwrites_nothing(place, tmp_path, capsys):
     assert "exists already" in refused(capsys, "to-official", place / "gpt2" / "best", taken)
     assert "exists already" in refused(capsys, "from-official", tmp_path / "file", taken, *model, *STAGES)
     assert taken.read_text() == "kept"
+
+
+# --- scripts/lm_eval_coconut.py ---------------------------------------------------------------------------------------
+
+
+def asked_by_the_harness(*requests) -> list[SimpleNamespace]:
+    return [SimpleNamespace(args=request) for request in requests]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_harness_gets_the_texts_of_validation_and_their_probabilities(place, name):
+    folder = place / name / "best"
+    model = lm_eval_coconut.CoconutLM(str(folder), batch_size=2)
+    tokenizer, expected = AutoTokenizer.from_pretrained(folder), ours(folder)
+    options = {"until": [], "max_gen_toks": 6}
+    texts = model.generate_until(asked_by_the_harness(*((prompt, options) for prompt in PROMPTS)), disable_tqdm=True)
+    assert texts == tokenizer.batch_decode(expected_answers(expected), skip_special_tokens=True)
+    [cut] = model.generate_until(asked_by_the_harness((PROMPTS[0], {**options, "until": [texts[0][2:4]]})), True)
+    assert cut == texts[0].split(texts[0][2:4])[0]
+    prompts = [model.prompt(prompt)["input_ids"] for prompt in PROMPTS]
+    pairs = [*zip(prompts, expected_answers(expected), strict=True), (prompts[0], tokenizer("### 7")["input_ids"])]
+    scores = model._loglikelihood_tokens([(None, *pair) for pair in pairs], disable_tqdm=True)
+    assert [greedy for _, greedy in scores] == [True, True, True, False]
+    for (ids, new), (score, _) in zip(pairs, scores, strict=True):
+        input_ids = torch.tensor([ids + new])  # (1, columns)
+        loss = model.model(input_ids, torch.ones_like(input_ids), torch.tensor([[-100] * len(ids) + new])).loss
+        assert score == pytest.approx(-loss.item() * len(new), rel=1e-4)
+    [(score, _)] = model.loglikelihood(asked_by_the_harness((PROMPTS[0], "### 7")), disable_tqdm=True)
+    assert score == pytest.approx(scores[3][0], rel=1e-4)
+
+
+def expected_answers(rows: list[list[int]]) -> list[list[int]]:
+    """The tokens that follow markers and thoughts or pauses, which `ours` returns with them."""
+    return [row[-6:] for row in rows]
+
+
+def test_the_harness_reads_answers_as_validation_does(place, tmp_path, monkeypatch):
+    said = ["### 1,000", "6\n### 1000", "### 7", "1000"]
+    problems = [{"question": f"{i}?", "steps": [], "answer": answer} for i, answer in enumerate(["1000"] * 4)]
+    (tmp_path / "data").mkdir()
+    write_json(tmp_path / "data" / "prosqa_test.json", problems)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(lm_eval_coconut.CoconutLM, "generate_until", lambda self, requests, **options: said)
+    tasks = TaskManager(include_path=str(REPOSITORY / "scripts" / "lm_eval_tasks"), include_defaults=False)
+    model = lm_eval_coconut.CoconutLM(str(place / "gpt2" / "best"))
+    found = simple_evaluate(model, tasks=["prosqa_thoughts"], task_manager=tasks, bootstrap_iters=0)
+    assert found["results"]["prosqa_thoughts"]["exact_match,answer"] == 0.5
+
+
+def test_the_harness_is_refused_what_thoughts_have_no_part_in(place):
+    model = lm_eval_coconut.CoconutLM(str(place / "gpt2" / "best"))
+    with pytest.raises(UserError, match="do_sample"):
+        model.generate_until(asked_by_the_harness((PROMPTS[0], {"do_sample": True})))
+    with pytest.raises(UserError, match="perplexity"):
+        model.loglikelihood_rolling(asked_by_the_harness(("text",)))

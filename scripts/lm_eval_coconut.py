@@ -1,0 +1,121 @@
+"""lm-evaluation-harness (0.4.13) with checkpoints that think: its command line, which knows the model `coconut` here.
+
+    python scripts/lm_eval_coconut.py --model coconut --model_args pretrained=checkpoints/prosqa-coconut/best \
+        --include_path scripts/lm_eval_tasks --tasks prosqa_thoughts --batch_size 32
+
+Thoughts stand between a request's context and what is written or scored after it. Model arguments: pretrained, the
+checkpoint; thoughts, how many (default: as many as it was trained with). What the stock tasks ask, with examples and
+other forms of answers, is not what these models were trained on; scripts/lm_eval_tasks/ has tasks that are.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from ask import open_checkpoint, prompt
+from lm_eval.__main__ import cli_evaluate
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from tqdm import tqdm
+
+from build import inputs
+from config import UserError
+from dataset import MyCollator, model_inputs
+
+
+@register_model("coconut")
+class CoconutLM(TemplateLM):
+    """A checkpoint of any method, as the harness asks models."""
+
+    def __init__(self, pretrained: str, batch_size=16, thoughts: int | None = None, **options):
+        super().__init__()
+        self.asked = open_checkpoint(pretrained, thoughts)
+        self.model, self.tokenizer = self.asked.model, self.asked.pretrained.tokenizer
+        self.collate = MyCollator(self.tokenizer, self.model.latent_token_id)
+        self._device, self.batch_size = self.model.base_causallm.device, int(batch_size)
+
+    @property
+    def eot_token_id(self) -> int:
+        """What ends a text."""
+        return self.tokenizer.eos_token_id
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options) -> list[int]:
+        """Token ids of a text."""
+        return self.tokenizer(string, add_special_tokens=bool(add_special_tokens))["input_ids"]
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """A prompt with its thoughts, and what is scored behind them; the two are apart, so each is encoded alone."""
+        return self.prompt(context)["input_ids"], self.tok_encode(continuation)
+
+    def prompt(self, context: str) -> dict:
+        """A context with its thoughts; its last newline is the one that ends a question."""
+        return prompt(self.asked, context.removesuffix("\n"))
+
+    def batches(self, items: list, length, title: str, quiet: bool):
+        """Batches of items of similar length, as lists of indices."""
+        order = sorted(range(len(items)), key=lambda index: length(items[index]))
+        starts = range(0, len(order), self.batch_size)
+        return tqdm([order[start : start + self.batch_size] for start in starts], desc=title, disable=quiet)
+
+    @torch.no_grad()
+    def _loglikelihood_tokens(self, requests: list, disable_tqdm: bool = False, **options) -> list[tuple[float, bool]]:
+        """For each ((context, continuation), prompt ids, continuation ids) the continuation's log probability, and
+        whether greedy decoding writes it."""
+        found = {}
+        for part in self.batches(requests, lambda r: len(r[1]) + len(r[2]), "log probabilities", disable_tqdm):
+            pairs = [requests[index][1:] for index in part]
+            batch = self.collate(
+                [model_inputs(ids + new, 0) | {"labels": [-100] * len(ids) + new} for ids, new in pairs]
+            )
+            plan = self.model.plan(batch["input_ids"], batch["attention_mask"], batch["labels"]).to(self.device)
+            cache = self.model.new_cache(batch["input_ids"].shape[1])
+            ids, mask, positions = (
+                batch[key].to(self.device) for key in ("input_ids", "attention_mask", "position_ids")
+            )
+            hidden, _ = self.model.think(ids, mask, positions, cache, plan.cuts)
+            scores = self.model.logits(hidden[plan.rows, plan.columns]).log_softmax(-1)  # (supervised, vocabulary)
+            own = scores.gather(1, plan.targets[:, None])[:, 0].split([len(new) for _, new in pairs])  # of each row
+            greedy = (scores.argmax(1) == plan.targets).split([len(new) for _, new in pairs])
+            for index, row, is_greedy in zip(part, own, greedy, strict=True):
+                found[index] = (row.sum().item(), is_greedy.all().item())
+        return [found[index] for index in range(len(requests))]
+
+    def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
+        """What is written after each context and its thoughts, up to the first of the strings that end it."""
+        for _, options in (request.args for request in requests):
+            if options.get("do_sample"):
+                raise UserError("do_sample: answers are greedy here; leave it out of generation_kwargs")
+        contexts = [request.args[0] for request in requests]
+        found = {}
+        for part in self.batches(contexts, len, "answers", disable_tqdm):
+            batch = inputs(self.collate([self.prompt(contexts[index]) for index in part]))
+            options = [requests[index].args[1] for index in part]
+            limit = max(o.get("max_gen_toks", self.asked.config.answer_limit) for o in options)
+            output = self.model.generate(**batch, max_new_tokens=limit)[:, batch["input_ids"].shape[1] :]
+            texts = self.tokenizer.batch_decode(output, skip_special_tokens=True)
+            for index, text, o in zip(part, texts, options, strict=True):
+                found[index] = cut(text, o.get("until") or [])
+        return [found[index] for index in range(len(requests))]
+
+    def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
+        """The perplexity of whole texts has no place for thoughts."""
+        raise UserError("tasks of perplexity (loglikelihood_rolling) have no question to think about; choose others")
+
+
+def cut(text: str, ends: str | list[str]) -> str:
+    """A text up to the first of some strings."""
+    for end in [ends] if isinstance(ends, str) else ends:
+        text = text.split(end)[0] if end else text
+    return text
+
+
+if __name__ == "__main__":
+    try:
+        cli_evaluate()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
