@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import html
 import json
 import os
 from collections.abc import Callable
@@ -58,6 +59,16 @@ class MetricLogger:
         elif self.backend is not None:
             self.tell(lambda: self.backend.log(metrics, step=step))
 
+    def show(self, name: str, rows: list[dict], step: int) -> None:
+        """Shows texts, the same keys in each line: a table of wandb, or the text of one in tensorboard."""
+        if self.backend is None:
+            return
+        columns, lines = list(rows[0]), [list(map(str, row.values())) for row in rows]
+        if hasattr(self.backend, "add_text"):
+            self.tell(lambda: self.backend.add_text(name, markdown([columns, ["---"] * len(columns), *lines]), step))
+        else:
+            self.tell(lambda: self.backend.log({name: table(columns, lines)}, step=step))
+
     def tell(self, function: Callable) -> None:
         """Calls a function of the backend; the run goes on without one that fails."""
         try:
@@ -88,6 +99,19 @@ class MetricLogger:
             self.tell(self.backend.close)
         elif self.backend is not None:
             self.tell(self.backend.finish)
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """A table in Markdown whose cells are shown as they are."""
+    escaped = [[html.escape(cell).replace("|", "&#124;").replace("\n", "<br>") for cell in line] for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in escaped)
+
+
+def table(columns: list[str], lines: list[list[str]]):
+    """A wandb table."""
+    import wandb  # slow to import, and not needed by other loggers
+
+    return wandb.Table(columns=columns, data=lines)
 
 
 def lock(file, directory: Path) -> None:

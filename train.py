@@ -30,6 +30,8 @@ from metrics import MetricLogger
 from parallel import check_shared, choose, clear_gradients, distribute, gradient_sync, is_sharded, reshard
 from utils import Interrupted, make_private, saving, write_text
 
+SHOWN = 8  # training sequences and predictions that wandb or tensorboard show as texts
+
 
 class NotFiniteError(Exception):
     """The loss or the gradient is not a finite number."""
@@ -154,7 +156,9 @@ class Trainer:
         """Sets the stage of the next step, with a fresh optimizer where reset_optimizer asks for one."""
         config, state = self.run.config, self.state
         stage = stage_within(self.run, epoch, state.examples)
-        switched, state.stage = state.stage not in (-1, stage), stage
+        switched, entered, state.stage = state.stage not in (-1, stage), state.stage != stage, stage
+        if entered and self.log.backend:
+            self.log.show("train/sequences", first_sequences(self.run, stage, epoch), state.step)
         if (config.reset_optimizer is True and switched) or (
             config.reset_optimizer == "every_epoch" and state.examples == 0
         ):
@@ -241,6 +245,7 @@ class Trainer:
         run, config, state = self.run, self.run.config, self.state
         state.epoch, state.examples = epoch + 1, 0
         self.log.write({"eval/epoch": state.epoch, "eval/stage": state.stage, **evaluation.metrics()}, state.step)
+        self.log.show("eval/predictions", evaluation.predictions[:SHOWN], state.step)
         # Early stages still write steps and score higher, so the best starts afresh at every stage.
         improved = state.stage != state.best_stage or evaluation.accuracy > state.best_accuracy
         if improved:
@@ -313,6 +318,17 @@ def largest_batches(run: Run) -> list[dict[str, int]]:
     lengths, config = Lengths(run.train_examples), run.config
     stages = {stage_of(epoch, config) for epoch in range(run.config.num_epochs)}
     return [{"rows": config.batch_size_training, **lengths.most(stage, config)} for stage in sorted(stages)]
+
+
+def first_sequences(run: Run, stage: int, epoch: int) -> list[dict]:
+    """The first training sequences of a stage as texts: whole, and what is supervised of them."""
+    sequences = run.sequences(get_cot_latent_dataset, stage, run.train_examples, epoch=epoch)
+    items, decode = sequences.__getitems__(range(min(SHOWN, len(sequences)))), run.pretrained.tokenizer.decode
+    supervised = [[label for label in item["labels"] if label != -100] for item in items]
+    return [
+        {"stage": stage, "sequence": decode(item["input_ids"]), "supervised": decode(labels)}
+        for item, labels in zip(items, supervised, strict=True)
+    ]
 
 
 def stage_within(run: Run, epoch: int, done: int) -> int:

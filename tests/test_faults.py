@@ -581,7 +581,7 @@ def test_clocks_that_differ_change_nothing(setting, name):
 def test_a_wandb_that_fails_leaves_the_run_alone(setting, name, fails, monkeypatch, capsys):
     """In wandb's place is one of which a function fails: at the start, in the middle, at the end of a run."""
     wandb = ModuleType("wandb")
-    wandb.__spec__ = ModuleSpec("wandb", None)
+    wandb.__spec__, wandb.Table = ModuleSpec("wandb", None), dict
     calls = Counter()
 
     def call(function, *_, **__):
@@ -595,5 +595,5 @@ def test_a_wandb_that_fails_leaves_the_run_alone(setting, name, fails, monkeypat
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     assert run.main(setting.words(name, logger="wandb")) == 0
     assert "warning: wandb failed (the network is down); the run goes on" in capsys.readouterr().out
-    assert calls["log"] == {"login": 0, "init": 0, "log": 6, "finish": 20}[fails]
+    assert calls["log"] == {"login": 0, "init": 0, "log": 6, "finish": 26}[fails]
     assert_same(setting.directory / name, setting.reference())

@@ -6,12 +6,14 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
 from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import kept
 import run
@@ -433,6 +435,31 @@ def test_other_changes_are_taken_over(world):
     assert "num_epochs: 2" in (directory / "config.yaml").read_text()
     assert "max_new_tokens: 3" in (directory / "config.yaml").read_text()
     assert list((directory / "tensorboard").glob("events*"))
+
+
+def test_loggers_show_the_sequences_of_each_stage_and_predictions(world, whole, monkeypatch):
+    values = {"model_id": world / "dropout", "num_epochs": 3}
+    directory = start(world, name="shown", logger="tensorboard", **values)
+    events = EventAccumulator(str(directory / "tensorboard")).Reload()
+    sequences = events.Tensors("train/sequences/text_summary")
+    assert [event.step for event in sequences] == [0, 2 * STEPS]
+    first, second = (event.tensor_proto.string_val[0].decode() for event in sequences)
+    assert first.startswith("| stage | sequence | supervised |\n| --- | --- | --- |\n| 0 | ")
+    assert "latent&#124;&gt;" in first and "&lt;&#124;latent" not in first and len(first.splitlines()) == 2 + 8
+    assert second.count("&lt;&#124;latent&#124;&gt;") == 8
+    assert len(events.Tensors("eval/predictions/text_summary")) == 3
+    shown = []
+    wandb = SimpleNamespace(__spec__=ModuleSpec("wandb", None), login=lambda **_: True, finish=lambda: None)
+    wandb.Table = lambda columns, data: (columns, data)
+    wandb.init, wandb.log = lambda **_: wandb, lambda metrics, step: shown.append((step, metrics))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    start(world, name="shown_to_wandb", logger="wandb", **values)
+    tables = [(step, *metrics["train/sequences"]) for step, metrics in shown if "train/sequences" in metrics]
+    assert [(step, columns, len(rows)) for step, columns, rows in tables] == [
+        (step, ["stage", "sequence", "supervised"], 8) for step in (0, 2 * STEPS)
+    ]
+    assert tables[1][2][0][1].count("<|latent|>") == 1 and tables[1][2][0][1].endswith(tables[1][2][0][2])
+    assert sum("eval/predictions" in metrics for _, metrics in shown) == 3
 
 
 def test_a_checkpoint_of_an_earlier_version_continues_bit_for_bit(world, whole):
