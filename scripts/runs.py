@@ -39,10 +39,10 @@ class Finished:
 
 def read_run(directory: Path) -> Finished:
     """Reads a run's config.yaml and metrics.jsonl. Raises UserError where they are missing, damaged or too short."""
-    text = read_file(directory / "config.yaml")
+    text, metrics = (read_file(directory / name) for name in ("config.yaml", "metrics.jsonl"))
     try:
         config = Config(yaml.safe_load(text)).resolved()
-        whole, _, _ = read_file(directory / "metrics.jsonl").rpartition("\n")  # a running one has begun another line
+        whole, _, _ = metrics.rpartition("\n")  # a running one has begun another line
         lines = [json.loads(line) for line in whole.splitlines()]
         validations = {line["eval/epoch"]: line for line in lines if "eval/epoch" in line}
         curves = {name: {epoch: line[key] for epoch, line in validations.items()} for name, key in CURVES.items()}
@@ -84,7 +84,7 @@ def differences(one: Finished, other: Finished) -> dict[str, tuple]:
     pairs = {key: (shown(key, one.config[key]), shown(key, other.config[key])) for key in keys}
     common = one.steps.keys() & other.steps.keys()
     if all(one.steps[epoch] == other.steps[epoch] for epoch in common):
-        for key in ("batch_size_training", "gradient_accumulation_steps"):
+        for key in ("batch_size_training", "gradient_accumulation_steps", "global_batch_size"):
             del pairs[key]
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 

@@ -7,10 +7,12 @@ from types import SimpleNamespace
 
 import ask
 import convert
+import hub
 import lm_eval_coconut
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
@@ -421,3 +423,74 @@ def test_the_harness_is_refused_what_thoughts_have_no_part_in(place):
         model.generate_until(asked_by_the_harness((PROMPTS[0], {"do_sample": True})))
     with pytest.raises(UserError, match="perplexity"):
         model.loglikelihood_rolling(asked_by_the_harness(("text",)))
+
+
+# --- scripts/hub.py ---------------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_writes_a_model_that_thinks_and_its_card(place, tmp_path, capsys):
+    checkpoint, folder = place / "gpt2" / "best", tmp_path / "dry"
+    assert hub.main(["push", str(checkpoint), "owner/name", "--license", "mit", "--dry-run", str(folder)]) == 0
+    written = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert written >= {"model.safetensors", "coconut.json", "custom_generate/generate.py", "README.md", "curves.svg"}
+    assert not written & {"training_state.pt", "optimizer.safetensors", "manifest.json"}
+    assert all(name in capsys.readouterr().out for name in ["owner/name"])
+    lm, _, batch = opened(checkpoint)
+    assert torch.equal(opened(folder)[0].generate(**batch), lm.generate(**batch))
+    card = ModelCard.load(folder / "README.md")
+    assert (card.data.license, card.data.library_name) == ("mit", "transformers") and "coconut" in card.data.tags
+    validated = [line for line in map(json.loads, (place / "gpt2" / "metrics.jsonl").open()) if "eval/epoch" in line]
+    for line in validated:
+        row = f"| {line['eval/epoch']} | {line['eval/stage']} | {line['eval/acc']:.1%} | {line['eval/loss']:.4f} |"
+        assert row in card.text
+    assert (
+        "    max_latent_stage: 2\n" in card.text
+        and 'from_pretrained("owner/name", trust_remote_code=True)' in card.text
+    )
+    assert str(place) not in card.text  # where it lay on this machine concerns nobody
+    assert hub.main(["push", str(checkpoint), "owner/name", "--dry-run", str(folder)]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_a_card_shows_what_a_config_holds_as_text(place, tmp_path):
+    shutil.copytree(place / "gpt2", tmp_path / "run", symlinks=True)
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    config |= {"val_path": "<img src=x onerror=alert(1)>", "new_token_init": "x\n```\n# <script>alert(1)</script>"}
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
+    words = ["owner/name", "--license", "<b>mine</b>", "--dry-run", str(tmp_path / "dry")]
+    assert hub.main(["push", str(tmp_path / "run" / "best"), *words]) == 0
+    text = ModelCard.load(tmp_path / "dry" / "README.md").text
+    shown = [line for line in text.splitlines() if not line.startswith("    ")]
+    assert not any(tag in line for line in shown for tag in ("<img", "<script", "<b>", "```"))
+    assert "    new_token_init: " in text
+
+
+def test_an_upload_takes_the_folder_and_tells_what_fails(place, monkeypatch, capsys):
+    sent = []
+
+    class Api:
+        def create_repo(self, repository, private, exist_ok):
+            sent.append((repository, private, exist_ok))
+
+        def upload_folder(self, folder_path, repo_id):
+            sent.append({path.name for path in folder_path.iterdir()})
+            return "https://example.org/owner/name"
+
+    words = ["push", str(place / "gpt2" / "best"), "owner/name", "--private"]
+    monkeypatch.setattr(hub, "HfApi", Api)
+    assert hub.main(words) == 0
+    assert sent[0] == ("owner/name", True, True) and {"model.safetensors", "README.md"} <= sent[1]
+    assert "https://example.org/owner/name" in capsys.readouterr().out
+
+    def refuse(*_, **__):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(Api, "create_repo", refuse)
+    assert hub.main(words) == 2
+    assert "owner/name: nothing or not all was uploaded: no network" in capsys.readouterr().err
+    for other, named in (
+        ([str(place / "gpt2_model"), "owner/name"], "metrics.jsonl: cannot be read"),
+        ([words[1], "a/b/c"], "a/b/c"),
+    ):
+        assert hub.main(["push", *other]) == 2
+        assert named in capsys.readouterr().err
