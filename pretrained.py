@@ -272,8 +272,8 @@ def check_description(description) -> None:
     for key, kind in {"token_ids": dict, "stage": int, "improved": bool}.items():
         if key in description and type(description[key]) is not kind:
             raise ValueError(f"{key} must be a {kind.__name__}, not {shown(description[key])}")
-    if description.get("stage", 0) < 0:
-        raise ValueError(f"stage must be at least 0, not {description['stage']}")
+    if description.get("stage", 0) < -1:  # -1: saved before the first step
+        raise ValueError(f"stage must be at least -1, not {description['stage']}")
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase, method: str) -> None:

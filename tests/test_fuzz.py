@@ -87,7 +87,7 @@ def test_a_data_file_of_great_depth_or_long_numbers_is_refused(tmp_path, text):
 
 
 @pytest.mark.parametrize(
-    "text", ["[" * 100_000, MANY, "[]", '{"token_ids": 1}', '{"stage": "1"}', '{"stage": -1}', '{"improved": 1}', "\0"]
+    "text", ["[" * 100_000, MANY, "[]", '{"token_ids": 1}', '{"stage": "1"}', '{"stage": -2}', '{"improved": 1}', "\0"]
 )
 def test_a_description_that_is_none_is_refused(tmp_path, text):
     (tmp_path / "coconut.json").write_text(text)
