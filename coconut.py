@@ -94,6 +94,9 @@ class Coconut(nn.Module):
         except OSError as error:
             remedy = "build Coconut(model, ...) with the ids of its markers"
             raise ValueError(f"{folder} has no {DESCRIPTION}, so it is no checkpoint of ours; {remedy}") from error
+        if "eos_token_id" not in description:
+            remedy = "build Coconut(model, ...) yourself, or train on with run.py, which saves it anew"
+            raise ValueError(f"{folder}: {DESCRIPTION} was written by an earlier version; {remedy}")
         ids = (description["token_ids"].get(token, -1) for token in (LATENT, START, END))
         model = cls(lm, *ids, description["eos_token_id"])
         model.description = description

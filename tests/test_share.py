@@ -151,6 +151,11 @@ def test_coconut_opens_what_it_saves(place, tmp_path):
     for name, value in model.state_dict().items():
         assert torch.equal(value, again.state_dict()[name])
     assert ours(tmp_path / "saved") == ours(folder)
+    description = {"token_ids": {}, "stage": 0}
+    shutil.copytree(place / "gpt2" / "best", tmp_path / "earlier")
+    write_json(tmp_path / "earlier" / "coconut.json", description)
+    with pytest.raises(ValueError, match="earlier version"):
+        Coconut.from_pretrained(tmp_path / "earlier")
     with pytest.raises(ValueError, match="holds a model already"):
         again.save_pretrained(tmp_path / "saved")
 
