@@ -511,7 +511,7 @@ STEP_KEYS = ["batch_size_training", "gradient_accumulation_steps", "gradient_che
 @pytest.mark.parametrize(
     ("fault", "ranks", "keys"),
     [
-        (Fault("oom", "step", 6, rank=1), 2, STEP_KEYS),
+        slow(Fault("oom", "step", 6, rank=1), 2, STEP_KEYS),
         slow(Fault("oom", "optimizer", 6), 1, STEP_KEYS),
         (Fault("oom", "validation", 8), 1, ["batch_size_eval", "max_new_tokens"]),
         slow(Fault("oom", "validation", 4, rank=1), 2, ["batch_size_eval", "max_new_tokens"]),
@@ -530,7 +530,8 @@ def test_a_full_gpu_names_the_keys_to_lower_and_harms_no_checkpoint(setting, nam
     assert_same(run, setting.reference(ranks))
 
 
-@pytest.mark.parametrize("parallel", ["ddp", slow("fsdp")])
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_a_process_that_hangs_is_told_of_by_all(setting, name, parallel):
     outcome = setting.run(name, 2, Fault("hang", "step", 6, rank=1, limit=6), parallel=parallel)
     assert outcome.codes == [6, 6], outcome.output
