@@ -329,16 +329,32 @@ def two_nodes(launcher: list[str], programs: list[list[str]], **variables: str) 
 SHAPE = {"batch_size_training": 4, "gradient_accumulation_steps": 2, "parallel": "fsdp"}
 
 
+WATCHED = """
+import os, runpy, sys
+_, root, folder, *words = sys.argv
+
+def tell(event, arguments):
+    changes = event in ("os.mkdir", "os.rename", "os.remove", "os.symlink")
+    changes |= event == "open" and bool(arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+    if changes and str(arguments[0]).startswith(folder):
+        os.write(1, f"wrote {arguments[0]}\\n".encode())
+
+sys.addaudithook(tell)
+sys.path.insert(0, root)
+sys.argv = ["run.py", *words]
+runpy.run_path(f"{root}/run.py", run_name="__main__")
+"""
+
+
 @slow
 @pytest.mark.timeout(240)
 def test_two_nodes_train_together_and_one_process_writes(setting, single):
-    """What the second node wrote would go to a directory of its own."""
     launcher = ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
-    paths = [str(setting.directory / f"node-{node}") for node in (0, 1)]
-    programs = [[str(ROOT / "run.py"), *setting.words("nodes", save_path=path, **SHAPE)] for path in paths]
-    outputs = two_nodes(launcher, programs)
-    assert_close(setting.directory / "node-0" / "nodes", single)
-    assert not (setting.directory / "node-1").exists()
+    (setting.directory / "watched.py").write_text(WATCHED)
+    words = [str(setting.directory / "watched.py"), str(ROOT), str(setting.directory), *setting.words("nodes", **SHAPE)]
+    outputs = two_nodes(launcher, [words, words])
+    assert_close(setting.directory / "nodes", single)
+    assert "wrote" in outputs[0] and "wrote" not in outputs[1]
     assert "saved" in outputs[0] and "saved" not in outputs[1]
 
 
