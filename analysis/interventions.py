@@ -166,7 +166,8 @@ def influence(subject: Subject, thoughts: Tensor) -> Figure:
     KL divergence from the untouched to the changed model, in nats: of what later thoughts project to, and of each token
     that the untouched model writes, on average.
     """
-    said = [subject.tokenize(own["generated"]) for own in write_answers(subject, "influence")]
+    eos = subject.model.eos_token_id
+    said = [[*subject.tokenize(own["generated"]), eos] for own in write_answers(subject, "influence")]
     items = [extended(prompt, ids) for prompt, ids in zip(subject.prompts(), said, strict=True)]
     noise = replacements(subject, thoughts)["noise of their norm"].values
     sums = torch.zeros(subject.thoughts, subject.thoughts + 1)  # (replaced thought, later thought or answer)

@@ -46,7 +46,9 @@ def study(
     drawn. Writes CHECKPOINT/../analysis_CHECKPOINT, prints a summary, and returns the folder. Raises UserError for a
     question that makes no sense, and where the folder exists.
     """
-    folder = unused_folder(checkpoint)
+    folder = folder_of(checkpoint)
+    if folder.exists():
+        raise UserError(f"{folder} holds an analysis already; move it or remove it")
     started, problems = time.time(), load_problems(data, limit)
     if not 0 <= chosen < len(problems):
         raise UserError(f"--problem {chosen}: {data} gives problems 0 to {len(problems) - 1} here")
@@ -68,13 +70,10 @@ def study(
     return folder
 
 
-def unused_folder(checkpoint: str) -> Path:
-    """Where the analysis of a checkpoint goes. Raises UserError where there is one."""
+def folder_of(checkpoint: str) -> Path:
+    """Where the analysis of a checkpoint goes."""
     place = Path(checkpoint).resolve()
-    folder = place.parent / f"analysis_{place.name}"
-    if folder.exists():
-        raise UserError(f"{folder} holds an analysis already; move it or remove it")
-    return folder
+    return place.parent / f"analysis_{place.name}"
 
 
 def load_problems(data: str, limit: int) -> list[dict]:

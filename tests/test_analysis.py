@@ -232,6 +232,15 @@ def test_the_whole_report_of_a_model_with_others_beside_it(place, capsys):
     assert "holds an analysis already" in capsys.readouterr().err
 
 
+def test_a_run_analyzes_its_best_checkpoint_once(place):
+    values = {"name": "looked_into", "method": "pause_as_thought", "model_id": str(place / "pause_model")}
+    command = [str(place / "config.yaml"), *words(values | {"c_thought": 1, "analyze": True})]
+    assert run.main(command) == 0
+    report = place / "looked_into" / "analysis_checkpoint_4" / "report.html"
+    before = report.stat().st_mtime_ns
+    assert run.main(command) == 0 and report.stat().st_mtime_ns == before
+
+
 def test_questions_that_make_no_sense_are_refused_or_left_out(place, capsys):
     cot, pause = (str(place / name / "best") for name in ("cot", "pause"))
     assert analyze.main([cot, "--questions", "lens"]) == 2
