@@ -20,6 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import transformers  # noqa: E402
+
 from config import UserError, read_yaml  # noqa: E402
 
 
@@ -49,6 +51,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=positive, default=64, help="problems at once (64)")
     parser.add_argument("--problem", type=int, default=0, help="the one that is drawn (0)")
     arguments = parser.parse_args(words)
+    transformers.logging.disable_progress_bar()  # only the analysis' own bars
     try:
         try:
             from analysis.study import QUESTIONS, study
