@@ -16,10 +16,9 @@ from torch.nn import functional as F
 from analysis.findings import Findings
 from analysis.report import Figure
 from analysis.statistics import compare
-from analysis.thoughts import Subject, extended, read_thoughts, think, write_answers
+from analysis.thoughts import SEED, Subject, extended, noise, read_thoughts, think, write_answers
 from evaluate import normalize
 
-SEED = 0
 UNTOUCHED = "untouched"
 AS_MANY, OTHER = "another problem's, as many steps", "another problem's, other steps"
 
@@ -70,14 +69,12 @@ def analyze(subject: Subject, beside: list[Subject]) -> Findings:
 def replacements(subject: Subject, thoughts: Tensor) -> dict[str, Replacement]:
     """What takes the place of thoughts (problems, thoughts, hidden), drawn with a seed of their own."""
     random = torch.Generator().manual_seed(SEED)
-    noise = torch.randn(thoughts.shape, generator=random)  # (problems, thoughts, hidden)
-    noise *= thoughts.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
     order = [derangement(subject.thoughts, random) for _ in thoughts]
     found = {
         "zero": Replacement(torch.zeros_like(thoughts)),
         "the mean": Replacement(thoughts.mean((0, 1)).expand_as(thoughts)),
         "the mean of their place": Replacement(thoughts.mean(0).expand_as(thoughts)),
-        "noise of their norm": Replacement(noise),
+        "noise of their norm": Replacement(noise(thoughts)),
         "in another order": Replacement(
             torch.stack([own[places] for own, places in zip(thoughts, order, strict=True)])
         ),
@@ -169,13 +166,13 @@ def influence(subject: Subject, thoughts: Tensor) -> Figure:
     eos = subject.model.eos_token_id
     said = [[*subject.tokenize(own["generated"]), eos] for own in write_answers(subject, "influence")]
     items = [extended(prompt, ids) for prompt, ids in zip(subject.prompts(), said, strict=True)]
-    noise = replacements(subject, thoughts)["noise of their norm"].values
+    changed = noise(thoughts)  # (problems, thoughts, hidden)
     sums = torch.zeros(subject.thoughts, subject.thoughts + 1)  # (replaced thought, later thought or answer)
     for part, batch in subject.batches(items, "influence"):
         before = projections(subject, batch, [len(said[index]) for index in part])
         for place in range(subject.thoughts):
             forced = [other == place for other in range(subject.thoughts)]
-            after = projections(subject, batch, [len(said[index]) for index in part], noise[part], forced)
+            after = projections(subject, batch, [len(said[index]) for index in part], changed[part], forced)
             for later in range(place + 1, subject.thoughts):
                 sums[place, later] += divergence(before[0][:, later], after[0][:, later]).sum().item()
             sums[place, -1] += sum(divergence(a, b).mean().item() for a, b in zip(before[1], after[1], strict=True))

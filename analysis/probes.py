@@ -17,9 +17,9 @@ from analysis.findings import Findings
 from analysis.graphs import Graph, find_form
 from analysis.report import COLOURS, Figure
 from analysis.statistics import wilson
-from analysis.thoughts import Subject, think
+from analysis.thoughts import SEED, Subject, think
 
-FOLDS, RIDGE, SEED = 5, 1.0, 0
+FOLDS, RIDGE = 5, 1.0
 
 
 def analyze(subject: Subject) -> Findings:

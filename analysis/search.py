@@ -14,32 +14,43 @@ from matplotlib.figure import Figure as Canvas
 from analysis.findings import Findings
 from analysis.graphs import Form, Graph, find_form
 from analysis.report import COLOURS, Figure
-from analysis.thoughts import Subject, extended, log_probabilities
+from analysis.statistics import compare
+from analysis.thoughts import Subject, extended, log_probabilities, noise, read_thoughts
 
 PERCENTILES = range(0, 101, 5)
 HEIGHTS = {"longest": True, "shortest": False}  # the paper's caption says the one, its text the other
 
 
-def analyze(subject: Subject, chosen: int) -> Findings:
-    """Values at every level that the thoughts reach; the first and the second over all problems that have them."""
+def analyze(subject: Subject, beside: list[Subject], chosen: int) -> Findings:
+    """Values at every level that the thoughts reach; the first and the second over all problems that have them.
+
+    Controls: noise in place of the thoughts, and the models beside it that have thoughts or pauses.
+    """
     forms = [find_form(problem) for problem in subject.problems]
     graphs = [form.graph(problem) for form, problem in zip(forms, subject.problems, strict=True)]
     lead = forms[0].lead
     levels = range(1, subject.thoughts // subject.per_stage + lead + 1)
     found = {level: values(subject, forms, graphs, level, level - lead) for level in levels}
+    first_two = {level: found[level] for level in levels if level <= 2}
+    compared = {level: {subject.name: own} for level, own in first_two.items()}
+    for level in first_two:
+        if subject.thinks and level > lead:
+            compared[level]["noise of the thoughts' norm"] = values(subject, forms, graphs, level, level - lead, noise)
+        for other in (other for other in beside if other.has_placeholders):
+            compared[level][other.name] = values(other, forms, graphs, level, level - lead)
     figures = [tree(graphs[chosen], {level: found[level][chosen] for level in levels}, chosen)]
-    first_two = [level for level in (1, 2) if level in found]
-    figures.append(heights(graphs, {level: found[level] for level in first_two}))
-    figures.append(parallelism({level: found[level] for level in first_two}))
+    figures += [heights(graphs, first_two), parallelism(first_two), controls(graphs, compared)]
     problems = {
         index: {"search": {level: found[level][index] for level in levels}} for index in range(len(subject.problems))
     }
-    return Findings(figures, problems, [summary(graphs, level, found[level]) for level in first_two])
+    return Findings(figures, problems, [summary(row) for row in figures[-1].rows])
 
 
-def values(subject: Subject, forms: list[Form], graphs: list[Graph], level: int, steps: int) -> list[dict[str, float]]:
+def values(
+    subject: Subject, forms: list[Form], graphs: list[Graph], level: int, steps: int, replaced=None
+) -> list[dict[str, float]]:
     """For every problem the value of each concept that `level` edges lead to from the root, after `steps` steps of
-    thoughts."""
+    thoughts; replaced: a function of these thoughts (problems, thoughts, hidden) that makes what takes their place."""
     at = subject.with_thoughts(steps * subject.per_stage)
     items, scored, places = [], [], []
     for index, (prompt, form, graph) in enumerate(zip(at.prompts(), forms, graphs, strict=True)):
@@ -49,20 +60,44 @@ def values(subject: Subject, forms: list[Form], graphs: list[Graph], level: int,
             items.append(extended(prompt, opening + tokens))
             scored.append(len(tokens))
             places.append((index, node))
+    given = replaced(read_thoughts(at))[[index for index, _ in places]] if replaced else None
     found = [{} for _ in graphs]
-    for (index, node), score in zip(places, log_probabilities(at, items, scored, f"level {level}"), strict=True):
+    scores = log_probabilities(at, items, scored, f"level {level}", given)
+    for (index, node), score in zip(places, scores, strict=True):
         found[index][node] = math.exp(score)
     return found
 
 
-def summary(graphs: list[Graph], level: int, found: list[dict]) -> str:
-    """The mean value of concepts that lead to the target and of the others."""
-    groups = {True: [], False: []}  # by whether a concept leads to the target
-    for graph, own in zip(graphs, found, strict=True):
-        for node, value in own.items():
-            groups[graph.leads_to_target(node)].append(value)
-    right, wrong = (f"{mean(groups[leads]):.3f} (n = {len(groups[leads])})" for leads in (True, False))
-    return f"level {level}: mean value {right} of concepts that lead to the target, {wrong} of others"
+def controls(graphs: list[Graph], compared: dict[int, dict[str, list[dict]]]) -> Figure:
+    """Per level, for the model and its controls: mean values, and how often the best concept leads to the target."""
+    rows = []
+    for level, cells in compared.items():
+        best = {name: best_leads(graphs, found) for name, found in cells.items()}
+        for row in compare(best, next(iter(best))):
+            groups = {True: [], False: []}  # by whether a concept leads to the target
+            for graph, own in zip(graphs, cells[row["cell"]], strict=True):
+                for node, value in own.items():
+                    groups[graph.leads_to_target(node)].append(value)
+            means = {"mean value, leads to target": mean(groups[True]), "mean value, does not": mean(groups[False])}
+            rows.append({"level": level} | row | {"concepts": sum(map(len, groups.values()))} | means)
+    words = (
+        "Rate: how often the concept of the highest value leads to the target, of n problems, against the model "
+        "itself; a concept that a level offers alone counts. The means are over all concepts of the level."
+    )
+    return Figure("search_controls", "Search, beside controls", words, rows)
+
+
+def best_leads(graphs: list[Graph], found: list[dict]) -> dict[int, bool]:
+    """Whether the concept of the highest value leads to the target, for each problem that has concepts."""
+    best = {index: max(own, key=own.get) for index, own in enumerate(found) if own}
+    return {index: graphs[index].leads_to_target(node) for index, node in best.items()}
+
+
+def summary(row: dict) -> str:
+    """A line of `controls` for the terminal."""
+    right, wrong = row["mean value, leads to target"], row["mean value, does not"]
+    words = f"the best concept leads to the target in {row['rate']:.1%}; mean value {right:.3f}, of others {wrong:.3f}"
+    return f"level {row['level']}, {row['cell']}: {words}"
 
 
 def mean(numbers: list[float]) -> float:

@@ -23,7 +23,7 @@ from utils import make_private
 
 QUESTIONS = {
     "k_sweep": lambda subject, beside, chosen: k_sweep.analyze(subject, beside),
-    "search": lambda subject, beside, chosen: search.analyze(subject, chosen),
+    "search": lambda subject, beside, chosen: search.analyze(subject, beside, chosen),
     "lens": lambda subject, beside, chosen: lens.analyze(subject, chosen),
     "interventions": lambda subject, beside, chosen: interventions.analyze(subject, beside),
     "probes": lambda subject, beside, chosen: probes.analyze(subject),

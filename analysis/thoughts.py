@@ -17,6 +17,8 @@ from dataset import MyCollator
 from evaluate import predict, until_eos
 from opened import Opened, open_checkpoint
 
+SEED = 0  # of all that is drawn
+
 
 class Replaceable(Coconut):
     """Coconut that can be given thoughts from outside: those that are forced, of (batch, thoughts, hidden) values.
@@ -133,6 +135,12 @@ def read_thoughts(subject: Subject, values: Tensor | None = None, forced: Sequen
     return found
 
 
+def noise(thoughts: Tensor) -> Tensor:
+    """Random directions of the norms of thoughts (problems, thoughts, hidden), the same ones for the same shape."""
+    drawn = torch.randn(thoughts.shape, generator=torch.Generator().manual_seed(SEED))  # (problems, thoughts, hidden)
+    return drawn * thoughts.norm(dim=-1, keepdim=True) / drawn.norm(dim=-1, keepdim=True)
+
+
 def write_answers(
     subject: Subject, title: str, values: Tensor | None = None, forced: Sequence[bool] = (), start: str = ""
 ) -> list[dict]:
@@ -160,14 +168,18 @@ def extended(item: dict, tokens: list[int]) -> dict:
     return item | {"input_ids": ids, "attention_mask": [1] * len(ids), "position_ids": list(range(len(ids)))}
 
 
-def log_probabilities(subject: Subject, items: list[dict], scored: list[int], title: str) -> list[float]:
+def log_probabilities(
+    subject: Subject, items: list[dict], scored: list[int], title: str, values: Tensor | None = None
+) -> list[float]:
     """For every sequence the log probability of its last tokens, as many as `scored` says of each.
 
-    A sequence is a prompt with tokens behind it; see `extended`.
+    A sequence is a prompt with tokens behind it; see `extended`. values: thoughts in place of its own, (sequences,
+    thoughts, hidden).
     """
     found = [0.0] * len(items)
     for part, batch in subject.batches(items, title):
-        hidden, _ = think(subject, batch)
+        given = (None, ()) if values is None else (values[part], [True] * subject.thoughts)
+        hidden, _ = think(subject, batch, *given)
         columns = torch.arange(batch["input_ids"].shape[1])  # (length,)
         last = (columns * batch["attention_mask"]).argmax(1)  # (batch,), the column of each row's last token
         counts = torch.tensor([scored[index] for index in part])  # (batch,)

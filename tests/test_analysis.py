@@ -17,6 +17,7 @@ from analysis.graphs import find_form
 from analysis.thoughts import (
     extended,
     log_probabilities,
+    noise,
     open_subject,
     read_thoughts,
     write_answers,
@@ -76,11 +77,11 @@ def plain_thoughts(subject, prompt, given):
 
 def test_thoughts_are_those_of_plain_passes_whatever_is_forced(subject):
     own = read_thoughts(subject)  # (problems, thoughts, hidden)
-    noise = torch.randn_like(own)
+    others = torch.randn_like(own)
     for forced in ([False] * 4, [False, True, False, True], [True] * 4):
-        found = read_thoughts(subject, noise, forced)
+        found = read_thoughts(subject, others, forced)
         for index, prompt in enumerate(subject.prompts()):
-            given = [noise[index, i] if is_forced else None for i, is_forced in enumerate(forced)]
+            given = [others[index, i] if is_forced else None for i, is_forced in enumerate(forced)]
             embeds, places = plain_thoughts(subject, prompt, given)
             torch.testing.assert_close(found[index], embeds[0, places], rtol=1e-4, atol=1e-4)
 
@@ -122,6 +123,9 @@ def test_the_values_of_a_level_are_raw_probabilities_of_its_concepts(subject):
     found = search.values(subject, forms, graphs, level=2, steps=1)
     for graph, own in zip(graphs, found, strict=True):
         assert own.keys() == set(graph.level(2)) and 0 < sum(own.values()) < 1
+    own_again = search.values(subject, forms, graphs, level=2, steps=1, replaced=lambda thoughts: thoughts)
+    assert all(one == pytest.approx(other, rel=1e-3, abs=1e-6) for one, other in zip(found, own_again, strict=True))
+    assert search.values(subject, forms, graphs, level=2, steps=1, replaced=noise) != found
 
 
 def test_attention_from_one_place_adds_up_to_one_and_facts_are_told_apart(subject):
