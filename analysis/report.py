@@ -148,7 +148,7 @@ def page(
     body = [
         f"<ul>{''.join(f'<li>{text(line)}</li>' for line in summary)}</ul>",
         f"<details><summary>What was analysed</summary>{pairs(facts)}</details>",
-        f"<nav><ul>{links}<li><a href="#problems">Problems</a></li></ul></nav>",
+        f'<nav><ul>{links}<li><a href="#problems">Problems</a></li></ul></nav>',
         *(section(figure, drawings.get(figure.name)) for figure in figures),
         problem_list(problems),
     ]
