@@ -65,7 +65,8 @@ def analyze(subject: Subject, beside: list[Subject]) -> Findings:
         }
         for index in range(len(subject.problems))
     }
-    summary = [f"{r['thoughts are']:>32}: accuracy {r['rate']:.1%}" for r in figures[0].rows if r["places"] in WHOLE]
+    rates = [f"{row['thoughts are']} {row['rate']:.1%}" for row in figures[0].rows if row["places"] in WHOLE]
+    summary = [f"accuracy where all thoughts are replaced, and of controls: {'; '.join(rates)}"]
     return Findings(figures, problems, summary + donor_notes(subject, options))
 
 

@@ -48,7 +48,10 @@ def analyze(subject: Subject, beside: list[Subject]) -> Findings:
         if model.has_placeholders and (last := sweep(model)[-1][0]) < 2 * model.opened.config.max_latent_stage:
             why = f"since the model takes {model.positions} positions"
             findings.summary.append(f"{model.name}: k ends at {last}, {why}")
-    findings.summary += [f"{r['cell']:>32}: accuracy {r['accuracy']:.1%}, {r['tokens']:.1f} tokens" for r in rows]
+    for model in [subject, *beside]:
+        own = (row for row in rows if row["model"] == model.name)
+        rates = [f"{row['accuracy']:.1%}" + ("" if row["k"] is None else f" at k = {row['k']}") for row in own]
+        findings.summary.append(f"{model.name}: accuracy {', '.join(rates)}")
     return findings
 
 

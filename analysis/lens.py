@@ -35,8 +35,9 @@ def analyze(subject: Subject, beside: list[Subject], chosen: int) -> Findings:
     for index, (values, ids) in enumerate(zip(probabilities.tolist(), tokens.tolist(), strict=True)):
         rows = [[[decode(id), p] for id, p in zip(i, v, strict=True)] for i, v in zip(ids, values, strict=True)]
         problems[index] = {"top_tokens": rows}
-    summary = [f"forced after {r['cell']}: accuracy {r['rate']:.1%}" for r in figures[-3].rows]
-    return Findings(figures, problems, summary, {"thoughts": thoughts})
+    rates = [f"{row['cell']} {row['rate']:.1%}" for row in figures[-3].rows]
+    line = f"accuracy of the answer forced after so many thoughts or pauses: {', '.join(rates)}"
+    return Findings(figures, problems, [line], {"thoughts": thoughts})
 
 
 def top_tokens(subject: Subject, thoughts: Tensor) -> tuple[Tensor, Tensor]:

@@ -93,7 +93,7 @@ def best_leads(graphs: list[Graph], found: list[dict]) -> dict[int, bool]:
 def summary(row: dict) -> str:
     """A line of `controls` for the terminal."""
     right, wrong = row["mean value, leads to target"], row["mean value, does not"]
-    words = f"the best concept leads to the target in {row['rate']:.1%}; mean value {right:.3f}, of others {wrong:.3f}"
+    words = f"the best concept leads to the target in {row['rate']:.1%}; mean value {right:.2g}, of others {wrong:.2g}"
     return f"level {row['level']}, {row['cell']}: {words}"
 
 
@@ -130,7 +130,7 @@ def draw_tree(canvas: Canvas, graph: Graph, levels: dict[int, dict]) -> None:
         for child in graph.children.get(node, ()):
             if (level + 1, child) in places:
                 axes.plot([x, places[level + 1, child][0]], [y, places[level + 1, child][1]], color="0.6", zorder=0)
-        value = f"\n{levels[level][node]:.2f}, h {graph.height(node, longest=True)}" if level else ""
+        value = f"\n{levels[level][node]:.2g}, h {graph.height(node, longest=True)}" if level else ""
         colour = COLOURS[5] if graph.leads_to_target(node) else "white"
         box = {"boxstyle": "round", "facecolor": colour, "edgecolor": "0.4"}
         axes.text(x, y, node + value, ha="center", va="center", bbox=box, color="black", fontsize=9)
