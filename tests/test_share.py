@@ -16,6 +16,7 @@ import yaml
 from huggingface_hub import ModelCard
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
+from runs import read_run
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 import run
@@ -287,7 +288,9 @@ def written_officially(path, lm, wrapped=True):
 
 
 def convert_official(place, file, folder, *words):
-    convert.main(["from-official", str(file), str(folder), "--model-id", str(place / "gpt2_model"), *words])
+    model = folder.with_name("architecture")  # without weights: the file has them
+    shutil.copytree(place / "gpt2_model", model, ignore=shutil.ignore_patterns("*.safetensors"))
+    convert.main(["from-official", str(file), str(folder), "--model-id", str(model), *words])
     return folder
 
 
@@ -477,6 +480,14 @@ def test_a_card_shows_what_a_config_holds_as_text(place, tmp_path):
     shown = [line for line in text.splitlines() if not line.startswith("    ")]
     assert not any(tag in line for line in shown for tag in ("<img", "<script", "<b>", "```"))
     assert "    new_token_init: " in text
+
+
+@pytest.mark.parametrize("from_scratch, base", [(False, "openai-community/gpt2"), (True, None)])
+def test_a_card_names_the_model_of_the_hub_that_was_trained(place, from_scratch, base):
+    run = read_run(place / "gpt2")
+    run.config.update({"model_id": "openai-community/gpt2", "from_scratch": from_scratch})
+    text = hub.card(run, {"epoch": 3, "stage": 2, "thoughts": 4}, "owner/name", None, curves=False)
+    assert ModelCard(text).data.base_model == base
 
 
 def test_an_upload_takes_the_folder_and_tells_what_fails(place, monkeypatch, capsys):
