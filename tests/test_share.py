@@ -2,7 +2,9 @@
 
 import io
 import json
+import runpy
 import shutil
+import sys
 from types import SimpleNamespace
 
 import ask
@@ -387,6 +389,14 @@ def test_a_conversion_overwrites_nothing(place, tmp_path, capsys):
 
 
 # --- scripts/lm_eval_coconut.py ---------------------------------------------------------------------------------------
+
+
+def test_a_missing_harness_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)  # as if it were not installed
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(REPOSITORY / "scripts" / "lm_eval_coconut.py"), run_name="__main__")
+    assert stopped.value.code == 2
+    assert "lm_eval.__main__ is not installed; pip install -r requirements-extra.txt" in capsys.readouterr().err
 
 
 def asked_by_the_harness(*requests) -> list[SimpleNamespace]:
