@@ -106,7 +106,7 @@ def analyze(config: Config) -> None:
     from analysis.study import folder_of, study  # needs an optional package
 
     best = str(Path(config.save_path, config.name, "best"))
-    if not folder_of(best).exists():
+    if not (folder_of(best) / "report.html").exists():
         study(best, config.val_path, batch_size=config.batch_size_eval or config.batch_size_training)
 
 

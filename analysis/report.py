@@ -89,8 +89,8 @@ def write(
     files |= {"problems.jsonl": lines, "report.html": page(title, facts, summary, figures, drawings, problems)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, text in files.items():
-            write_text(folder / name, text)
+        for name, content in files.items():
+            write_text(folder / name, content)
     except OSError as error:
         raise UserError(f"{error.filename or folder}: the report cannot be written: {error.strerror}") from error
 
@@ -148,7 +148,7 @@ def page(
     body = [
         f"<ul>{''.join(f'<li>{text(line)}</li>' for line in summary)}</ul>",
         f"<details><summary>What was analysed</summary>{pairs(facts)}</details>",
-        f"<nav><ul>{links}</ul></nav>",
+        f'<nav><ul>{links}<li><a href="#problems">Problems</a></li></ul></nav>',
         *(section(figure, drawings.get(figure.name)) for figure in figures),
         problem_list(problems),
     ]

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from analysis import interventions, k_sweep, lens, operands, probes, search
 from analysis.findings import Findings
 from analysis.graphs import find_form
-from analysis.report import write
+from analysis.report import refuse_existing, write
 from analysis.thoughts import Subject, open_subject
 from config import UserError
 from problems import read_problems, read_source
@@ -47,8 +47,7 @@ def study(
     question that makes no sense, and where the folder exists.
     """
     folder = folder_of(checkpoint)
-    if folder.exists():
-        raise UserError(f"{folder} holds an analysis already; move it or remove it")
+    refuse_existing(folder)
     started, problems = time.time(), load_problems(data, limit)
     if not 0 <= chosen < len(problems):
         raise UserError(f"--problem {chosen}: {data} gives problems 0 to {len(problems) - 1} here")
@@ -123,10 +122,10 @@ def save(folder: Path, title: str, facts: dict, found: list[Findings], problems:
         for part in found:
             line |= part.problems.get(index, {})
         lines.append(line)
-    make_private(folder.parent)
-    write(folder, title, facts, summary, [figure for part in found for figure in part.figures], lines)
+    make_private(folder)
     for name, tensor in {name: tensor for part in found for name, tensor in part.tensors.items()}.items():
         save_file({name: tensor.contiguous()}, folder / f"{name}.safetensors")
+    write(folder, title, facts, summary, [figure for part in found for figure in part.figures], lines)
     print("\n".join(summary))
     print(f"report: {folder / 'report.html'}")
 

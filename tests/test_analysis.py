@@ -233,7 +233,7 @@ def test_the_whole_report_of_a_model_with_others_beside_it(place, capsys):
     lines = [json.loads(line) for line in (folder / "problems.jsonl").read_text().splitlines()]
     assert len(lines) == 4 and {"k_sweep", "search", "top_tokens", "interventions"} <= lines[0].keys()
     assert analyze.main([str(best)]) == 2  # it is not written over
-    assert "holds an analysis already" in capsys.readouterr().err
+    assert "holds a report already" in capsys.readouterr().err
 
 
 def test_a_run_analyzes_its_best_checkpoint_once(place):
