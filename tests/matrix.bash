@@ -5,8 +5,8 @@
 #   bash tests/matrix.bash            all of them: minutes each, and 2 GB of disk for one at a time
 #   bash tests/matrix.bash --short    transformers 4 alone, on top of .venv's other packages
 #
-# torch is taken as its CPU build, which the index of PyTorch has (name it in PIP_EXTRA_INDEX_URL). What no index that
-# pip knows has for this machine is named as "not installable here".
+# torch is taken as its CPU build, which the index of PyTorch has (name it in PIP_EXTRA_INDEX_URL). A build that no index
+# that pip knows has for this machine is named as "not installable here".
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export OMP_NUM_THREADS=1 PIP_DISABLE_PIP_VERSION_CHECK=1
@@ -50,10 +50,12 @@ combination() {  # Python, torch, transformers
     python=$(interpreter "$1") || { table+=("$name: no Python $1 on this machine"); return; }
     requirements "$2" "$3" > "$place/requirements.txt"
     "$python" -m venv --clear "$place/venv"
-    if "$place/venv/bin/python" -m pip install --quiet -r "$place/requirements.txt"; then
-        check "$name" "$place/venv/bin/python" "${tests[@]}"
-    else
+    if ! "$place/venv/bin/python" -m pip install --quiet "torch==$2+cpu"; then
         table+=("$name: not installable here")
+    elif ! "$place/venv/bin/python" -m pip install --quiet -r "$place/requirements.txt"; then
+        table+=("$name: FAILED to install")
+    else
+        check "$name" "$place/venv/bin/python" "${tests[@]}"
     fi
 }
 
