@@ -34,6 +34,7 @@ def generate(inputs=None, *args, model, input_ids=None, attention_mask=None, tho
     embeds = model.get_input_embeddings()(input_ids)  # (batch, length + len(middle), hidden)
     if "<|latent|>" in ids:
         think(model, embeds, attention_mask, thoughts)
+    options.pop("token_type_ids", None)  # of tokenizers of transformers 4; training has none
     options.pop("custom_generate", None)  # where it names this file to a model that has it already
     return type(model).generate(model, input_ids, *args, inputs_embeds=embeds, attention_mask=attention_mask, **options)
 

@@ -44,7 +44,9 @@ LOADING = """\
 def card(run: Finished, description: dict, repository: str, license: str | None, curves: bool) -> str:
     """The model card. What a config holds is shown as text, whatever characters it has."""
     config = {key: shown(key, value) for key, value in run.config.items() if key not in PLACES}
-    base = config["model_id"] if run.config["model_id"].count("/") == 1 else None  # a hub name, as far as one can see
+    model = run.config["model_id"]
+    on_hub = model.count("/") == 1 and not Path(model).exists()  # as far as one can see
+    base = model if on_hub and not config["from_scratch"] else None
     tags = ["coconut", "latent-reasoning", config["method"]]
     data = ModelCardData(license=license, base_model=base, tags=tags, library_name="transformers")
     data.pipeline_tag = "text-generation"

@@ -94,7 +94,7 @@ def kept_in_bf16(model: Coconut, batch: dict) -> int:
 
 def test_rotated_keys_are_kept_once_in_bfloat16():
     """A further thought keeps its own column alone, however many came before; as float32, all would be kept again."""
-    model = wrap(tiny_llama(positions=256)).train()
+    model = wrap(tiny_llama(positions=256, num_key_value_heads=4)).train()  # transformers 4 copies keys that are shared
     kept = [kept_in_bf16(model, question_and_answer(thoughts, rows=64)) for thoughts in (4, 8, 40, 44)]
     assert kept[3] - kept[2] < 1.1 * (kept[1] - kept[0])
 

@@ -9,6 +9,7 @@ import config_page
 import pytest
 import table1
 
+import commands
 from config import Config
 from curriculum import END, LATENT, METHODS, PAUSE, START
 from dataset import get_cot_latent_dataset, get_question_latent_dataset
@@ -96,11 +97,21 @@ def headings(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
-def test_commands_name_files_that_exist(page):
-    """Those that stand in indented blocks."""
-    commands = re.findall(
-        r"^    (?:.*&& )?((?:python|bash|torchrun) .*)$", page.read_text(encoding="utf-8"), re.MULTILINE
-    )
-    others = {"CONFIG.yaml", "run_experiment.py"}  # the user's, and one of ProntoQA's
-    for word in re.findall(r"\b(?:\w+/)*[\w.]+\.(?:py|bash|yaml)\b", "\n".join(commands)):
-        assert word in others or (REPOSITORY / word).exists(), word
+def test_commands_name_files_options_and_keys_that_exist(page):
+    for command in commands.commands(page):
+        commands.check(command)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "python scripts/none.py",
+        "python scripts/ask.py checkpoints/NAME/best --unknown",
+        "torchrun --unknown 1 run.py args/ring_cot.yaml",
+        "python run.py args/ring_cot.yaml unknown=1",
+        "python run.py args/none.yaml",
+    ],
+)
+def test_a_wrong_command_is_found(command):
+    with pytest.raises(ValueError, match=r"unknown|none\.(py|yaml)"):
+        commands.check(command)

@@ -2,7 +2,9 @@
 
 import io
 import json
+import runpy
 import shutil
+import sys
 from types import SimpleNamespace
 
 import ask
@@ -11,10 +13,12 @@ import hub
 import lm_eval_coconut
 import pytest
 import torch
+import transformers
 import yaml
 from huggingface_hub import ModelCard
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
+from runs import read_run
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 import run
@@ -72,6 +76,14 @@ def opened(folder, **options):
     return lm, tokenizer, tokenizer(PROMPTS, return_tensors="pt", padding=True)
 
 
+def plain_model(folder):
+    """The model alone: transformers 4 runs the code of a local folder even without trust."""
+    lm = AutoModelForCausalLM.from_pretrained(folder)
+    assert transformers.__version__.startswith("4.") or "generate" not in vars(lm)
+    vars(lm).pop("generate", None)
+    return lm
+
+
 def without_padding(rows, eos):
     """Rows of tokens without what follows after their ends."""
     return [row[: row.index(eos)] if eos in row else row for row in rows]
@@ -93,7 +105,7 @@ def test_the_thoughts_are_the_ones_that_matter(place):
     lm, _, batch = opened(folder)
     thinking = lm.generate(**batch)
     assert thinking.shape[1] == batch["input_ids"].shape[1] + 6 + 6
-    plain = AutoModelForCausalLM.from_pretrained(folder)
+    plain = plain_model(folder)
     assert plain.generate(**batch).shape[1] == batch["input_ids"].shape[1] + 6
     middle = thinking[:, :-6]
     mask = torch.cat([batch["attention_mask"], torch.ones(3, 6, dtype=torch.long)], dim=1)
@@ -128,7 +140,7 @@ def test_what_a_caller_may_want_besides(place):
     folder = place / "gpt2" / "best"
     lm, tokenizer, batch = opened(folder)
     length = batch["input_ids"].shape[1]
-    plain = AutoModelForCausalLM.from_pretrained(folder)
+    plain = plain_model(folder)
     named = plain.generate(**batch, custom_generate=str(folder), trust_remote_code=True)
     assert torch.equal(named, lm.generate(**batch))
     again = lm.generate(**batch, custom_generate=str(folder), trust_remote_code=True)  # to one that has the code
@@ -187,7 +199,7 @@ def test_a_plain_model_goes_on_from_a_prompts_embeddings(place, name):
     prompt = torch.tensor(tokenizer("1+2+3\n")["input_ids"] + thoughts)
     embeds = model.inputs_embeds(prompt)
     assert embeds.shape == (len(prompt), 16)
-    plain = AutoModelForCausalLM.from_pretrained(folder)
+    plain = plain_model(folder)
     mask = torch.ones(1, len(prompt), dtype=torch.long)
     found = plain.generate(inputs_embeds=embeds[None], attention_mask=mask, max_new_tokens=6)
     expected = model.generate(prompt[None], mask, max_new_tokens=6)[:, len(prompt) :]
@@ -232,7 +244,7 @@ def test_ask_shows_the_tokens_that_thoughts_are_closest_to(place, capsys):
     [said] = asked(capsys, folder, "1+2+3", "--show-thoughts")
     tokenizer, lm = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
     with torch.no_grad():  # the first thought comes before any other, so the plain model has it, too
-        prompt = tokenizer("1+2+3\n" + START, return_tensors="pt")
+        prompt = tokenizer("1+2+3\n" + START, return_tensors="pt", return_token_type_ids=False)
         expected = lm(**prompt).logits[0, -1].softmax(-1).max(-1)
     assert [len(tokens) for tokens in said["thoughts"]] == [5] * 4
     token, probability = said["thoughts"][0][0]
@@ -278,7 +290,9 @@ def written_officially(path, lm, wrapped=True):
 
 
 def convert_official(place, file, folder, *words):
-    convert.main(["from-official", str(file), str(folder), "--model-id", str(place / "gpt2_model"), *words])
+    model = folder.with_name("architecture")  # without weights: the file has them
+    shutil.copytree(place / "gpt2_model", model, ignore=shutil.ignore_patterns("*.safetensors"))
+    convert.main(["from-official", str(file), str(folder), "--model-id", str(model), *words])
     return folder
 
 
@@ -377,6 +391,14 @@ def test_a_conversion_overwrites_nothing(place, tmp_path, capsys):
 # --- scripts/lm_eval_coconut.py ---------------------------------------------------------------------------------------
 
 
+def test_a_missing_harness_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)  # as if it were not installed
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(REPOSITORY / "scripts" / "lm_eval_coconut.py"), run_name="__main__")
+    assert stopped.value.code == 2
+    assert "lm_eval.__main__ is not installed; pip install -r requirements-extra.txt" in capsys.readouterr().err
+
+
 def asked_by_the_harness(*requests) -> list[SimpleNamespace]:
     return [SimpleNamespace(args=request) for request in requests]
 
@@ -468,6 +490,14 @@ def test_a_card_shows_what_a_config_holds_as_text(place, tmp_path):
     shown = [line for line in text.splitlines() if not line.startswith("    ")]
     assert not any(tag in line for line in shown for tag in ("<img", "<script", "<b>", "```"))
     assert "    new_token_init: " in text
+
+
+@pytest.mark.parametrize("from_scratch, base", [(False, "openai-community/gpt2"), (True, None)])
+def test_a_card_names_the_model_of_the_hub_that_was_trained(place, from_scratch, base):
+    run = read_run(place / "gpt2")
+    run.config.update({"model_id": "openai-community/gpt2", "from_scratch": from_scratch})
+    text = hub.card(run, {"epoch": 3, "stage": 2, "thoughts": 4}, "owner/name", None, curves=False)
+    assert ModelCard(text).data.base_model == base
 
 
 def test_an_upload_takes_the_folder_and_tells_what_fails(place, monkeypatch, capsys):
