@@ -1,0 +1,88 @@
+"""Rates with their intervals, and differences between cells that hold the same problems."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import NormalDist
+
+import numpy as np
+
+Z = NormalDist().inv_cdf(0.975)  # all intervals are of 95 %
+
+
+def wilson(right: int, n: int) -> tuple[float, float]:
+    """Wilson's interval for a rate of which `right` of n were seen."""
+    if not 0 <= right <= n or n == 0:
+        raise ValueError(f"{right} of {n} is no rate")
+    rate, part = right / n, Z * Z / n
+    centre = (rate + part / 2) / (1 + part)
+    half = math.sqrt(part * (rate * (1 - rate) + part / 4)) / (1 + part)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def paired_bootstrap(
+    a: Sequence[float], b: Sequence[float], seed: int = 0, draws: int = 10_000
+) -> tuple[float, float]:
+    """The interval of mean(a - b) over problems drawn anew, each problem with both of its values."""
+    differences = np.subtract(a, b, dtype=float)  # (problems,)
+    # How often each value is drawn is all that counts, and there are few values: no need to draw single problems.
+    values, counts = np.unique(differences, return_counts=True)  # (values,) each
+    drawn = np.random.default_rng(seed).multinomial(len(differences), counts / len(differences), draws)
+    low, high = np.percentile(drawn @ values / len(differences), [2.5, 97.5])  # of (draws,)
+    return float(low), float(high)
+
+
+def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> float:
+    """McNemar's exact two-sided p: could a fair coin decide so unevenly which of two cells is right alone?"""
+    only_a = sum(x and not y for x, y in zip(a, b, strict=True))
+    only_b = sum(y and not x for x, y in zip(a, b, strict=True))
+    n = only_a + only_b
+    tail = sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1))
+    return min(1.0, 2 * tail / 2**n)
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """The p values of a family, adjusted by Holm's step-down procedure, in the order given."""
+    adjusted, largest = [0.0] * len(ps), 0.0
+    for rank, place in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
+        largest = max(largest, min(1.0, (len(ps) - rank) * ps[place]))
+        adjusted[place] = largest
+    return adjusted
+
+
+def compare(cells: dict[str, dict[int, bool]], baseline: str) -> list[dict]:
+    """A row per cell, of what was right in it by problem: its rate, and how it differs from the baseline's.
+
+    Holm's family is all cells but the baseline, whose own row holds no difference. Raises ValueError, naming the cell,
+    where one has other problems than the baseline.
+    """
+    same_problems(cells, baseline)
+    problems = sorted(cells[baseline])
+    outcomes = {name: [bool(cell[idx]) for idx in problems] for name, cell in cells.items()}
+    base = outcomes[baseline]
+    others = [name for name in cells if name != baseline]
+    ps = {name: mcnemar(outcomes[name], base) for name in others}
+    adjusted = dict(zip(ps, holm(list(ps.values())), strict=True))
+    rows = []
+    for name, right in outcomes.items():
+        low, high = wilson(sum(right), len(right))
+        row = {"cell": name, "n": len(right), "right": sum(right), "rate": sum(right) / len(right)}
+        row |= {"low": low, "high": high}
+        difference = (sum(right) - sum(base)) / len(base), *paired_bootstrap(right, base)
+        keys = ("difference", "difference low", "difference high")
+        row |= dict.fromkeys(keys) if name == baseline else dict(zip(keys, difference, strict=True))
+        rows.append(row | {"McNemar p": ps.get(name), "Holm p": adjusted.get(name)})
+    return rows
+
+
+def same_problems(cells: dict[str, dict[int, bool]], baseline: str) -> None:
+    """Raises ValueError unless all cells hold the baseline's problems, and at least one."""
+    if not cells.get(baseline):
+        raise ValueError(f"the baseline {baseline!r} is no cell with problems; the cells: {', '.join(cells)}")
+    expected = cells[baseline].keys()
+    for name, cell in cells.items():
+        if missing := sorted(expected - cell.keys()):
+            raise ValueError(f"cell {name!r} lacks {len(missing)} of {baseline!r}'s problems, among them {missing[0]}")
+        if more := sorted(cell.keys() - expected):
+            raise ValueError(f"cell {name!r} has {len(more)} problems that {baseline!r} lacks, among them {more[0]}")
