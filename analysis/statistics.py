@@ -9,6 +9,7 @@ from statistics import NormalDist
 import numpy as np
 
 Z = NormalDist().inv_cdf(0.975)  # all intervals are of 95 %
+COMPARED = ("difference", "difference low", "difference high", "McNemar p", "Holm p")  # columns beside the baseline
 
 
 def wilson(right: int, n: int) -> tuple[float, float]:
@@ -21,9 +22,7 @@ def wilson(right: int, n: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def paired_bootstrap(
-    a: Sequence[float], b: Sequence[float], seed: int = 0, draws: int = 10_000
-) -> tuple[float, float]:
+def paired_bootstrap(a: Sequence[float], b: Sequence[float], seed: int = 0, draws: int = 10_000) -> tuple[float, float]:
     """The interval of mean(a - b) over problems drawn anew, each problem with both of its values."""
     differences = np.subtract(a, b, dtype=float)  # (problems,)
     # How often each value is drawn is all that counts, and there are few values: no need to draw single problems.
@@ -51,29 +50,35 @@ def holm(ps: Sequence[float]) -> list[float]:
     return adjusted
 
 
+def rate(right: Sequence[bool]) -> dict:
+    """What a table says of a cell by itself."""
+    low, high = wilson(sum(right), len(right))
+    return {"n": len(right), "right": sum(right), "rate": sum(right) / len(right), "low": low, "high": high}
+
+
+def difference(right: Sequence[bool], base: Sequence[bool]) -> dict:
+    """What a table says of a cell beside the baseline."""
+    low, high = paired_bootstrap(right, base)
+    return {"difference": (sum(right) - sum(base)) / len(base), "difference low": low, "difference high": high}
+
+
 def compare(cells: dict[str, dict[int, bool]], baseline: str) -> list[dict]:
     """A row per cell, of what was right in it by problem: its rate, and how it differs from the baseline's.
 
-    Holm's family is all cells but the baseline, whose own row holds no difference. Raises ValueError, naming the cell,
-    where one has other problems than the baseline.
+    Holm's family is all cells but the baseline, whose own row holds None for what compares. Raises ValueError, naming
+    the cell, where one has other problems than the baseline.
     """
     same_problems(cells, baseline)
-    problems = sorted(cells[baseline])
-    outcomes = {name: [bool(cell[idx]) for idx in problems] for name, cell in cells.items()}
-    base = outcomes[baseline]
-    others = [name for name in cells if name != baseline]
-    ps = {name: mcnemar(outcomes[name], base) for name in others}
-    adjusted = dict(zip(ps, holm(list(ps.values())), strict=True))
-    rows = []
-    for name, right in outcomes.items():
-        low, high = wilson(sum(right), len(right))
-        row = {"cell": name, "n": len(right), "right": sum(right), "rate": sum(right) / len(right)}
-        row |= {"low": low, "high": high}
-        difference = (sum(right) - sum(base)) / len(base), *paired_bootstrap(right, base)
-        keys = ("difference", "difference low", "difference high")
-        row |= dict.fromkeys(keys) if name == baseline else dict(zip(keys, difference, strict=True))
-        rows.append(row | {"McNemar p": ps.get(name), "Holm p": adjusted.get(name)})
-    return rows
+    outcomes = {name: [bool(cell[idx]) for idx in sorted(cell)] for name, cell in cells.items()}
+    base = outcomes.pop(baseline)
+    ps = [mcnemar(right, base) for right in outcomes.values()]
+    compared = {
+        name: difference(right, base) | {"McNemar p": p, "Holm p": adjusted}
+        for (name, right), p, adjusted in zip(outcomes.items(), ps, holm(ps), strict=True)
+    }
+    compared[baseline] = dict.fromkeys(COMPARED)
+    rates = {baseline: rate(base)} | {name: rate(right) for name, right in outcomes.items()}
+    return [{"cell": name} | rates[name] | compared[name] for name in cells]
 
 
 def same_problems(cells: dict[str, dict[int, bool]], baseline: str) -> None:
