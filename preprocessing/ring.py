@@ -12,11 +12,10 @@ follows it, while four in a row are more than two layers can do at once.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 from pathlib import Path
 
-from common import DATA, run_script, write_json
+from common import DATA, run_script, write_json, write_tokenizer
 
 NODES, HOPS = "abcdefgh", 4
 SPLITS = {"train": 10_000, "valid": 200, "test": 500}
@@ -52,21 +51,6 @@ def make_problems(count: int, seed: int, nodes: str = NODES, hops: int = HOPS) -
 def words() -> list[str]:
     """The words of these problems, each with the blank or newline behind it."""
     return [*NODES, *(f"{node}\n" for node in NODES), *(f"{x}>{y} " for x in NODES for y in NODES if x != y)]
-
-
-def write_tokenizer(folder: Path, words: list[str]) -> None:
-    """Writes a tokenizer whose tokens are these words, the answer's mark and the special ones."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-
-    vocabulary = {word: number for number, word in enumerate([*words, "### ", "<|unknown|>", "<|endoftext|>"])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unknown|>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\S+\s?"), behavior="isolated")
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens(["<|unknown|>", "<|endoftext|>"])
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "unk_token": "<|unknown|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> None:
