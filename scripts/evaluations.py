@@ -23,8 +23,9 @@ def read_evaluations(directory: Path) -> dict[tuple[str, str], dict]:
     found = {}
     for path in sorted(directory.glob("eval_*/metrics_*.yaml"), key=lambda path: (len(path.stem), path.stem)):
         metrics = yaml.safe_load(read_file(path))  # NAME, NAME_2, ... NAME_10: in the order of writing
-        if "problems" not in metrics:
-            raise UserError(f"{path}: does not say of how many problems; evaluate that checkpoint once more")
+        if "problems" not in metrics:  # written before they were counted there
+            predictions = path.with_name(f"{path.stem.replace('metrics', 'predictions', 1)}.jsonl")
+            metrics["problems"] = len(read_file(predictions).splitlines())
         found[path.parent.name.removeprefix("eval_"), Path(metrics["val_path"]).stem] = metrics
     return found
 

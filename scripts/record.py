@@ -68,27 +68,23 @@ def config_text(run: Finished) -> str:
     return "".join(comments) + yaml.safe_dump(run.config | places, sort_keys=False)
 
 
-def evaluation_text(path: Path) -> str:
-    """What only_eval wrote, its files named likewise."""
-    found = yaml.safe_load(read_file(path))
-    return yaml.safe_dump(found | {key: from_root(found[key]) for key in ("checkpoint", "val_path")})
-
-
 def from_root(path: str | None) -> str | None:
     """A path as seen from the project's root, if it lies below."""
     return str(Path(path).relative_to(ROOT)) if path and Path(path).is_relative_to(ROOT) else path
 
 
-def spread(values: list[float], digits: int = 1) -> str:
+def spread(values: list[float]) -> str:
     """Mean ± standard deviation and the 95 % t-interval of the mean; of a single value itself."""
     mean = statistics.mean(values)
     if len(values) == 1:
-        return f"{mean:.{digits}f}"
-    from scipy.stats import t
-
+        return f"{mean:.1f}"
+    try:
+        from scipy.stats import t
+    except ModuleNotFoundError as error:
+        raise UserError("scipy is not installed; pip install -r requirements-extra.txt") from error
     deviation = statistics.stdev(values)
     half = t.ppf(0.975, len(values) - 1) * deviation / math.sqrt(len(values))
-    return f"{mean:.{digits}f} ± {deviation:.{digits}f} ({mean - half:.{digits}f} to {mean + half:.{digits}f})"
+    return f"{mean:.1f} ± {deviation:.1f} ({mean - half:.1f} to {mean + half:.1f})"
 
 
 def row(label: str, seeds: list[Finished]) -> dict[str, str]:
@@ -191,9 +187,11 @@ def write_all(folder: Path, runs: list[Finished], commands: list[str]) -> None:
         kept.mkdir()
         (kept / "config.yaml").write_text(config_text(run), encoding="utf-8")
         (kept / "metrics.jsonl").write_text(metrics_text(run), encoding="utf-8")
-        for path in run.directory.glob("eval_*/metrics_*.yaml"):
-            (kept / path.parent.name).mkdir(exist_ok=True)
-            (kept / path.parent.name / path.name).write_text(evaluation_text(path), encoding="utf-8")
+        for (checkpoint, name), found in read_evaluations(run.directory).items():
+            path = kept / f"eval_{checkpoint}" / f"metrics_{name}.yaml"
+            path.parent.mkdir(exist_ok=True)
+            places = {key: from_root(found[key]) for key in ("checkpoint", "val_path")}
+            path.write_text(yaml.safe_dump(found | places), encoding="utf-8")
     (folder / "README.md").write_text(readme(folder, runs, commands), encoding="utf-8")
     plot.save(plot.group(runs), folder / "curves.svg")
 

@@ -208,9 +208,12 @@ def test_evaluations_are_tabled_with_their_intervals(tmp_path, capsys):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(yaml.safe_dump({"val_path": "data/far.json", "eval/acc": 0.5, **problems, **values}))
 
-    write("metrics_far.yaml", {})
+    write("metrics_far.yaml", {})  # an older one, whose problems are counted in its predictions
     assert evaluations.main([str(tmp_path / "run")]) == 2
-    assert "metrics_far.yaml" in capsys.readouterr().err
+    assert "predictions_far.jsonl" in capsys.readouterr().err
+    (tmp_path / "run" / "eval_checkpoint_9" / "predictions_far.jsonl").write_text("{}\n" * 100)
+    assert evaluations.main([str(tmp_path / "run")]) == 0
+    assert "50.0 (40.4 to 59.6)" in capsys.readouterr().out
     write("metrics_far.yaml", {"problems": 10})
     for number in range(2, 11):
         write(f"metrics_far_{number}.yaml", {"problems": 100}, **{"eval/acc": number / 10})
