@@ -208,6 +208,7 @@ FREE_KEYS = {
     "resume",
     "val_path",
     "verify",
+    "analyze",
 }
 FREE_KEYS |= {"batch_size_eval", "max_new_tokens", "save_only_improve", "save_every_steps", "keep_checkpoints"}
 FREE_KEYS |= {"parallel", "compile", "gradient_checkpointing", "trust_remote_code", "data_cache", "data_workers"}

@@ -213,13 +213,17 @@ class Coconut(nn.Module):
         for start, end in pairwise([0, *self.stretches(cuts, input_ids.shape[1], min_passes), input_ids.shape[1]]):
             stretch = embeds[:, start:end]
             if start > 0:
-                thought = hidden[-1][:, -1:]  # (batch, 1, hidden)
+                thought = self.thought(hidden[-1][:, -1:], len(hidden) - 1)  # (batch, 1, hidden)
                 first = torch.where(is_latent[:, start, None, None], thought, stretch[:, :1])
                 stretch = torch.cat([first, stretch[:, 1:]], dim=1)
             inputs.append(stretch)
             states = self.hidden_states(stretch, attention_mask[:, :end], position_ids[:, start:end], cache, backbone)
             hidden.append(states)  # (batch, end - start, hidden)
         return torch.cat(hidden, dim=1), torch.cat(inputs, dim=1)
+
+    def thought(self, state: Tensor, number: int) -> Tensor:
+        """What is fed back at the number-th cut, from 0: the last hidden state before it, (batch, 1, hidden)."""
+        return state
 
     @staticmethod
     def stretches(cuts: list[int], length: int, min_passes: int) -> list[int]:

@@ -117,6 +117,7 @@ class Config:
     )
     save_every_steps: int | None = option(None, "also save within an epoch, after so many optimizer steps", low=1)
     keep_checkpoints: int | None = option(None, "newest checkpoints to keep besides best (None: all)", low=1)
+    analyze: bool = option(False, "at the end, scripts/analyze.py on best and val_path; needs matplotlib")
 
     def __init__(self, values: dict | None = None):
         if problems := self.update(values or {}):
@@ -274,11 +275,12 @@ def run_problems(config: Config, given: dict) -> list[str]:
 
 def missing_packages(config: Config) -> list[str]:
     """A line for each optional package that a training run asks for and that is not installed."""
-    asked = {} if config.only_eval else {"logger": config.logger, "lora_rank": "peft" if config.lora_rank else "none"}
+    asked = {"logger": config.logger if config.logger != "none" else None}  # each key with the package that it needs
+    asked |= {"lora_rank": config.lora_rank and "peft", "analyze": config.analyze and "matplotlib"}
     return [
         f"{key}: the package {package} is not installed; pip install {package}, or do without ({key}: {off})"
-        for (key, package), off in zip(asked.items(), ("none", "None"), strict=False)
-        if package != "none" and importlib.util.find_spec(package) is None
+        for (key, package), off in zip(asked.items(), ("none", "None", "False"), strict=True)
+        if package and not config.only_eval and importlib.util.find_spec(package) is None
     ]
 
 

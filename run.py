@@ -21,7 +21,7 @@ import transformers
 import yaml
 
 from build import Run, build, evaluation_stage
-from config import UserError, load_config
+from config import Config, UserError, load_config
 from evaluate import validate, write_predictions
 from parallel import is_lost, name_of, places, start_processes, stop_processes
 from train import NotFiniteError, train
@@ -58,6 +58,8 @@ def main(words: list[str] | None = None) -> int:
             code = 128 + interruption.signal
     if code == 0:  # else the others may wait in a collective, and so would this one; the end of the process does it
         stop_processes()
+        if config.analyze and not config.debug and not config.only_eval and run.processes.is_main:
+            analyze(config)
     return code
 
 
@@ -98,6 +100,15 @@ def test(run: Run) -> None:
         directory = run.directory / f"eval_{checkpoint.resolve().name}"
         run.processes.on_main(lambda: write_evaluation(evaluation.predictions, summary, directory))
         run.processes.print(f"predictions and metrics: {directory}")
+
+
+def analyze(config: Config) -> None:
+    """The analysis of a trained run's best checkpoint, unless it is there."""
+    from analysis.study import folder_of, study  # needs an optional package
+
+    best = str(Path(config.save_path, config.name, "best"))
+    if not (folder_of(best) / "report.html").exists():
+        study(best, config.val_path, batch_size=config.batch_size_eval or config.batch_size_training)
 
 
 def write_evaluation(predictions: list[dict], summary: dict, directory: Path) -> None:

@@ -16,7 +16,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from ask import open_checkpoint, prompt
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -25,6 +24,7 @@ from tqdm import tqdm
 from build import inputs
 from config import UserError
 from dataset import MyCollator, model_inputs
+from opened import open_checkpoint
 
 
 @register_model("coconut")
@@ -33,8 +33,8 @@ class CoconutLM(TemplateLM):
 
     def __init__(self, pretrained: str, batch_size=16, thoughts: int | None = None, **options):
         super().__init__()
-        self.asked = open_checkpoint(pretrained, thoughts)
-        self.model, self.tokenizer = self.asked.model, self.asked.pretrained.tokenizer
+        self.opened = open_checkpoint(pretrained, thoughts)
+        self.model, self.tokenizer = self.opened.model, self.opened.pretrained.tokenizer
         self.collate = MyCollator(self.tokenizer, self.model.latent_token_id)
         self._device, self.batch_size = self.model.base_causallm.device, int(batch_size)
 
@@ -53,7 +53,8 @@ class CoconutLM(TemplateLM):
 
     def prompt(self, context: str) -> dict:
         """A context with its thoughts; its last newline is the one that ends a question."""
-        return prompt(self.asked, context.removesuffix("\n"))
+        [prompt] = self.opened.prompts([context.removesuffix("\n")])
+        return prompt
 
     def batches(self, items: list, length, title: str, quiet: bool):
         """Batches of items of similar length, as lists of indices."""
@@ -94,7 +95,7 @@ class CoconutLM(TemplateLM):
         for part in self.batches(contexts, len, "answers", disable_tqdm):
             batch = inputs(self.collate([self.prompt(contexts[index]) for index in part]))
             options = [requests[index].args[1] for index in part]
-            limit = max(o.get("max_gen_toks", self.asked.config.answer_limit) for o in options)
+            limit = max(o.get("max_gen_toks", self.opened.config.answer_limit) for o in options)
             output = self.model.generate(**batch, max_new_tokens=limit)[:, batch["input_ids"].shape[1] :]
             texts = self.tokenizer.batch_decode(output, skip_special_tokens=True)
             for index, text, o in zip(part, texts, options, strict=True):

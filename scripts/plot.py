@@ -16,9 +16,9 @@ from pathlib import Path
 
 from runs import DATA_KEYS, Finished, UserError, differences, read_run, shown
 
-# Okabe and Ito's colours, which colour-blind people tell apart; the dashes do so without colours.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
-DASHES = ("-", "--", "-.", ":")
+from analysis.report import COLOURS
+
+DASHES = ("-", "--", "-.", ":")  # they tell lines apart without their colours
 STYLE = {"font.size": 12, "svg.hashsalt": "coconut", "svg.fonttype": "none", "axes.grid": True, "grid.alpha": 0.3}
 
 

@@ -372,7 +372,8 @@ def test_compiling_without_a_compiler_is_refused(place, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "package"), [("logger", "tensorboard", "tensorboard"), ("lora_rank", 4, "peft")]
+    ("key", "value", "package"),
+    [("logger", "tensorboard", "tensorboard"), ("lora_rank", 4, "peft"), ("analyze", True, "matplotlib")],
 )
 def test_a_missing_optional_package_is_named(key, value, package, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else name)

@@ -70,6 +70,13 @@ def test_a_table_of_cells():
     assert model["right"] == 7 and model["difference"] is model["difference low"] is model["Holm p"] is None
 
 
+def test_cells_are_paired_by_problem_in_whatever_order_they_hold_them():
+    model, noise = dict(enumerate([True, True, True, False])), dict(enumerate([True, True, False, False]))
+    rows = compare({"model": model, "noise": noise}, "model")
+    assert rows[1]["difference high"] == 0  # noise is right nowhere else
+    assert compare({"model": model, "noise": dict(reversed(noise.items()))}, "model") == rows
+
+
 def test_cells_of_other_problems_are_refused_by_name():
     cells = {"model": {0: True, 1: True}, "noise": {0: True, 1: False}}
     with pytest.raises(ValueError, match="'swapped' lacks 1 of 'model'"):

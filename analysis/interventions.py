@@ -1,0 +1,208 @@
+"""Are the thoughts used? What the model answers when they are replaced, and what one thought changes in the next.
+
+*frozen*: thoughts after a replaced one stay as they were; *propagated*: they are computed anew from it. Where nothing
+that is not replaced follows, the two are the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from matplotlib.figure import Figure as Canvas
+from torch import Tensor
+from torch.nn import functional as F
+
+from analysis.findings import Findings
+from analysis.report import Figure
+from analysis.statistics import compare
+from analysis.thoughts import SEED, Subject, extended, noise, read_thoughts, think, write_answers
+from evaluate import normalize
+
+UNTOUCHED = "untouched"
+AS_MANY, OTHER = "another problem's, as many steps", "another problem's, other steps"
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What takes the place of thoughts: values (problems, thoughts, hidden), and the problem that each is taken from,
+    where they are another problem's."""
+
+    values: Tensor
+    donors: list[int] | None = None
+
+
+def analyze(subject: Subject, beside: list[Subject]) -> Findings:
+    """Every replacement in every set of places; the untouched model, k = 0 and the models beside it as controls."""
+    thoughts = read_thoughts(subject)  # (problems, thoughts, hidden)
+    answers = {(UNTOUCHED, "", ""): write_answers(subject, UNTOUCHED)}
+    answers["no thoughts (k = 0)", "", ""] = write_answers(subject.with_thoughts(0), "k = 0")
+    for model in beside:
+        answers[model.name, "", ""] = write_answers(model, "control")
+    options = replacements(subject, thoughts)
+    for name, replacement in options.items():
+        for places, chosen in subsets(subject.thoughts).items():
+            for mode in modes(chosen):
+                values, forced = replacement.values, chosen
+                if mode == "frozen":
+                    kept = torch.tensor(chosen)[:, None]  # (thoughts, 1)
+                    values = torch.where(kept, values, thoughts)  # (problems, thoughts, hidden)
+                    forced = [True] * subject.thoughts
+                answers[name, places, mode] = write_answers(subject, f"{name}, {places}", values, forced)
+    figures = [table(subject, answers, options), influence(subject, thoughts)]
+    names = {cell: ", ".join(filter(None, cell)) for cell in answers}
+    problems = {
+        index: {"interventions": {names[cell]: said[index]["generated"] for cell, said in answers.items()}}
+        for index in range(len(subject.problems))
+    }
+    missing = sorted({AS_MANY, OTHER} - set(options))
+    summary = [
+        f"{row['thoughts are']:>32}: accuracy {row['rate']:.1%}"
+        for row in figures[0].rows
+        if row["places"] in ("", "all")
+    ]
+    return Findings(
+        figures, problems, summary + [f"left out, since not every problem has one: {name}" for name in missing]
+    )
+
+
+def replacements(subject: Subject, thoughts: Tensor) -> dict[str, Replacement]:
+    """What takes the place of thoughts (problems, thoughts, hidden), drawn with a seed of their own."""
+    random = torch.Generator().manual_seed(SEED)
+    order = [derangement(subject.thoughts, random) for _ in thoughts]
+    found = {
+        "zero": Replacement(torch.zeros_like(thoughts)),
+        "the mean": Replacement(thoughts.mean((0, 1)).expand_as(thoughts)),
+        "the mean of their place": Replacement(thoughts.mean(0).expand_as(thoughts)),
+        "noise of their norm": Replacement(noise(thoughts)),
+        "in another order": Replacement(
+            torch.stack([own[places] for own, places in zip(thoughts, order, strict=True)])
+        ),
+        "the first, repeated": Replacement(thoughts[:, :1].expand_as(thoughts)),
+    }
+    for name, alike in ((AS_MANY, True), (OTHER, False)):
+        if donors := draw_donors([len(problem["steps"]) for problem in subject.problems], alike, random):
+            found[name] = Replacement(thoughts[donors], donors)
+    return found
+
+
+def derangement(n: int, random: torch.Generator) -> Tensor:
+    """An order of n places that is not their own, at random; of one place its own. (n,)"""
+    while True:
+        order = torch.randperm(n, generator=random)
+        if n < 2 or not torch.equal(order, torch.arange(n)):
+            return order
+
+
+def draw_donors(steps: list[int], alike: bool, random: torch.Generator) -> list[int] | None:
+    """For each problem another one at random, with as many steps or with another number; None where one has none."""
+    donors = []
+    for index, own in enumerate(steps):
+        others = [other for other, number in enumerate(steps) if other != index and (number == own) is alike]
+        if not others:
+            return None
+        donors.append(others[torch.randint(len(others), (), generator=random).item()])
+    return donors
+
+
+def subsets(n: int) -> dict[str, list[bool]]:
+    """The places that are replaced: all, each one alone, the first few, the last few."""
+    found = {"all": [True] * n}
+    if n > 1:
+        found |= {f"only {place + 1}": [other == place for other in range(n)] for place in range(n)}
+    found |= {f"first {count}": [place < count for place in range(n)] for count in range(2, n)}
+    return found | {f"last {count}": [place >= n - count for place in range(n)] for count in range(2, n)}
+
+
+def modes(chosen: list[bool]) -> list[str]:
+    """Frozen and propagated, or "" where they are the same: nothing follows the replaced places."""
+    return [""] if all(chosen[chosen.index(True) :]) else ["frozen", "propagated"]
+
+
+def table(subject: Subject, answers: dict[tuple, list[dict]], options: dict[str, Replacement]) -> Figure:
+    """Accuracy in every cell against the untouched model, and how often a donor's answer comes out."""
+    cells = {cell: {index: said["correct"] for index, said in enumerate(own)} for cell, own in answers.items()}
+    expected = [normalize(problem["answer"]) for problem in subject.problems]
+    same = [said["answer"] for said in answers[UNTOUCHED, "", ""]]
+    rows = []
+    for row in compare(cells, (UNTOUCHED, "", "")):
+        name, places, mode = row.pop("cell")
+        own = [said["answer"] for said in answers[name, places, mode]]
+        changed = sum(a != b for a, b in zip(own, same, strict=True))
+        donors = options[name].donors if name in options else None
+        from_donor = donors and sum(a == expected[d] for a, d in zip(own, donors, strict=True))
+        before = donors and sum(a == expected[d] for a, d in zip(same, donors, strict=True))
+        rows.append(
+            {"thoughts are": name, "places": places, "later thoughts": mode} | row | {"answers changed": changed}
+        )
+        rows[-1] |= {"donor's answer": from_donor, "donor's answer, untouched": before}
+    words = (
+        "Thoughts in some places are replaced; frozen: later ones stay, propagated: they are computed anew, "
+        "empty: the same. Differences are to the untouched model, paired; p by McNemar, adjusted over all rows by"
+        " Holm. The rows without places are controls. Counts are of n problems."
+    )
+    return Figure("interventions", "Are the thoughts used?", words, rows, lambda canvas: draw(canvas, rows))
+
+
+def draw(canvas: Canvas, rows: list[dict]) -> None:
+    """Accuracy with its interval for the controls and where all thoughts are replaced."""
+    own = [row for row in rows if row["places"] in ("", "all")]
+    canvas.set_size_inches(9, 1 + 0.35 * len(own))
+    axes, values = canvas.subplots(), [100 * row["rate"] for row in own]
+    spread = [[100 * (row["rate"] - row["low"]) for row in own], [100 * (row["high"] - row["rate"]) for row in own]]
+    axes.errorbar(values, range(len(own)), xerr=spread, fmt="o", color="black", capsize=2)
+    axes.axvline(values[0], color="0.5", linestyle=":")
+    axes.set_yticks(range(len(own)), [row["thoughts are"] for row in own])
+    axes.invert_yaxis()
+    axes.set(xlabel=f"accuracy %, 95 % interval, all thoughts replaced (n = {own[0]['n']})", xlim=(-3, 103))
+
+
+def influence(subject: Subject, thoughts: Tensor) -> Figure:
+    """How far a thought that is replaced by noise of its norm changes the later thoughts, and the answer.
+
+    KL divergence from the untouched to the changed model, in nats: of what later thoughts project to, and of each token
+    that the untouched model writes, on average.
+    """
+    eos = subject.model.eos_token_id
+    said = [[*subject.tokenize(own["generated"]), eos] for own in write_answers(subject, "influence")]
+    items = [extended(prompt, ids) for prompt, ids in zip(subject.prompts(), said, strict=True)]
+    changed = noise(thoughts)  # (problems, thoughts, hidden)
+    sums = torch.zeros(subject.thoughts, subject.thoughts + 1)  # (replaced thought, later thought or answer)
+    for part, batch in subject.batches(items, "influence"):
+        before = projections(subject, batch, [len(said[index]) for index in part])
+        for place in range(subject.thoughts):
+            forced = [other == place for other in range(subject.thoughts)]
+            after = projections(subject, batch, [len(said[index]) for index in part], changed[part], forced)
+            for later in range(place + 1, subject.thoughts):
+                sums[place, later] += divergence(before[0][:, later], after[0][:, later]).sum().item()
+            sums[place, -1] += sum(divergence(a, b).mean().item() for a, b in zip(before[1], after[1], strict=True))
+    means, rows = (sums / len(items)).tolist(), []
+    for place, line in enumerate(means):
+        row = {"replaced by noise": f"thought {place + 1}", "n": len(items)}
+        row |= {f"thought {later + 1}": line[later] if later > place else None for later in range(subject.thoughts)}
+        rows.append(row | {"answer": line[-1]})
+    words = (
+        "Mean KL divergence (nats) between what the untouched and the changed model project: at later thoughts, "
+        "and at each token of the untouched model's text."
+    )
+    return Figure("influence", "What a thought changes", words, rows)
+
+
+@torch.no_grad()
+def projections(subject: Subject, batch: dict, written: list[int], values: Tensor | None = None, forced=()):
+    """Log probabilities at the thoughts, (batch, thoughts, vocabulary), and for each row at the `written` tokens that
+    end it, (tokens, vocabulary)."""
+    hidden, embeds = think(subject, batch, values, forced)
+    is_latent = batch["input_ids"] == subject.model.latent_token_id  # (batch, length)
+    own = embeds[is_latent.to(embeds.device)].view(len(hidden), subject.thoughts, -1)  # (batch, thoughts, hidden)
+    ends = batch["attention_mask"].shape[1] - batch["attention_mask"].flip(1).argmax(1)  # (batch,), past the last token
+    rows = [
+        subject.model.logits(row[end - count - 1 : end - 1]).log_softmax(-1)
+        for row, end, count in zip(hidden, ends.tolist(), written, strict=True)
+    ]
+    return subject.model.logits(own).log_softmax(-1), rows
+
+
+def divergence(before: Tensor, after: Tensor) -> Tensor:
+    """KL divergence of (n, vocabulary) log probabilities, (n,)."""
+    return F.kl_div(after, before, log_target=True, reduction="none").sum(-1)

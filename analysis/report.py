@@ -1,0 +1,235 @@
+"""The report of an analysis: one HTML page that needs no network, and the CSV, SVG and JSON lines behind it.
+
+All that comes from data or from a model is text to be escaped: questions, tokens and names may hold anything.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from string import Template
+
+from analysis.graphs import ROLES
+from config import UserError
+from utils import write_text
+
+# Okabe and Ito's colours, which colour-blind people tell apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
+ROLE_COLOURS = dict(zip(ROLES, (COLOURS[0], COLOURS[5], COLOURS[7]), strict=True))
+STYLE = {
+    "font.size": 11,
+    "svg.fonttype": "none",  # text stays text, in a font that the reader has
+    "text.parse_math": False,  # a question's $ is a dollar; an axis with powers of ten needs a formatter, as "{x:g}"
+    "legend.edgecolor": "0.6",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+}
+NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")  # no character of HTML or XML
+PAGE = Path(__file__).with_name("page.html")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A table's text coloured by a role: one of graphs.ROLES, or "" for none."""
+
+    text: str
+    role: str = ""
+
+    def __str__(self) -> str:
+        """What stands in the CSV."""
+        return self.text
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A part of the report.
+
+    name: of its files; words: how it is to be read; rows: the values, dicts with the same keys; draw: draws them into
+    the matplotlib figure that it is given. In the page, black and white turn with the reader's colours; text stays as
+    it is where it has another colour than black ("white" on dark bars, "#111111" on light ones).
+    """
+
+    name: str
+    title: str
+    words: str
+    rows: list[dict]
+    draw: Callable | None = None
+
+
+def refuse_existing(folder: Path) -> None:
+    """Raises UserError where a folder holds a report; ask before the work that fills one."""
+    if (folder / "report.html").exists():
+        raise UserError(f"{folder}: holds a report already; remove or rename it, or give another name")
+
+
+def write(
+    folder: Path, title: str, facts: dict, summary: list[str], figures: list[Figure], problems: list[dict]
+) -> None:
+    """Writes report.html, a CSV and (if it is drawn) an SVG per figure, and problems.jsonl into a folder.
+
+    facts: what was analysed, by name; summary: what came out, in sentences; problems: a dict of JSON values for each.
+    The page comes last: a folder without it was not finished, and may be written again.
+    """
+    refuse_existing(folder)
+    drawings = {figure.name: drawing(figure) for figure in figures if figure.draw}
+    lines = "".join(json.dumps(problem, ensure_ascii=False) + "\n" for problem in problems)
+    files = {f"{figure.name}.csv": csv_text(figure.rows) for figure in figures}
+    files |= {f"{name}.svg": svg for name, svg in drawings.items()}
+    files |= {"problems.jsonl": lines, "report.html": page(title, facts, summary, figures, drawings, problems)}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            write_text(folder / name, content)
+    except OSError as error:
+        raise UserError(f"{error.filename or folder}: the report cannot be written: {error.strerror}") from error
+
+
+def csv_text(rows: list[dict]) -> str:
+    """Rows as CSV, numbers in full."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+# Drawings
+
+
+def drawing(figure: Figure) -> str:
+    """A figure as an SVG file, black on white; the same values make the same file."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure as Canvas
+    except ModuleNotFoundError as error:
+        raise UserError("matplotlib is not installed; pip install -r requirements-extra.txt") from error
+    style = STYLE | {"svg.hashsalt": figure.name, "axes.prop_cycle": matplotlib.cycler(color=COLOURS)}
+    file = io.StringIO()
+    with matplotlib.rc_context(style), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the reader's font draws it
+        canvas = Canvas(figsize=(9, 4.5), layout="constrained")
+        figure.draw(canvas)
+        canvas.savefig(file, format="svg", bbox_inches="tight", metadata=NO_METADATA)
+    return CONTROL.sub("\ufffd", file.getvalue())
+
+
+def inlined(svg: str, name: str) -> str:
+    """An SVG file as a part of a page with others: ids of its own, black and white in the page's colours."""
+
+    def adapt(tag: re.Match) -> str:
+        """Only tags are changed; in texts, < and > are escaped."""
+        named = re.sub(r"""(\bid="|url\(#|href="#)""", rf"\g<1>{name}-", tag[0])
+        if named.startswith("<text"):  # white on a bar stays so
+            return named
+        return named.replace("#000000", "var(--ink)").replace("#ffffff", "var(--paper)")
+
+    return re.sub(r"<[^>]+>", adapt, svg[svg.index("<svg") :])
+
+
+# The page
+
+
+def page(
+    title: str, facts: dict, summary: list[str], figures: list[Figure], drawings: dict[str, str], problems: list[dict]
+) -> str:
+    """The whole report."""
+    links = "".join(f'<li><a href="#{figure.name}">{text(figure.title)}</a></li>' for figure in figures)
+    body = [
+        f"<ul>{''.join(f'<li>{text(line)}</li>' for line in summary)}</ul>",
+        f"<details><summary>What was analysed</summary>{pairs(facts)}</details>",
+        f'<nav><ul>{links}<li><a href="#problems">Problems</a></li></ul></nav>',
+        *(section(figure, drawings.get(figure.name)) for figure in figures),
+        problem_list(problems),
+    ]
+    roles = "\n".join(f'[data-role="{role}"] {{ background: {colour}60; }}' for role, colour in ROLE_COLOURS.items())
+    template = Template(PAGE.read_text(encoding="utf-8"))
+    return template.substitute(title=text(title), roles=roles, body="\n".join(body))
+
+
+def text(value) -> str:
+    """Any value as HTML."""
+    return escape(CONTROL.sub("\ufffd", str(value)))
+
+
+def section(figure: Figure, svg: str | None) -> str:
+    """A figure: how to read it, its drawing, its table (folded where there is a drawing) and its files."""
+    names = [f"{figure.name}.csv", *([f"{figure.name}.svg"] if svg else [])]
+    files = ", ".join(f'<a href="{name}">{name}</a>' for name in names)
+    return f"""<section id="{figure.name}">
+<h2>{text(figure.title)}</h2>
+<p>{text(figure.words)}</p>
+{f'<div class="wide">{inlined(svg, figure.name)}</div>' if svg else ""}
+<details{"" if svg else " open"}><summary>Table, rows: {len(figure.rows)}</summary>{table(figure.rows)}</details>
+<p class="files">{files}</p>
+</section>"""
+
+
+def table(rows: list[dict]) -> str:
+    """Rows as a table; what its colours mean stands above it."""
+    names = list(rows[0]) if rows else []
+    heads = "".join(head(name, [row[name] for row in rows]) for name in names)
+    lines = "".join(f"<tr>{''.join(cell(row[name]) for name in names)}</tr>\n" for row in rows)
+    roles = "".join(f'<span data-role="{role}">{role}</span>' for role in ROLES)
+    legend = f'<p class="legend">{roles}</p>' if "<td data-role" in lines else ""
+    body = f'<table class="values"><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table>'
+    return f'{legend}<div class="wide">{body}</div>'
+
+
+def head(name: str, values: list) -> str:
+    """A column's head, a button that sorts by it."""
+    kind = ' class="number"' if any(map(is_number, values)) else ""
+    return f'<th{kind}><button type="button">{text(name)}</button></th>'
+
+
+def cell(value) -> str:
+    """A cell of a table, fractions with three decimals."""
+    if isinstance(value, Cell):
+        return f'<td data-role="{text(value.role)}">{text(value)}</td>' if value.role else f"<td>{text(value)}</td>"
+    if isinstance(value, float):
+        value = f"{value:.1e}" if 0 < abs(value) < 0.001 else f"{value:.3f}"
+        return f'<td class="number">{value}</td>'
+    kind = ' class="number"' if is_number(value) else ""
+    return f"<td{kind}>{'' if value is None else text(value)}</td>"
+
+
+def is_number(value) -> bool:
+    """Whether a value is set to the right."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def pairs(values: dict) -> str:
+    """Names and values below each other; lists and dicts as JSON."""
+
+    def shown(value) -> str:
+        nested = isinstance(value, dict | list)
+        return f"<pre>{text(json.dumps(value, ensure_ascii=False, indent=1) if nested else value)}</pre>"
+
+    lines = "".join(f"<tr><th>{text(name)}</th><td>{shown(value)}</td></tr>" for name, value in values.items())
+    return f'<div class="wide"><table>{lines}</table></div>'
+
+
+def problem_list(problems: list[dict]) -> str:
+    """The problems, each folded to its first two values, below a filter."""
+    folded = "".join(
+        f'<details class="problem"><summary>{text(" · ".join(map(str, list(problem.values())[:2])))}</summary>'
+        f"{pairs(problem)}</details>\n"
+        for problem in problems
+    )
+    return f"""<section id="problems">
+<h2>Problems</h2>
+<p><label>Those that hold <input id="filter" type="search" placeholder="any words"></label>
+<span id="shown">{len(problems)} of {len(problems)}</span></p>
+{folded}
+<p class="files"><a href="problems.jsonl">problems.jsonl</a></p>
+</section>"""

@@ -1,0 +1,213 @@
+"""The search tree: how likely the model holds each concept that so many steps may lead to.
+
+The paper's figures 7 to 9 (arXiv v1; 5 to 7 in v3). After k thoughts a step is begun, and the value of a concept is the
+product of its tokens' probabilities as the one that the step names first: raw, not renormalised.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from matplotlib.figure import Figure as Canvas
+
+from analysis.findings import Findings
+from analysis.graphs import Form, Graph, find_form
+from analysis.report import COLOURS, Figure
+from analysis.statistics import compare
+from analysis.thoughts import Subject, extended, log_probabilities, noise, read_thoughts
+
+PERCENTILES = range(0, 101, 5)
+HEIGHTS = {"longest": True, "shortest": False}  # the paper's caption says the one, its text the other
+
+
+def analyze(subject: Subject, beside: list[Subject], chosen: int) -> Findings:
+    """Values at every level that the thoughts reach; the first and the second over all problems that have them.
+
+    Controls: noise in place of the thoughts, and the models beside it that have thoughts or pauses.
+    """
+    forms = [find_form(problem) for problem in subject.problems]
+    graphs = [form.graph(problem) for form, problem in zip(forms, subject.problems, strict=True)]
+    lead = forms[0].lead
+    levels = range(1, subject.thoughts // subject.per_stage + lead + 1)
+    found = {level: values(subject, forms, graphs, level, level - lead) for level in levels}
+    first_two = {level: found[level] for level in levels if level <= 2}
+    compared = {level: {subject.name: own} for level, own in first_two.items()}
+    for level in first_two:
+        if subject.thinks and level > lead:
+            compared[level]["noise of the thoughts' norm"] = values(subject, forms, graphs, level, level - lead, noise)
+        for other in (other for other in beside if other.has_placeholders):
+            compared[level][other.name] = values(other, forms, graphs, level, level - lead)
+    figures = [tree(graphs[chosen], {level: found[level][chosen] for level in levels}, chosen)]
+    figures += [heights(graphs, first_two), parallelism(first_two), controls(graphs, compared)]
+    problems = {
+        index: {"search": {level: found[level][index] for level in levels}} for index in range(len(subject.problems))
+    }
+    return Findings(figures, problems, [summary(row) for row in figures[-1].rows])
+
+
+def values(
+    subject: Subject, forms: list[Form], graphs: list[Graph], level: int, steps: int, replaced=None
+) -> list[dict[str, float]]:
+    """For every problem the value of each concept that `level` edges lead to from the root, after `steps` steps of
+    thoughts; replaced: a function of these thoughts (problems, thoughts, hidden) that makes what takes their place."""
+    at = subject.with_thoughts(steps * subject.per_stage)
+    items, scored, places = [], [], []
+    for index, (prompt, form, graph) in enumerate(zip(at.prompts(), forms, graphs, strict=True)):
+        opening = at.tokenize(form.opening) if form.opening else []
+        for node in sorted(graph.level(level)):
+            tokens = at.tokenize(form.opening + form.written(node))[len(opening) :]
+            items.append(extended(prompt, opening + tokens))
+            scored.append(len(tokens))
+            places.append((index, node))
+    given = replaced(read_thoughts(at))[[index for index, _ in places]] if replaced else None
+    found = [{} for _ in graphs]
+    scores = log_probabilities(at, items, scored, f"level {level}", given)
+    for (index, node), score in zip(places, scores, strict=True):
+        found[index][node] = math.exp(score)
+    return found
+
+
+def controls(graphs: list[Graph], compared: dict[int, dict[str, list[dict]]]) -> Figure:
+    """Per level, for the model and its controls: mean values, and how often the best concept leads to the target."""
+    rows = []
+    for level, cells in compared.items():
+        best = {name: best_leads(graphs, found) for name, found in cells.items()}
+        for row in compare(best, next(iter(best))):
+            groups = {True: [], False: []}  # by whether a concept leads to the target
+            for graph, own in zip(graphs, cells[row["cell"]], strict=True):
+                for node, value in own.items():
+                    groups[graph.leads_to_target(node)].append(value)
+            means = {"mean value, leads to target": mean(groups[True]), "mean value, does not": mean(groups[False])}
+            rows.append({"level": level} | row | {"concepts": sum(map(len, groups.values()))} | means)
+    words = (
+        "Rate: how often the concept of the highest value leads to the target, of n problems, against the model "
+        "itself; a concept that a level offers alone counts. The means are over all concepts of the level."
+    )
+    return Figure("search_controls", "Search, beside controls", words, rows)
+
+
+def best_leads(graphs: list[Graph], found: list[dict]) -> dict[int, bool]:
+    """Whether the concept of the highest value leads to the target, for each problem that has concepts."""
+    best = {index: max(own, key=own.get) for index, own in enumerate(found) if own}
+    return {index: graphs[index].leads_to_target(node) for index, node in best.items()}
+
+
+def summary(row: dict) -> str:
+    """A line of `controls` for the terminal."""
+    right, wrong = row["mean value, leads to target"], row["mean value, does not"]
+    words = f"the best concept leads to the target in {row['rate']:.1%}; mean value {right:.3f}, of others {wrong:.3f}"
+    return f"level {row['level']}, {row['cell']}: {words}"
+
+
+def mean(numbers: list[float]) -> float:
+    """The mean; NaN of none."""
+    return sum(numbers) / len(numbers) if numbers else math.nan
+
+
+def tree(graph: Graph, levels: dict[int, dict], chosen: int) -> Figure:
+    """The tree of one problem."""
+    rows = []
+    for level, own in levels.items():
+        for node, value in sorted(own.items(), key=lambda pair: -pair[1]):
+            row = {"level": level, "concept": node, "value": value, "height": graph.height(node, longest=True)}
+            rows.append(row | {"leads to target": graph.leads_to_target(node), "role": graph.role(node)})
+    words = (
+        "A level holds the concepts that so many edges lead to from the root; values after the thoughts of that "
+        "level, raw; h: the longest way to a leaf. Orange: leads to the target."
+    )
+    title = f"Search tree of problem {chosen}"
+    return Figure("search_tree", title, words, rows, lambda canvas: draw_tree(canvas, graph, levels))
+
+
+def draw_tree(canvas: Canvas, graph: Graph, levels: dict[int, dict]) -> None:
+    """Levels from left to right, joined by the edges between neighbouring ones."""
+    canvas.set_size_inches(10, 0.9 + 0.62 * max(map(len, levels.values())))
+    axes = canvas.subplots()
+    axes.axis("off")
+    places = {(0, graph.root): (0.0, 0.5)}
+    for level, own in levels.items():
+        for number, node in enumerate(sorted(own)):
+            places[level, node] = (float(level), (number + 0.5) / len(own))
+    for (level, node), (x, y) in places.items():
+        for child in graph.children.get(node, ()):
+            if (level + 1, child) in places:
+                axes.plot([x, places[level + 1, child][0]], [y, places[level + 1, child][1]], color="0.6", zorder=0)
+        value = f"\n{levels[level][node]:.2f}, h {graph.height(node, longest=True)}" if level else ""
+        colour = COLOURS[5] if graph.leads_to_target(node) else "white"
+        box = {"boxstyle": "round", "facecolor": colour, "edgecolor": "0.4"}
+        axes.text(x, y, node + value, ha="center", va="center", bbox=box, color="black", fontsize=9)
+    axes.set(xlim=(-0.3, max(levels, default=0) + 0.4), ylim=(0, 1))
+
+
+def heights(graphs: list[Graph], levels: dict[int, list[dict]]) -> Figure:
+    """Mean value against height, by both definitions, for concepts that lead to the target and those that do not."""
+    rows = []
+    for level, found in levels.items():
+        for name, longest in HEIGHTS.items():
+            groups = {}
+            for graph, own in zip(graphs, found, strict=True):
+                for node, value in own.items():
+                    groups.setdefault((graph.height(node, longest), graph.leads_to_target(node)), []).append(value)
+            for (height, leads), group in sorted(groups.items()):
+                row = {"level": level, "height is": name, "height": height, "leads to target": leads, "n": len(group)}
+                rows.append(row | {"mean value": mean(group), "standard deviation": float(np.std(group))})
+    words = (
+        "Mean value of a concept by its height, the longest or the shortest way to a leaf. n counts concepts. A "
+        "model that searches gives low concepts that do not lead to the target low values."
+    )
+    return Figure("value_by_height", "Value against height", words, rows, lambda canvas: draw_heights(canvas, rows))
+
+
+def draw_heights(canvas: Canvas, rows: list[dict]) -> None:
+    """A panel for each level and definition."""
+    levels = sorted({row["level"] for row in rows})
+    canvas.set_size_inches(9, 3 * len(levels) + 0.6)
+    panels = canvas.subplots(len(levels), len(HEIGHTS), sharex=True, sharey=True, squeeze=False)
+    for level, across in zip(levels, panels, strict=True):
+        for name, axes in zip(HEIGHTS, across, strict=True):
+            for leads, colour, marker in ((True, COLOURS[0], "o-"), (False, COLOURS[1], "s--")):
+                own = [r for r in rows if (r["level"], r["height is"], r["leads to target"]) == (level, name, leads)]
+                label = "leads to target" if leads else "does not"
+                axes.plot([r["height"] for r in own], [r["mean value"] for r in own], marker, color=colour, label=label)
+            axes.set(title=f"level {level}, {name} way to a leaf", xlabel="height", ylabel="mean value", ylim=(0, 1))
+    canvas.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+
+
+def parallelism(levels: dict[int, list[dict]]) -> Figure:
+    """Cumulative value of the best 1, 2 and 3 concepts; each curve sorted on its own."""
+    rows = []
+    for level, found in levels.items():
+        ranked = np.array(
+            [np.cumsum(([*sorted(own.values(), reverse=True), 0, 0, 0])[:3]) for own in found if own]
+        )  # (problems, 3)
+        for percentile in PERCENTILES:
+            top = np.percentile(ranked, percentile, axis=0)  # (3,)
+            row = {"level": level, "percentile": percentile, "n": len(ranked)}
+            rows.append(row | {f"top {i + 1}": float(value) for i, value in enumerate(top)})
+    words = (
+        "Cumulative value of the best one, two and three concepts of a level, each against its own percentiles "
+        "over the problems. Wide gaps: several concepts are held at once."
+    )
+    return Figure("parallelism", "Parallelism", words, rows, lambda canvas: draw_parallelism(canvas, rows))
+
+
+def draw_parallelism(canvas: Canvas, rows: list[dict]) -> None:
+    """A panel for each level."""
+    levels = sorted({row["level"] for row in rows})
+    canvas.set_size_inches(9, 3.8)
+    panels = canvas.subplots(1, len(levels), sharey=True, squeeze=False)[0]
+    for level, axes in zip(levels, panels, strict=True):
+        own = [row for row in rows if row["level"] == level]
+        for number, style in enumerate(("-", "--", ":"), 1):
+            axes.plot(
+                [r["percentile"] for r in own],
+                [r[f"top {number}"] for r in own],
+                style,
+                color=COLOURS[number - 1],
+                label=f"top {number}",
+            )
+        axes.set(
+            title=f"level {level}, n = {own[0]['n']}", xlabel="percentile", ylabel="cumulative value", ylim=(0, 1.02)
+        )
+    canvas.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)

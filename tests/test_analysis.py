@@ -1,0 +1,273 @@
+"""The analysis of trained models: what is read, replaced and scored is what a plain computation gives."""
+
+import csv
+import json
+from itertools import islice
+
+import analyze
+import mini
+import pytest
+import torch
+import yaml
+from transformers import AutoTokenizer
+
+import run
+from analysis import interventions, lens, operands, probes, search
+from analysis.graphs import find_form
+from analysis.thoughts import (
+    extended,
+    log_probabilities,
+    noise,
+    open_subject,
+    read_thoughts,
+    write_answers,
+)
+from helpers import REPOSITORY, byte_tokenizer, save_model, tiny_gpt2, tiny_llama, tiny_qwen3, words, write_json
+
+V = 293  # the letters' tokens and the markers
+PROBLEMS = list(islice(mini.make_problems(seed=3), 12))
+KINDS = {"gpt2": tiny_gpt2, "llama": tiny_llama, "qwen3": tiny_qwen3}
+RUNS = {
+    "gpt2": "coconut",
+    "llama": "coconut",
+    "qwen3": "coconut",
+    "pause": "pause_as_thought",
+    "cot": "cot",
+    "brief": "coconut",
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with runs of one epoch on letters, two thoughts already in the place of each of two steps."""
+    place = tmp_path_factory.mktemp("analysis")
+    data = write_json(place / "data.json", PROBLEMS)
+    tokenizer = AutoTokenizer.from_pretrained(REPOSITORY / "args" / "mini_model")
+    config = {"save_path": str(place), "logger": "none", "lr": 1e-2, "c_thought": 2, "max_latent_stage": 2}
+    config |= {"train_path": data, "val_path": data, "max_new_tokens": 12, "resume": 3, "num_epochs": 4}
+    (place / "config.yaml").write_text(yaml.safe_dump(config))
+    for name, method in RUNS.items():
+        model = save_model(place / f"{name}_model", KINDS.get(name, tiny_gpt2)(len(tokenizer), 128), tokenizer)
+        values = {
+            "name": name,
+            "method": method,
+            "model_id": model,
+            "c_thought": 1 if name in ("brief", "pause") else 2,
+        }
+        assert run.main([str(place / "config.yaml"), *words(values)]) == 0
+    return place
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama", "qwen3"])
+def subject(place, request):
+    return open_subject(str(place / request.param / "best"), PROBLEMS, batch_size=5)
+
+
+def plain_thoughts(subject, prompt, given):
+    """The input embeddings of one prompt by whole passes without a cache: given[i] for a thought, or None."""
+    lm, ids = subject.model.base_causallm, torch.tensor([prompt["input_ids"]])
+    embeds = lm.get_input_embeddings()(ids).clone()  # (1, length, hidden)
+    places = (ids[0] == subject.model.latent_token_id).nonzero().flatten().tolist()
+    with torch.no_grad():
+        for place, value in zip(places, given, strict=True):
+            own = lm.base_model(inputs_embeds=embeds[:, :place]).last_hidden_state[:, -1]
+            embeds[:, place] = own if value is None else value
+    return embeds, places
+
+
+def test_thoughts_are_those_of_plain_passes_whatever_is_forced(subject):
+    own = read_thoughts(subject)  # (problems, thoughts, hidden)
+    others = torch.randn_like(own)
+    for forced in ([False] * 4, [False, True, False, True], [True] * 4):
+        found = read_thoughts(subject, others, forced)
+        for index, prompt in enumerate(subject.prompts()):
+            given = [others[index, i] if is_forced else None for i, is_forced in enumerate(forced)]
+            embeds, places = plain_thoughts(subject, prompt, given)
+            torch.testing.assert_close(found[index], embeds[0, places], rtol=1e-4, atol=1e-4)
+
+
+def test_a_models_own_thoughts_in_their_places_change_nothing(subject):
+    own, before = read_thoughts(subject), write_answers(subject, "")
+    assert write_answers(subject, "", own, [True] * 4) == before
+    assert write_answers(subject, "", own, [True, False] * 2) == before
+    assert write_answers(subject, "", 3 * torch.randn_like(own), [True] * 4) != before
+
+
+def test_answers_are_those_of_validation(place, subject):
+    directory = next(path for path in place.glob("*/best") if str(path) == subject.opened.path).parent
+    expected = [json.loads(line) for line in (directory / "predictions_4.jsonl").read_text().splitlines()]
+    assert [said["answer"] for said in write_answers(subject, "")] == [line["answer"] for line in expected]
+    assert [said["new_tokens"] for said in write_answers(subject, "")] == [line["new_tokens"] for line in expected]
+
+
+def test_log_probabilities_are_those_of_the_whole_sequence_at_once(subject):
+    texts = ["a\n", "b\nc\n", "d e f "]
+    prompts = subject.prompts()[:3]
+    tokens = [subject.tokenize(text) for text in texts]
+    items = [extended(prompt, own) for prompt, own in zip(prompts, tokens, strict=True)]
+    found = log_probabilities(subject, items, [1, 2, 3], "")
+    for prompt, own, score, count in zip(prompts, tokens, found, [1, 2, 3], strict=True):
+        embeds, _ = plain_thoughts(subject, prompt, [None] * 4)
+        lm = subject.model.base_causallm
+        table = lm.get_input_embeddings()
+        with torch.no_grad():
+            logits = lm(inputs_embeds=torch.cat([embeds, table(torch.tensor([own]))], 1)).logits[0].log_softmax(-1)
+        assert len(own) == count
+        expected = sum(logits[len(prompt["input_ids"]) - 1 + i, id].item() for i, id in enumerate(own))
+        assert score == pytest.approx(expected, abs=1e-3)
+
+
+def test_the_values_of_a_level_are_raw_probabilities_of_its_concepts(subject):
+    forms = [find_form(problem) for problem in PROBLEMS]
+    graphs = [form.graph(problem) for form, problem in zip(forms, PROBLEMS, strict=True)]
+    found = search.values(subject, forms, graphs, level=2, steps=1)
+    for graph, own in zip(graphs, found, strict=True):
+        assert own.keys() == set(graph.level(2)) and 0 < sum(own.values()) < 1
+    own_again = search.values(subject, forms, graphs, level=2, steps=1, replaced=lambda thoughts: thoughts)
+    assert all(one == pytest.approx(other, rel=1e-3, abs=1e-6) for one, other in zip(found, own_again, strict=True))
+    assert search.values(subject, forms, graphs, level=2, steps=1, replaced=noise) != found
+
+
+def test_attention_from_one_place_adds_up_to_one_and_facts_are_told_apart(subject):
+    kernel = subject.model.base_causallm.config._attn_implementation
+    rows = lens.attention(subject).rows
+    assert subject.model.base_causallm.config._attn_implementation == kernel
+    for start in ("answer", "thought 1", "thought 4"):
+        own = {row["to"]: row["weight"] for row in rows if row["from"] == start}
+        assert sum(own.values()) == pytest.approx(1, abs=1e-4)
+        assert {"facts on the path", "facts not reachable", "question", "thought 1", "start marker"} <= own.keys()
+
+
+def test_hidden_states_at_a_thought_begin_with_it_and_end_with_the_next(subject):
+    states, thoughts = probes.hidden_states(subject), read_thoughts(subject)
+    inner = states.shape[1] - 1
+    torch.testing.assert_close(states[:, inner, :-1], thoughts[:, 1:], rtol=1e-4, atol=1e-4)
+    if subject.model.base_causallm.config.model_type != "gpt2":  # GPT-2 adds the position's embedding first
+        torch.testing.assert_close(states[:, 0], thoughts, rtol=1e-4, atol=1e-4)
+
+
+def test_a_probe_finds_what_is_there_and_nothing_else():
+    random = torch.Generator().manual_seed(0)
+    truth = torch.randint(4, (300,), generator=random)
+    noise = torch.randn(300, 8, generator=random)
+    there = noise + 5 * torch.nn.functional.one_hot(truth, 8)
+    assert sum(probes.cross_validate(there, truth)) > 290
+    assert 0.15 < sum(probes.cross_validate(noise, truth)) / 300 < 0.35
+
+
+def test_only_a_place_with_other_places_behind_it_is_frozen_or_propagated():
+    subsets = interventions.subsets(3)
+    assert list(subsets) == ["all", "only 1", "only 2", "only 3", "first 2", "last 2"]
+    assert [len(interventions.modes(chosen)) for chosen in subsets.values()] == [1, 2, 2, 1, 2, 1]
+
+
+def test_frozen_keeps_later_thoughts_and_propagated_computes_them_anew(place):
+    subject = open_subject(str(place / "gpt2" / "best"), PROBLEMS, batch_size=5)
+    own = read_thoughts(subject)
+    changed = own.clone()
+    changed[:, 0] = 3 * torch.randn_like(own[:, 0])
+    frozen = read_thoughts(subject, changed, [True] * 4)
+    propagated = read_thoughts(subject, changed, [True, *[False] * 3])
+    torch.testing.assert_close(frozen[:, 1:], own[:, 1:])
+    assert (propagated[:, 1:] - own[:, 1:]).norm(dim=-1).min() > 1e-3
+    torch.testing.assert_close(propagated[:, 0], changed[:, 0])
+
+
+def test_donors_have_as_many_steps_or_another_number_or_there_are_none():
+    steps, random = [3, 3, 4, 4, 4], torch.Generator().manual_seed(0)
+    alike = interventions.draw_donors(steps, True, random)
+    other = interventions.draw_donors(steps, False, random)
+    assert all(steps[i] == steps[d] and i != d for i, d in enumerate(alike))
+    assert all(steps[i] != steps[d] for i, d in enumerate(other))
+    assert interventions.draw_donors([3, 3, 4], True, random) is None
+    assert interventions.draw_donors([3, 3], False, random) is None
+
+
+def test_replacements_are_what_they_say(place):
+    subject = open_subject(str(place / "gpt2" / "best"), PROBLEMS, batch_size=5)
+    own = torch.randn(12, 4, 16)
+    found = {name: replacement.values for name, replacement in interventions.replacements(subject, own).items()}
+    torch.testing.assert_close(found["noise of their norm"].norm(dim=-1), own.norm(dim=-1))
+    assert torch.equal(found["in another order"].sort(1).values, own.sort(1).values)
+    assert not (found["in another order"] == own).all(2).all(1).any()
+    assert torch.equal(found["the first, repeated"][:, 3], own[:, 0])
+    assert interventions.OTHER not in found  # all have three steps
+
+
+def test_a_replaced_thought_changes_later_ones_and_the_answer_but_no_earlier_one(place):
+    subject = open_subject(str(place / "gpt2" / "best"), PROBLEMS, batch_size=5)
+    rows = interventions.influence(subject, read_thoughts(subject)).rows
+    assert rows[1]["thought 2"] is None and rows[1]["thought 3"] > 1e-4 and rows[3]["answer"] > 1e-4
+
+
+def test_an_operand_is_raised_where_that_is_clear():
+    problem = {"question": "Ann has 3 boxes of 4 pens.", "steps": ["<<3*4=12>>"], "answer": "12"}
+    assert operands.change(problem) == ("Ann has 4 boxes of 4 pens.", "12", "16")
+    assert operands.change(problem | {"question": "3 boxes and 3 of 4 pens"}) is None
+    assert operands.change(problem | {"question": "3 boxes of 4 pens, not 12"}) is None
+    assert operands.change(problem | {"steps": ["<<12/4=3>>"]}) is None
+    assert operands.change(problem | {"steps": []}) is None
+
+
+def read_csv(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_whole_report_of_a_model_with_others_beside_it(place, capsys):
+    best = place / "brief" / "best"
+    beside = [str(place / name / "best") for name in ("cot", "pause")]
+    assert analyze.main([str(best), "--beside", *beside, "--limit", "4", "--batch", "4", "--problem", "2"]) == 0
+    folder = place / "brief" / f"analysis_{best.resolve().name}"
+    assert (folder / "report.html").exists() and str(folder) in capsys.readouterr().out
+    sweep = read_csv(folder / "k_sweep.csv")
+    assert [row["cell"] for row in sweep if row["model"] == "coconut"] == [f"coconut, k = {k}" for k in range(5)]
+    assert [row["cell"] for row in sweep if row["model"] == "cot"] == ["cot"]
+    assert len([row for row in sweep if row["model"] == "pause_as_thought"]) == 5
+    for table in folder.glob("*.csv"):  # every cell has the same problems, but where rows are not about problems
+        for row in read_csv(table):
+            counted = row.get("vectors") == "token embeddings" or "height" in row or table.stem == "search_tree"
+            assert counted or row.get("n", "4") == "4", table
+    cells = read_csv(folder / "interventions.csv")
+    assert {"untouched", "no thoughts (k = 0)", "cot", "pause_as_thought"} <= {row["thoughts are"] for row in cells}
+    lines = [json.loads(line) for line in (folder / "problems.jsonl").read_text().splitlines()]
+    assert len(lines) == 4 and {"k_sweep", "search", "top_tokens", "interventions"} <= lines[0].keys()
+    assert analyze.main([str(best)]) == 2  # it is not written over
+    assert "holds a report already" in capsys.readouterr().err
+
+
+def test_a_run_analyzes_its_best_checkpoint_once(place):
+    values = {"name": "looked_into", "method": "pause_as_thought", "model_id": str(place / "pause_model")}
+    command = [str(place / "config.yaml"), *words(values | {"c_thought": 1, "analyze": True})]
+    assert run.main(command) == 0
+    report = place / "looked_into" / "analysis_checkpoint_4" / "report.html"
+    before = report.stat().st_mtime_ns
+    assert run.main(command) == 0 and report.stat().st_mtime_ns == before
+
+
+def test_questions_that_make_no_sense_are_refused_or_left_out(place, capsys):
+    cot, pause = (str(place / name / "best") for name in ("cot", "pause"))
+    assert analyze.main([cot, "--questions", "lens"]) == 2
+    assert "method cot has no thoughts" in capsys.readouterr().err
+    assert analyze.main([pause, "--questions", "k_swep"]) == 2
+    assert "k_swep" in capsys.readouterr().err
+    assert analyze.main([cot, "--problem", "99"]) == 2
+    assert analyze.main([cot, "--limit", "4"]) == 0
+    [folder] = (place / "cot").glob("analysis_*")
+    assert {path.stem for path in folder.glob("*.csv")} == {"k_sweep", "k_sweep_tests"}
+
+
+def test_problems_without_a_graph_are_asked_what_makes_sense(place, capsys):
+    tokenizer = byte_tokenizer()
+    problem = {"question": "Ann has 3 boxes of 4 pens.", "steps": ["<<3*4=12>>"], "answer": "12"}
+    other = {"question": "Bob has 5 bags of 7 nuts and 2 more", "steps": ["<<5*7=35>>", "<<35+2=37>>"], "answer": "37"}
+    data = write_json(place / "gsm.json", [problem, other] * 3)
+    model = save_model(place / "bytes", tiny_gpt2(len(tokenizer), 128), tokenizer)
+    values = {"name": "gsm", "method": "coconut", "model_id": model, "train_path": data, "val_path": data}
+    values["c_thought"] = 1
+    assert run.main([str(place / "config.yaml"), *words(values)]) == 0
+    assert analyze.main([str(place / "gsm" / "best")]) == 0
+    [folder] = (place / "gsm").glob("analysis_*")
+    tables = {path.stem for path in folder.glob("*.csv")}
+    assert {"k_sweep", "interventions", "operands", "attention"} <= tables
+    assert not tables & {"search_tree", "probes", "decoded_roles"}

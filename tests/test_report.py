@@ -1,0 +1,163 @@
+"""The report: one page that needs nothing else, in which no text of data or model is more than text."""
+
+import csv
+import json
+import re
+import sys
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+
+from analysis import report
+from analysis.graphs import ON_PATH, UNREACHABLE
+from analysis.report import Cell, Figure, UserError, write
+
+EVIL = "<script>alert('a')</script></svg></style>\"'&$x$\x00"
+SHOWN = EVIL.replace("\x00", "\ufffd")
+
+
+class Page(HTMLParser):
+    """The tags of a page with their attributes, and its texts outside scripts and styles."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.texts, self.open = [], [], []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag in ("script", "style"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if self.open[-1:] == [tag]:
+            self.open.pop()
+
+    def handle_data(self, data):
+        if not self.open:
+            self.texts.append(data)
+
+    def values(self, name):
+        """The values of an attribute."""
+        return [attrs[name] for _, attrs in self.tags if name in attrs]
+
+
+def draw(figure):
+    axes = figure.subplots()
+    axes.bar([EVIL, 'id="a"'], [1, 2], clip_on=True)
+    axes.plot([0, 1], [0, 5], label=EVIL)
+    axes.legend()
+
+
+ROWS = [{"cell": EVIL, "rate": 1 / 3, "p": 0.00012345, "n": 500}, {"cell": "b", "rate": 0.5, "p": None, "n": 500}]
+GRID = [{"thought": 1, "rank 1": Cell(EVIL, ON_PATH), "rank 2": Cell("=b", "")}]
+FIGURES = [
+    Figure("rates", f"Rates {EVIL}", EVIL, ROWS, draw),
+    Figure("again", "The same", "", ROWS, draw),
+    Figure("lens", "Grid", "", GRID),
+]
+PROBLEMS = [{"idx": 0, "question": EVIL, "thoughts": {"1": {"text": EVIL}}}, {"idx": 1, "question": "Ζεύς?"}]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A whole report."""
+    folder = tmp_path_factory.mktemp("analysis") / "new" / "analysis_best"
+    write(folder, f"Analysis {EVIL}", {"checkpoint": EVIL, EVIL: {"a": [EVIL]}}, [EVIL], FIGURES, PROBLEMS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(folder):
+    return Page((folder / "report.html").read_text(encoding="utf-8"))
+
+
+def test_a_report_is_a_page_with_the_files_behind_it(folder):
+    names = {"report.html", "problems.jsonl", "rates.csv", "rates.svg", "again.csv", "again.svg", "lens.csv"}
+    assert {path.name for path in folder.iterdir()} == names
+    lines = (folder / "problems.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == PROBLEMS
+
+
+def test_csv_holds_the_values_in_full(folder):
+    with open(folder / "rates.csv", encoding="utf-8", newline="") as file:
+        first, second = csv.DictReader(file)
+    assert first == {name: str(value) for name, value in ROWS[0].items()} and float(first["rate"]) == 1 / 3
+    assert second["p"] == ""
+    assert (folder / "lens.csv").read_text(encoding="utf-8").startswith("thought,rank 1,rank 2\n1,")
+
+
+def test_what_comes_from_data_is_text(folder, page):
+    tags = [tag for tag, _ in page.tags]
+    assert tags.count("script") == 1 and tags.count("svg") == 2 == tags.count("style") - 1
+    texts = "".join(page.texts)
+    assert f"Analysis {SHOWN}" in page.texts and f"Rates {SHOWN}" in page.texts
+    assert page.texts.count(SHOWN) >= 9  # summary, fact and its name, words, three cells, question, labels
+    for name in ("rates", "again"):
+        drawn = [
+            text.text for text in ElementTree.parse(folder / f"{name}.svg").iter("{http://www.w3.org/2000/svg}text")
+        ]
+        assert drawn.count(SHOWN) == 2 and 'id="a"' in drawn  # a tick and the legend, no formula
+    assert texts.count('id="a"') == 2
+
+
+def test_the_page_needs_no_network(page):
+    for name in ("src", "href", "xlink:href"):
+        for value in page.values(name):
+            assert value.startswith("#") or re.fullmatch(r"[a-z]+\.(csv|svg|jsonl)", value)
+    assert not {"link", "img", "iframe", "base"} & {tag for tag, _ in page.tags}
+
+
+def test_drawings_do_not_share_ids_and_find_their_own(page):
+    ids = page.values("id")
+    assert len(ids) == len(set(ids))
+    used = [value[1:] for value in page.values("xlink:href")]
+    used += re.findall(r"url\(#([^)]+)\)", " ".join(page.values("clip-path")))
+    assert used and set(used) <= set(ids)
+
+
+def test_drawings_take_the_pages_colours_and_the_files_keep_black_and_white(folder, page):
+    styles = " ".join(page.values("style"))
+    assert "var(--ink)" in styles and "var(--paper)" in styles and "#000000" not in styles
+    svg = (folder / "rates.svg").read_text(encoding="utf-8")
+    assert "#000000" in svg and "#ffffff" in svg and "var(" not in svg
+
+
+def test_the_same_values_make_the_same_drawing(folder):
+    assert (folder / "rates.svg").read_text(encoding="utf-8") == report.drawing(FIGURES[0])
+
+
+def test_tables_show_numbers_shortly_and_roles_as_colours(folder, page):
+    for number in ("0.333", "1.2e-04", "0.500"):
+        assert number in page.texts
+    assert page.values("data-role") == [*report.ROLES, ON_PATH]  # the legend, then the cell
+    html = (folder / "report.html").read_text(encoding="utf-8")
+    assert f'[data-role="{UNREACHABLE}"] {{ background: {report.ROLE_COLOURS[UNREACHABLE]}' in html
+    assert "$" not in html.replace("$x$", "").replace("`${shown} of ${problems.length}`", "")
+
+
+def test_a_report_is_never_overwritten_and_half_a_one_is_finished(tmp_path):
+    (tmp_path / "rates.csv").write_text("left by a run that was stopped")
+    write(tmp_path, "one", {}, [], FIGURES[2:], [])
+    before = (tmp_path / "report.html").read_bytes()
+    with pytest.raises(UserError, match=f"{tmp_path}: holds a report already"):
+        write(tmp_path, "two", {}, [], [], [])
+    assert (tmp_path / "report.html").read_bytes() == before
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        write(tmp_path / "file", "three", {}, [], [], [])
+
+
+def test_empty_tables_and_no_problems(tmp_path):
+    write(tmp_path, "empty", {}, [], [Figure("none", "None", "", [])], [])
+    assert (tmp_path / "none.csv").read_text() == "\n"
+    assert "0 of 0" in (tmp_path / "report.html").read_text()
+
+
+def test_without_matplotlib_the_remedy_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match=r"requirements-extra\.txt"):
+        write(tmp_path / "no", "title", {}, [], FIGURES, [])
+    assert not (tmp_path / "no").exists()
