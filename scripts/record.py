@@ -74,7 +74,7 @@ def from_root(path: str | None) -> str | None:
 
 
 def spread(values: list[float]) -> str:
-    """Mean ± standard deviation and the 95 % t-interval of the mean; of a single value itself."""
+    """Of values in %: mean ± standard deviation and the 95 % t-interval of the mean; of a single value itself."""
     mean = statistics.mean(values)
     if len(values) == 1:
         return f"{mean:.1f}"
@@ -84,7 +84,7 @@ def spread(values: list[float]) -> str:
         raise UserError("scipy is not installed; pip install -r requirements-extra.txt") from error
     deviation = statistics.stdev(values)
     half = t.ppf(0.975, len(values) - 1) * deviation / math.sqrt(len(values))
-    return f"{mean:.1f} ± {deviation:.1f} ({mean - half:.1f} to {mean + half:.1f})"
+    return f"{mean:.1f} ± {deviation:.1f} ({max(0, mean - half):.1f} to {min(100, mean + half):.1f})"
 
 
 def row(label: str, seeds: list[Finished]) -> dict[str, str]:

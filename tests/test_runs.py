@@ -197,9 +197,10 @@ def test_large_metrics_are_thinned_without_a_change_of_the_curves(start, monkeyp
     assert dict(training_losses(lines)) == pytest.approx(whole.curves["training loss"])
 
 
-def test_the_spread_over_seeds_is_students(capsys):
+def test_the_spread_over_seeds_is_students():
     assert record.spread([50.0]) == "50.0"
     assert record.spread([74.0, 76.0, 78.0]) == "76.0 ± 2.0 (71.0 to 81.0)"  # 4.303 * 2 / sqrt(3) = 4.97
+    assert record.spread([0.0, 100.0]) == "50.0 ± 70.7 (0.0 to 100.0)"  # no rate lies beyond
 
 
 def test_evaluations_are_tabled_with_their_intervals(tmp_path, capsys):
