@@ -95,7 +95,8 @@ def test(run: Run) -> None:
         if getattr(config, key, trained) != trained:
             run.processes.print(f"warning: {key} is {getattr(config, key)} here, but the checkpoint has {trained}")
     evaluation = validate(run, stage)
-    summary = {"checkpoint": str(checkpoint), "val_path": config.val_path, "stage": stage, **evaluation.metrics()}
+    found = {"problems": len(evaluation.predictions), **evaluation.metrics()}
+    summary = {"checkpoint": str(checkpoint), "val_path": config.val_path, "stage": stage, **found}
     if not config.debug:
         directory = run.directory / f"eval_{checkpoint.resolve().name}"
         run.processes.on_main(lambda: write_evaluation(evaluation.predictions, summary, directory))
