@@ -49,7 +49,7 @@ def commands(page: Path) -> Iterator[str]:
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     for language, block in blocks:
         if language == "python":
-            yield f"PYTHONPATH=. python - <<'EOF'\n{block}EOF"
+            yield f"python - <<'end'\n{block}end"
     shell = "".join(block for language, block in blocks if language in ("bash", "sh"))
     shell += "".join(re.findall(r"^    (.*\n)", text, re.MULTILINE))
     for line in re.findall(rf"^(?:\$ )?((?:{'|'.join(STARTS)}) (?:.*\\\n)*.*)$", shell, re.MULTILINE):
