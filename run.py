@@ -59,7 +59,8 @@ def main(words: list[str] | None = None) -> int:
     if code == 0:  # else the others may wait in a collective, and so would this one; the end of the process does it
         stop_processes()
         if config.analyze and not config.debug and not config.only_eval and run.processes.is_main:
-            analyze(config)
+            run = None  # its model and gradients fill a GPU
+            code = analyze(config)
     return code
 
 
@@ -94,20 +95,27 @@ def test(run: Run) -> None:
         if getattr(config, key, trained) != trained:
             run.processes.print(f"warning: {key} is {getattr(config, key)} here, but the checkpoint has {trained}")
     evaluation = validate(run, stage)
-    summary = {"checkpoint": str(checkpoint), "val_path": config.val_path, "stage": stage, **evaluation.metrics()}
+    found = {"problems": len(evaluation.predictions), **evaluation.metrics()}
+    summary = {"checkpoint": str(checkpoint), "val_path": config.val_path, "stage": stage, **found}
     if not config.debug:
         directory = run.directory / f"eval_{checkpoint.resolve().name}"
         run.processes.on_main(lambda: write_evaluation(evaluation.predictions, summary, directory))
         run.processes.print(f"predictions and metrics: {directory}")
 
 
-def analyze(config: Config) -> None:
-    """The analysis of a trained run's best checkpoint, unless it is there."""
+def analyze(config: Config) -> int:
+    """The analysis of a trained run's best checkpoint, unless it is there; returns the exit code."""
     from analysis.study import folder_of, study  # needs an optional package
 
     best = str(Path(config.save_path, config.name, "best"))
-    if not (folder_of(best) / "report.html").exists():
+    if (folder_of(best) / "report.html").exists():
+        return 0
+    try:
         study(best, config.val_path, batch_size=config.batch_size_eval or config.batch_size_training)
+    except UserError as error:
+        print(f"error: analyze: {error}; the run itself is done", file=sys.stderr)
+        return EXIT_CODES[UserError]
+    return 0
 
 
 def write_evaluation(predictions: list[dict], summary: dict, directory: Path) -> None:

@@ -20,14 +20,13 @@ from tqdm import tqdm
 
 from build import Run, inputs
 from checkpoint import TrainState, describe, load_training_state, problems_per_step, save_checkpoint
-from config import Config
 from curriculum import schedule_table, stage_of
 from dataset import Lengths, epoch_order, get_cot_latent_dataset, step_batches
 from evaluate import Evaluation, validate, write_predictions
 from kept import prune, remove_partial, room_report, set_links
 from lora import parameter_groups
 from metrics import MetricLogger
-from parallel import check_shared, choose, clear_gradients, distribute, gradient_sync, is_sharded, reshard
+from parallel import Processes, check_shared, choose, clear_gradients, distribute, gradient_sync, is_sharded, reshard
 from utils import Interrupted, make_private, saving, write_text
 
 SHOWN = 8  # training sequences and predictions that wandb or tensorboard show as texts
@@ -119,7 +118,7 @@ class Trainer:
         with saving(run.directory):
             remove_partial(run.directory)
             # With the run's id no other folder has the same text, which tells whether all nodes see this one.
-            write_text(run.directory / "config.yaml", f"{resolved_text(run.config)}# run {self.state.run_id}\n")
+            write_text(run.directory / "config.yaml", f"{resolved_text(run)}# run {self.state.run_id}\n")
 
     def train_epoch(self, epoch: int) -> None:
         """The optimizer steps of an epoch, or those that are left of it."""
@@ -283,7 +282,7 @@ def train(run: Run) -> None:
     if trainer.state.epoch >= run.config.num_epochs:
         run.processes.print(f"{run.directory} is trained for {trainer.state.epoch} epochs; raise num_epochs to go on")
         return
-    run.processes.print(resolved_text(run.config) + "\n" + schedule_table(run.config))
+    run.processes.print(resolved_text(run) + "\n" + schedule_table(run.config))
     if not run.config.debug:
         run.processes.print(trainer.room_report())
     trainer.fit()
@@ -350,12 +349,20 @@ def make_batches(run: Run, epoch: int, step: Step) -> tuple[int, list[dict[str, 
     return step.count, batches
 
 
-def resolved_text(config: Config) -> str:
-    """The resolved config as YAML, with the versions that a result depends on as comments."""
+def resolved_text(run: Run) -> str:
+    """The resolved config as YAML, with the versions and devices that a result depends on as comments."""
     names = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-    names["commit"] = git_commit()
+    names |= {"commit": git_commit(), "device": devices(run.processes)}
     comments = "".join(f"# {name} {version}\n" for name, version in names.items())
-    return comments + yaml.safe_dump(config.resolved(), sort_keys=False)
+    return comments + yaml.safe_dump(run.config.resolved(), sort_keys=False)
+
+
+def devices(processes: Processes) -> str:
+    """How many processes compute, and on what; all have the main one's kind of device."""
+    name = f"CPU ({platform.machine()}, threads: {torch.get_num_threads()})"
+    if processes.device.type == "cuda":
+        name = torch.cuda.get_device_name(processes.device)
+    return f"{processes.world_size} x {name}"
 
 
 def git_commit() -> str:

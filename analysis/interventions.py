@@ -12,6 +12,7 @@ import torch
 from matplotlib.figure import Figure as Canvas
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from analysis.findings import Findings
 from analysis.report import Figure
@@ -20,6 +21,9 @@ from analysis.thoughts import SEED, Subject, extended, noise, read_thoughts, thi
 from evaluate import normalize
 
 UNTOUCHED = "untouched"
+NOISE = "noise of their norm"
+OF_ALL = ("in another order", "the first, repeated")  # these replace all thoughts, or some would stay as they are
+WHOLE = ("", "all")  # the places of controls, and of replacements of all thoughts
 AS_MANY, OTHER = "another problem's, as many steps", "another problem's, other steps"
 
 
@@ -40,69 +44,76 @@ def analyze(subject: Subject, beside: list[Subject]) -> Findings:
     for model in beside:
         answers[model.name, "", ""] = write_answers(model, "control")
     options = replacements(subject, thoughts)
-    for name, replacement in options.items():
-        for places, chosen in subsets(subject.thoughts).items():
-            for mode in modes(chosen):
-                values, forced = replacement.values, chosen
-                if mode == "frozen":
-                    kept = torch.tensor(chosen)[:, None]  # (thoughts, 1)
-                    values = torch.where(kept, values, thoughts)  # (problems, thoughts, hidden)
-                    forced = [True] * subject.thoughts
-                answers[name, places, mode] = write_answers(subject, f"{name}, {places}", values, forced)
+    cells = [
+        (name, places, mode)
+        for name in options
+        for places, chosen in subsets(subject.thoughts).items()
+        for mode in modes(chosen)
+        if places == "all" or name not in OF_ALL
+    ]
+    for name, places, mode in tqdm(cells, desc=f"{subject.name}: interventions", leave=False):
+        values, forced = options[name].values, subsets(subject.thoughts)[places]
+        if mode == "frozen":
+            kept = torch.tensor(forced)[:, None]  # (thoughts, 1)
+            values = torch.where(kept, values, thoughts)  # (problems, thoughts, hidden)
+            forced = [True] * subject.thoughts
+        answers[name, places, mode] = write_answers(subject, name, values, forced)
     figures = [table(subject, answers, options), influence(subject, thoughts)]
-    names = {cell: ", ".join(filter(None, cell)) for cell in answers}
     problems = {
-        index: {"interventions": {names[cell]: said[index]["generated"] for cell, said in answers.items()}}
+        index: {
+            "interventions": {cell[0]: said[index]["generated"] for cell, said in answers.items() if cell[1] in WHOLE}
+        }
         for index in range(len(subject.problems))
     }
-    missing = sorted({AS_MANY, OTHER} - set(options))
-    summary = [
-        f"{row['thoughts are']:>32}: accuracy {row['rate']:.1%}"
-        for row in figures[0].rows
-        if row["places"] in ("", "all")
-    ]
-    return Findings(
-        figures, problems, summary + [f"left out, since not every problem has one: {name}" for name in missing]
-    )
+    rates = [f"{row['thoughts are']} {row['rate']:.1%}" for row in figures[0].rows if row["places"] in WHOLE]
+    summary = [f"accuracy where all thoughts are replaced, and of controls: {'; '.join(rates)}"]
+    return Findings(figures, problems, summary + donor_notes(subject, options))
 
 
 def replacements(subject: Subject, thoughts: Tensor) -> dict[str, Replacement]:
     """What takes the place of thoughts (problems, thoughts, hidden), drawn with a seed of their own."""
     random = torch.Generator().manual_seed(SEED)
-    order = [derangement(subject.thoughts, random) for _ in thoughts]
     found = {
         "zero": Replacement(torch.zeros_like(thoughts)),
         "the mean": Replacement(thoughts.mean((0, 1)).expand_as(thoughts)),
         "the mean of their place": Replacement(thoughts.mean(0).expand_as(thoughts)),
-        "noise of their norm": Replacement(noise(thoughts)),
-        "in another order": Replacement(
-            torch.stack([own[places] for own, places in zip(thoughts, order, strict=True)])
-        ),
-        "the first, repeated": Replacement(thoughts[:, :1].expand_as(thoughts)),
+        NOISE: Replacement(noise(thoughts)),
     }
+    if subject.thoughts > 1:
+        moves = torch.randint(1, subject.thoughts, (len(thoughts),), generator=random).tolist()
+        turned = [own.roll(move, 0) for own, move in zip(thoughts, moves, strict=True)]
+        found["in another order"] = Replacement(torch.stack(turned))  # no thought in its own place
+        found["the first, repeated"] = Replacement(thoughts[:, :1].expand_as(thoughts))
+    steps = [len(problem["steps"]) for problem in subject.problems]
     for name, alike in ((AS_MANY, True), (OTHER, False)):
-        if donors := draw_donors([len(problem["steps"]) for problem in subject.problems], alike, random):
+        if donors := draw_donors(steps, alike, random):
             found[name] = Replacement(thoughts[donors], donors)
     return found
 
 
-def derangement(n: int, random: torch.Generator) -> Tensor:
-    """An order of n places that is not their own, at random; of one place its own. (n,)"""
-    while True:
-        order = torch.randperm(n, generator=random)
-        if n < 2 or not torch.equal(order, torch.arange(n)):
-            return order
-
-
 def draw_donors(steps: list[int], alike: bool, random: torch.Generator) -> list[int] | None:
-    """For each problem another one at random, with as many steps or with another number; None where one has none."""
+    """For each problem another one at random: with as many steps, or the nearest number that another problem has; or
+    with another number. None where a problem has none."""
     donors = []
     for index, own in enumerate(steps):
-        others = [other for other, number in enumerate(steps) if other != index and (number == own) is alike]
+        others = [other for other in range(len(steps)) if other != index and (alike or steps[other] != own)]
         if not others:
             return None
+        if alike:
+            nearest = min(abs(steps[other] - own) for other in others)
+            others = [other for other in others if abs(steps[other] - own) == nearest]
         donors.append(others[torch.randint(len(others), (), generator=random).item()])
     return donors
+
+
+def donor_notes(subject: Subject, options: dict[str, Replacement]) -> list[str]:
+    """What is to be said of the donors: a control that could not be made, problems with the nearest number of steps."""
+    notes = [f"left out, since not every problem has one: {name}" for name in (AS_MANY, OTHER) if name not in options]
+    steps = [len(problem["steps"]) for problem in subject.problems]
+    if AS_MANY in options:
+        others = sum(steps[donor] != own for donor, own in zip(options[AS_MANY].donors, steps, strict=True))
+        notes += [f"{AS_MANY}: the nearest number of steps for {others} of {len(steps)} problems"] if others else []
+    return notes
 
 
 def subsets(n: int) -> dict[str, list[bool]]:
@@ -146,7 +157,7 @@ def table(subject: Subject, answers: dict[tuple, list[dict]], options: dict[str,
 
 def draw(canvas: Canvas, rows: list[dict]) -> None:
     """Accuracy with its interval for the controls and where all thoughts are replaced."""
-    own = [row for row in rows if row["places"] in ("", "all")]
+    own = [row for row in rows if row["places"] in WHOLE]
     canvas.set_size_inches(9, 1 + 0.35 * len(own))
     axes, values = canvas.subplots(), [100 * row["rate"] for row in own]
     spread = [[100 * (row["rate"] - row["low"]) for row in own], [100 * (row["high"] - row["rate"]) for row in own]]
@@ -163,9 +174,11 @@ def influence(subject: Subject, thoughts: Tensor) -> Figure:
     KL divergence from the untouched to the changed model, in nats: of what later thoughts project to, and of each token
     that the untouched model writes, on average.
     """
-    eos = subject.model.eos_token_id
-    said = [[*subject.tokenize(own["generated"]), eos] for own in write_answers(subject, "influence")]
-    items = [extended(prompt, ids) for prompt, ids in zip(subject.prompts(), said, strict=True)]
+    prompts = subject.prompts()
+    said = [own["ids"] for own in write_answers(subject, "influence")]
+    if subject.positions:  # an eos may stand behind the last position
+        said = [ids[: subject.positions - len(prompt["input_ids"])] for ids, prompt in zip(said, prompts, strict=True)]
+    items = [extended(prompt, ids) for prompt, ids in zip(prompts, said, strict=True)]
     changed = noise(thoughts)  # (problems, thoughts, hidden)
     sums = torch.zeros(subject.thoughts, subject.thoughts + 1)  # (replaced thought, later thought or answer)
     for part, batch in subject.batches(items, "influence"):

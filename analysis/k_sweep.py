@@ -10,7 +10,7 @@ from collections import Counter
 from matplotlib.figure import Figure as Canvas
 
 from analysis.findings import Findings
-from analysis.graphs import CLASSES, Verdict, classify, find_form
+from analysis.graphs import CLASSES, Verdict, classify
 from analysis.report import COLOURS, Figure
 from analysis.statistics import compare, wilson
 from analysis.thoughts import Subject, write_answers
@@ -32,7 +32,7 @@ def analyze(subject: Subject, beside: list[Subject]) -> Findings:
             label = f"{model.name}, k = {k}" if model.has_placeholders else model.name
             answers = write_answers(at, label)
             verdicts = judge(at, answers)
-            rows.append({"cell": label, "model": model.name, "k": k, "trained": k == trained_steps(model)})
+            rows.append({"cell": label, "model": model.name, "k": k, "trained": at.thoughts == model.thoughts})
             rows[-1] |= row(answers, verdicts)
             cells[label] = {index: answer["correct"] for index, answer in enumerate(answers)}
             for index, (answer, verdict) in enumerate(zip(answers, verdicts, strict=True)):
@@ -44,30 +44,33 @@ def analyze(subject: Subject, beside: list[Subject]) -> Findings:
     first = rows[0]["cell"]
     words = f"Accuracy of every row of the figure above, against {first}; paired, the same problems in all."
     findings.figures.append(Figure("k_sweep_tests", f"{title}: differences", words, compare(cells, first)))
-    findings.summary = [f"{r['cell']:>32}: accuracy {r['accuracy']:.1%}, {r['tokens']:.1f} tokens" for r in rows]
+    for model in [subject, *beside]:
+        if model.has_placeholders and (last := sweep(model)[-1][0]) < 2 * model.opened.config.max_latent_stage:
+            why = f"since the model takes {model.positions} positions"
+            findings.summary.append(f"{model.name}: k ends at {last}, {why}")
+    for model in [subject, *beside]:
+        own = (row for row in rows if row["model"] == model.name)
+        rates = [f"{row['accuracy']:.1%}" + ("" if row["k"] is None else f" at k = {row['k']}") for row in own]
+        findings.summary.append(f"{model.name}: accuracy {', '.join(rates)}")
     return findings
 
 
-def trained_steps(model: Subject) -> int | None:
-    """How many steps the model's thoughts take the place of at the end of training; None without placeholders."""
-    return model.thoughts // model.per_stage if model.has_placeholders else None
-
-
 def sweep(model: Subject) -> list[tuple[int | None, Subject]]:
-    """Each k with the model that has so many thoughts; None for one that has no placeholders."""
+    """Each k that the model has positions for, with the model that has so many thoughts; None for one without any."""
     if not model.has_placeholders:
         return [(None, model)]
-    return [(k, model.with_thoughts(k * model.per_stage)) for k in range(2 * trained_steps(model) + 1)]
+    each = ((k, model.with_thoughts(k * model.per_stage)) for k in range(2 * model.opened.config.max_latent_stage + 1))
+    longest = max(len(prompt["input_ids"]) for prompt in model.with_thoughts(0).prompts())
+    return [(k, at) for k, at in each if not model.positions or longest + at.thoughts <= model.positions]
 
 
 def judge(model: Subject, answers: list[dict]) -> list[Verdict | None]:
     """The class of each answer; None for a problem without a graph."""
-    verdicts = []
-    for problem, answer in zip(model.problems, answers, strict=True):
-        form = find_form(problem)
-        steps = model.thoughts // model.per_stage if model.per_stage else 0
-        verdicts.append(classify(answer["generated"], form, form.graph(problem), steps) if form else None)
-    return verdicts
+    steps = model.thoughts // model.per_stage
+    return [
+        form and classify(answer["generated"], form, graph, steps)
+        for form, graph, answer in zip(model.forms, model.graphs, answers, strict=True)
+    ]
 
 
 def row(answers: list[dict], verdicts: list[Verdict | None]) -> dict:

@@ -4,13 +4,15 @@ what the answer is when it is forced after fewer of them."""
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
+from itertools import takewhile
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from analysis.findings import Findings
-from analysis.graphs import ROLES, Graph, find_form
+from analysis.graphs import ROLES, Form, Graph
 from analysis.report import Cell, Figure
 from analysis.statistics import compare
 from analysis.thoughts import Subject, read_thoughts, think, write_answers
@@ -19,21 +21,23 @@ TOP = 8  # tokens that are shown of each thought
 NO_NODE, SEVERAL = "no node", "several nodes"
 
 
-def analyze(subject: Subject, chosen: int) -> Findings:
-    """Everything above for the subject with the thoughts that it was trained with."""
+def analyze(subject: Subject, beside: list[Subject], chosen: int) -> Findings:
+    """Everything above for the subject with the thoughts that it was trained with; models beside it with pauses or
+    thoughts answer early, too."""
     thoughts = read_thoughts(subject)  # (problems, thoughts, hidden)
     probabilities, tokens = top_tokens(subject, thoughts)  # (problems, thoughts, TOP) each
-    meanings = [roles_of_tokens(subject, problem) for problem in subject.problems]
+    meanings = [roles_of_tokens(subject, *each) for each in zip(subject.forms, subject.graphs, strict=True)]
     figures = [grid(subject, probabilities[chosen], tokens[chosen], meanings[chosen], chosen)]
     if any(meanings):
         figures.append(decoded(probabilities, tokens, meanings))
-    figures += [early_answers(subject), geometry(subject, thoughts), attention(subject)]
+    figures += [early_answers([subject, *beside]), geometry(subject, thoughts), attention(subject)]
     decode, problems = subject.opened.pretrained.tokenizer.decode, {}
     for index, (values, ids) in enumerate(zip(probabilities.tolist(), tokens.tolist(), strict=True)):
         rows = [[[decode(id), p] for id, p in zip(i, v, strict=True)] for i, v in zip(ids, values, strict=True)]
         problems[index] = {"top_tokens": rows}
-    summary = [f"forced after {r['cell']}: accuracy {r['rate']:.1%}" for r in figures[-3].rows]
-    return Findings(figures, problems, summary, {"thoughts": thoughts})
+    rates = [f"{row['cell']} {row['rate']:.1%}" for row in figures[-3].rows]
+    line = f"accuracy of the answer forced after so many thoughts or pauses: {', '.join(rates)}"
+    return Findings(figures, problems, [line], {"thoughts": thoughts})
 
 
 def top_tokens(subject: Subject, thoughts: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,13 +49,12 @@ def top_tokens(subject: Subject, thoughts: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([part.values.cpu() for part in found]), torch.cat([part.indices.cpu() for part in found])
 
 
-def roles_of_tokens(subject: Subject, problem: dict) -> dict[int, str]:
+def roles_of_tokens(subject: Subject, form: Form | None, graph: Graph | None) -> dict[int, str]:
     """The role of the node that a token begins the name of, as a step writes it or a question states it; {} without a
     graph."""
-    form = find_form(problem)
     if form is None:
         return {}
-    graph, roles = form.graph(problem), {}
+    roles = {}
     for node in dict.fromkeys(node for edge in graph.edges for node in edge):
         for text in (form.written(node), node, f"{node} "):
             first = subject.tokenize(text)[0]
@@ -96,14 +99,28 @@ def decoded(probabilities: Tensor, tokens: Tensor, meanings: list[dict]) -> Figu
     return Figure("decoded_roles", "What thoughts decode to", words, rows)
 
 
-def early_answers(subject: Subject) -> Figure:
+def early_answers(models: list[Subject]) -> Figure:
     """The answer forced after j thoughts: the text goes on with the mark of an answer."""
-    cells = {}
-    for j in range(subject.thoughts + 1):
-        answers = write_answers(subject.with_thoughts(j), f"answer after {j}", start="### ")
-        cells[f"{j} thoughts"] = {index: answer["correct"] for index, answer in enumerate(answers)}
-    words = "Accuracy when the answer is forced after so many thoughts, against the number trained."
-    return Figure("early_stopping", "The answer, forced early", words, compare(cells, f"{subject.thoughts} thoughts"))
+    cells, first = {}, models[0]
+    for model in (model for model in models if model.has_placeholders):
+        begun = mark_of_answer(model)
+        for j in range(model.thoughts + 1):
+            answers = write_answers(model.with_thoughts(j), f"answer after {j}", begun=begun)
+            cells[f"{model.name}, {j}"] = {index: answer["correct"] for index, answer in enumerate(answers)}
+    words = (
+        f"Accuracy when the answer is forced after so many thoughts (or pauses), against {first.name} with the number "
+        "trained."
+    )
+    return Figure(
+        "early_stopping", "The answer, forced early", words, compare(cells, f"{first.name}, {first.thoughts}")
+    )
+
+
+def mark_of_answer(subject: Subject) -> list[int]:
+    """The tokens that every answer begins with: those of "### " that an answer behind it leaves as they are."""
+    with_answer = subject.tokenize(f"### {subject.problems[0]['answer']}")
+    pairs = zip(subject.tokenize("### "), with_answer, strict=False)
+    return [id for id, other in takewhile(lambda pair: pair[0] == pair[1], pairs)]
 
 
 def geometry(subject: Subject, thoughts: Tensor) -> Figure:
@@ -139,13 +156,14 @@ def attention(subject: Subject) -> Figure:
     lm = subject.model.base_causallm
     kernel, sums, counts = lm.config._attn_implementation, Counter(), Counter()
     lm.set_attn_implementation("eager")  # others do not tell their weights
+    few = replace(subject, batch_size=max(subject.batch_size // 8, 1))  # all weights of all layers are held at once
     try:
-        for part, batch in subject.batches(subject.prompts(), "attention"):
+        for part, batch in few.batches(few.prompts(), "attention"):
             weights = attention_weights(subject, batch)  # (batch, length, length)
             for row, index in enumerate(part):
                 own = weights[row][:, batch["attention_mask"][row].bool()]  # (length, own tokens)
                 own = own[batch["attention_mask"][row].bool()]  # (own tokens, own tokens)
-                kinds = kinds_of_tokens(subject, subject.problems[index], len(own))
+                kinds = kinds_of_tokens(subject, index, len(own))
                 for start, line in sources(subject, own):
                     for kind, weight in zip(kinds, line, strict=False):
                         sums[start, kind] += weight
@@ -161,7 +179,7 @@ def attention(subject: Subject) -> Figure:
         "Mean attention over all layers and heads, from a thought or from the answer's place (the end marker, "
         "where its first token is chosen), to all tokens of a kind; the weights from one place add up to 1."
     )
-    return Figure("attention", "Attention", words, sorted(rows, key=lambda row: row["from"]))
+    return Figure("attention", "Attention", words, sorted(rows, key=lambda row: (len(row["from"]), row["from"])))
 
 
 @torch.no_grad()
@@ -179,16 +197,14 @@ def attention_weights(subject: Subject, batch: dict) -> Tensor:
     return torch.stack([layer.float().mean(1) for layer in output.attentions]).mean(0).cpu()
 
 
-def kinds_of_tokens(subject: Subject, problem: dict, length: int) -> list[str]:
-    """What each token of a prompt is: a fact by its role, the question's rest, a marker or a thought."""
-    tokenizer, form = subject.opened.pretrained.tokenizer, find_form(problem)
-    offsets = tokenizer(problem["question"] + "\n", return_offsets_mapping=True)["offset_mapping"]
-    kinds = ["question"] * len(offsets)
-    if form:
-        graph: Graph = form.graph(problem)
-        facts = [(start, end, graph.edge_role(edge)) for start, end, edge in form.facts(problem["question"])]
-        for place, (start, end) in enumerate(offsets):
-            kinds[place] = next((f"facts {role}" for a, b, role in facts if start < b and end > a), "question")
+def kinds_of_tokens(subject: Subject, index: int, length: int) -> list[str]:
+    """What each token of a problem's prompt is: the first one (which takes what has no other place), a fact by its
+    role, the question's rest, a marker or a thought."""
+    question, form, graph = subject.problems[index]["question"], subject.forms[index], subject.graphs[index]
+    offsets = subject.opened.pretrained.tokenizer(question + "\n", return_offsets_mapping=True)["offset_mapping"]
+    facts = [(*place, f"facts {graph.edge_role(edge)}") for *place, edge in form.facts(question)] if form else []
+    kinds = [next((kind for a, b, kind in facts if start < b and end > a), "question's rest") for start, end in offsets]
+    kinds[0] = "first token"
     thoughts = [f"thought {number + 1}" for number in range(subject.thoughts)]
     kinds += ["start marker", *thoughts, "end marker"]
     assert len(kinds) == length, "the prompt is not what its parts say"

@@ -36,14 +36,16 @@ def change(problem: dict) -> tuple[str, str, str] | None:
     return re.sub(rf"(?<!\d){a}(?!\d)", str(int(a) + 1), problem["question"]), result, after
 
 
-def changeable(problems: list[dict]) -> list[tuple[dict, tuple[str, str, str]]]:
-    """The problems that can be changed so, each with its change."""
-    return [(problem, found) for problem in problems if (found := change(problem))]
+def changeable(subject: Subject) -> list[tuple[dict, tuple[str, str, str]]]:
+    """The problems that can be changed so, each with its change; those with a result of several tokens are left out,
+    since no thought can project to it."""
+    found = [(problem, new) for problem in subject.problems if (new := change(problem))]
+    return [(problem, new) for problem, new in found if all(len(subject.tokenize(text)) == 1 for text in new[1:])]
 
 
 def analyze(subject: Subject) -> Findings:
     """How often the old and the new result stand among the top tokens of any thought, before and after the change."""
-    pairs = changeable(subject.problems)
+    pairs = changeable(subject)
     before = decoded(replace(subject, problems=[problem for problem, _ in pairs]))
     after = decoded(replace(subject, problems=[problem | {"question": new[0]} for problem, new in pairs]))
     cells = {}
@@ -52,7 +54,7 @@ def analyze(subject: Subject) -> Findings:
             cells[f"{which} result, {name} the change"] = {
                 index: new[place] in own for index, ((_, new), own) in enumerate(zip(pairs, texts, strict=True))
             }
-    rows = compare(cells, "old result, before the change")
+    rows = [row for which in ("old", "new") for row in compared(cells, which)]
     words = (
         f"Whether the first step's result is among the {TOP} top tokens of any thought, for the problems whose "
         "first operand can be raised by one in the question. If thoughts hold the intermediate, the new result "
@@ -60,6 +62,13 @@ def analyze(subject: Subject) -> Findings:
     )
     summary = [f"{row['cell']}: decoded in {row['rate']:.1%} of {row['n']}" for row in rows]
     return Findings([Figure("operands", "Do the thoughts follow a changed operand?", words, rows)], {}, summary)
+
+
+def compared(cells: dict[str, dict[int, bool]], which: str) -> list[dict]:
+    """The old or the new result after the change, against before."""
+    return compare(
+        {name: cell for name, cell in cells.items() if name.startswith(which)}, f"{which} result, before the change"
+    )
 
 
 def decoded(subject: Subject) -> list[set[str]]:

@@ -1,20 +1,24 @@
 """Linear probes: which node of the path can be read off the hidden states at a thought, layer by layer.
 
-Ridge regression to the nodes' names, cross-validated, so that every problem is tested once. The control task (Hewitt
-and Liang 2019) gives each root's name a random node: what a probe reaches there it has by telling questions apart;
+Ridge regression to the nodes' names, cross-validated, so that every problem is tested once. The control task (after
+Hewitt and Liang 2019) gives each root's name a node: what a probe reaches there it has by telling roots apart;
 selectivity is what it reaches beyond.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
+from itertools import cycle, product
 
 import torch
 from matplotlib.figure import Figure as Canvas
 from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
 
 from analysis.findings import Findings
-from analysis.graphs import Graph, find_form
+from analysis.graphs import Graph
 from analysis.report import COLOURS, Figure
 from analysis.statistics import wilson
 from analysis.thoughts import SEED, Subject, think
@@ -22,56 +26,68 @@ from analysis.thoughts import SEED, Subject, think
 FOLDS, RIDGE = 5, 1.0
 
 
-def analyze(subject: Subject) -> Findings:
-    """A probe for each layer, thought and step, over the problems that have so many steps."""
-    graphs = [find_form(problem).graph(problem) for problem in subject.problems]
-    paths = [gold_path(graph, problem) for graph, problem in zip(graphs, subject.problems, strict=True)]
-    depth = min(map(len, paths))  # steps that every problem has, so that all cells have the same problems
-    states = hidden_states(subject)  # (problems, layers, thoughts, hidden)
-    rows = []
-    for step in range(depth):
-        truth, control = (
-            labels([path[step] for path in paths]),
-            labels(controls(graphs, [path[step] for path in paths])),
-        )
-        for layer in range(states.shape[1]):
-            for thought in range(states.shape[2]):
-                features = states[:, layer, thought]  # (problems, hidden)
-                right, by_control = (sum(cross_validate(features, own)) for own in (truth, control))
-                rows.append(row(layer, thought, step, right, by_control, most_common(truth), len(paths)))
+def obstacle(subject: Subject) -> str | None:
+    """Why no probe can be made: too few problems, or steps that are no path."""
+    if len(subject.problems) < 2 * FOLDS:
+        return f"{2 * FOLDS} problems are needed"
+    return None if all(gold_paths(subject)) else "not every problem's steps are a path from its root"
+
+
+def analyze(subject: Subject, beside: list[Subject]) -> Findings:
+    """A probe for each model, layer, thought and step: all steps that every problem has, so that all cells have the
+    same problems. Models beside it count that have thoughts or pauses."""
+    paths, rows = gold_paths(subject), []
+    nodes = list(zip(*(path[: min(map(len, paths))] for path in paths), strict=True))  # [step][problem]
+    tasks = [labels(names) for names in nodes] + [labels(control(subject.graphs, names)) for names in nodes]
+    for model in (model for model in [subject, *beside] if model.thoughts):
+        states = hidden_states(model)  # (problems, layers, thoughts, hidden)
+        places = list(product(range(states.shape[1]), range(states.shape[2])))
+        for layer, thought in tqdm(places, desc=f"{model.name}: probes", leave=False):
+            right = cross_validate(states[:, layer, thought], tasks)  # for each task
+            for step, (own, by_control) in enumerate(zip(right[: len(nodes)], right[len(nodes) :], strict=True)):
+                place = {"model": model.name, "step": step + 1, "layer": layer, "thought": thought + 1}
+                rows.append(place | row(own, by_control, most_common(tasks[step]), len(paths)))
     words = (
-        "Accuracy of a linear probe of the hidden state at a thought's place, after a layer (0: the thought "
-        "itself as it goes in), for the node that the step of the given number leads to. control: the same for "
-        "random names tied to the root's name; selectivity: the difference; most common: always the same node. "
-        "Every problem is tested once, by probes trained on four fifths of the others."
+        "Accuracy of a linear probe of the hidden state at a thought's (or pause's) place, after a layer (0: what goes "
+        "into the first), for the node that the step of the given number leads to. control: the same for other nodes, "
+        "tied to the root's name; selectivity: the difference; most common: always the same node. Every problem is "
+        "tested once, by probes trained on four fifths of the problems that do not hold it."
     )
-    best = max(rows, key=lambda row: row["selectivity"])
-    place = f"layer {best['layer']}, thought {best['thought']}, step {best['step']}"
-    line = f"probes: highest selectivity {best['selectivity']:.1%} ({place})"
-    return Findings([Figure("probes", "Linear probes", words, rows, lambda canvas: draw(canvas, rows))], {}, [line])
+    lines = [summary(rows, step + 1, subject.name) for step in range(len(nodes))]
+    own = [row for row in rows if row["model"] == subject.name]
+    return Findings([Figure("probes", "Linear probes", words, rows, lambda canvas: draw(canvas, own))], {}, lines)
 
 
-def row(layer: int, thought: int, step: int, right: int, by_control: int, common: float, n: int) -> dict:
-    """A line of the table."""
+def summary(rows: list[dict], step: int, model: str) -> str:
+    """The best probe for a step."""
+    best = max((r for r in rows if (r["step"], r["model"]) == (step, model)), key=lambda r: r["accuracy"])
+    place = f"layer {best['layer']}, thought {best['thought']}"
+    return f"probe for step {step}: at best {best['accuracy']:.1%} ({place}), control {best['control']:.1%} there"
+
+
+def row(right: int, by_control: int, common: float, n: int) -> dict:
+    """The numbers of a line of the table."""
     low, high = wilson(right, n)
-    found = {"step": step + 1, "layer": layer, "thought": thought + 1, "n": n, "accuracy": right / n}
-    found |= {"low": low, "high": high, "control": by_control / n, "most common": common}
-    return found | {"selectivity": (right - by_control) / n}
+    found = {"n": n, "accuracy": right / n, "low": low, "high": high, "control": by_control / n}
+    return found | {"selectivity": (right - by_control) / n, "most common": common}
 
 
-def gold_path(graph: Graph, problem: dict) -> list[str]:
-    """The nodes after the root on the path that the problem's steps write."""
-    return find_form(problem).chain("\n".join(problem["steps"]) + "\n", 0, graph)[1:]
+def gold_paths(subject: Subject) -> list[list[str]]:
+    """The nodes after the root on the path that each problem's steps write; [] where they write none."""
+    pairs = zip(subject.forms, subject.graphs, subject.problems, strict=True)
+    return [(form.chain("\n".join(problem["steps"]), 0, graph) or [])[1:] for form, graph, problem in pairs]
 
 
-def controls(graphs: list[Graph], nodes: list[str]) -> list[str]:
-    """For each problem a node drawn for its root's name, from all the nodes as often as they occur."""
-    rng = random.Random(SEED)
-    drawn = {root: rng.choice(nodes) for root in sorted({graph.root for graph in graphs})}
-    return [drawn[graph.root] for graph in graphs]
+def control(graphs: list[Graph], nodes: Sequence[str]) -> list[str]:
+    """For each problem a node that belongs to its root's name: the names of roots are given the nodes at random, each
+    another one as far as there are enough."""
+    drawn, roots = sorted(set(nodes)), sorted({graph.root for graph in graphs})
+    random.Random(SEED).shuffle(drawn)
+    belongs = dict(zip(roots, cycle(drawn), strict=False))
+    return [belongs[graph.root] for graph in graphs]
 
 
-def labels(names: list[str]) -> Tensor:
+def labels(names: Sequence[str]) -> Tensor:
     """The number of each name among all that occur. (problems,)"""
     places = {name: place for place, name in enumerate(sorted(set(names)))}
     return torch.tensor([places[name] for name in names])
@@ -82,28 +98,32 @@ def most_common(truth: Tensor) -> float:
     return truth.bincount().max().item() / len(truth)
 
 
-def cross_validate(features: Tensor, truth: Tensor) -> list[bool]:
-    """Whether each problem's label is found by a probe that did not see it; features (problems, hidden)."""
-    order = torch.randperm(len(truth), generator=torch.Generator().manual_seed(SEED))
-    found = torch.zeros(len(truth), dtype=torch.bool)  # (problems,)
-    targets = torch.nn.functional.one_hot(truth).double()  # (problems, labels)
+def cross_validate(features: Tensor, tasks: list[Tensor]) -> list[int]:
+    """How many problems' labels are found by a probe that did not see them, for each task of (problems,) labels;
+    features (problems, hidden)."""
+    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(SEED))
+    targets = [F.one_hot(truth).double() for truth in tasks]  # (problems, labels) each
+    right = [0] * len(tasks)
     for fold in order.chunk(FOLDS):
-        train = torch.ones(len(truth), dtype=torch.bool)  # (problems,)
+        train = torch.ones(len(features), dtype=torch.bool)  # (problems,)
         train[fold] = False
         own = features[train].double()
         mean, scale = own.mean(0), own.std(0) + 1e-6
         x = (own - mean) / scale  # (train, hidden)
         gram = x.T @ x + RIDGE * len(x) * torch.eye(x.shape[1], dtype=x.dtype)  # (hidden, hidden)
-        base = targets[train].mean(0)  # (labels,)
-        weights = torch.linalg.solve(gram, x.T @ (targets[train] - base))  # (hidden, labels)
-        found[fold] = (((features[fold].double() - mean) / scale @ weights + base).argmax(1)) == truth[fold]
-    return found.tolist()
+        bases = [target[train].mean(0) for target in targets]  # (labels,) each
+        centred = torch.cat([target[train] - base for target, base in zip(targets, bases, strict=True)], dim=1)
+        weights = torch.linalg.solve(gram, x.T @ centred)  # (hidden, labels of all tasks)
+        scores = (features[fold].double() - mean) / scale @ weights  # (fold, labels of all tasks)
+        for task, part in enumerate(scores.split([len(base) for base in bases], dim=1)):
+            right[task] += ((part + bases[task]).argmax(1) == tasks[task][fold]).sum().item()
+    return right
 
 
 @torch.no_grad()
 def hidden_states(subject: Subject) -> Tensor:
-    """What goes into the first block and comes out of each at the places of the thoughts, on the CPU: (problems,
-    layers + 1, thoughts, hidden)."""
+    """What goes into the first block and comes out of each at the places of the thoughts or pauses, on the CPU:
+    (problems, layers + 1, thoughts, hidden)."""
     found = {}
     for part, batch in subject.batches(subject.prompts(), "hidden states"):
         _, embeds = think(subject, batch)
@@ -114,10 +134,10 @@ def hidden_states(subject: Subject) -> Tensor:
             output_hidden_states=True,
             use_cache=False,
         )
-        states = torch.stack(output.hidden_states, dim=1).cpu().float()  # (batch, layers + 1, length, hidden)
-        is_latent = batch["input_ids"] == subject.model.latent_token_id  # (batch, length)
-        for row, index in enumerate(part):
-            found[index] = states[row][:, is_latent[row]]
+        places = (batch["input_ids"] == subject.placeholder_id).to(embeds.device)  # (batch, length)
+        layers = [layer[places].view(len(part), subject.thoughts, -1) for layer in output.hidden_states]
+        states = torch.stack(layers, dim=1).cpu().float()  # (batch, layers + 1, thoughts, hidden)
+        found |= dict(zip(part, states, strict=True))
     return torch.stack([found[index] for index in range(len(found))])
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure as Canvas
 
 from analysis.findings import Findings
-from analysis.graphs import Form, Graph, find_form
+from analysis.graphs import Graph
 from analysis.report import COLOURS, Figure
 from analysis.statistics import compare
 from analysis.thoughts import Subject, extended, log_probabilities, noise, read_thoughts
@@ -22,22 +22,21 @@ HEIGHTS = {"longest": True, "shortest": False}  # the paper's caption says the o
 
 
 def analyze(subject: Subject, beside: list[Subject], chosen: int) -> Findings:
-    """Values at every level that the thoughts reach; the first and the second over all problems that have them.
+    """Values at every level that the thoughts reach; after the first and the second over all problems.
 
     Controls: noise in place of the thoughts, and the models beside it that have thoughts or pauses.
     """
-    forms = [find_form(problem) for problem in subject.problems]
-    graphs = [form.graph(problem) for form, problem in zip(forms, subject.problems, strict=True)]
-    lead = forms[0].lead
-    levels = range(1, subject.thoughts // subject.per_stage + lead + 1)
-    found = {level: values(subject, forms, graphs, level, level - lead) for level in levels}
-    first_two = {level: found[level] for level in levels if level <= 2}
+    graphs, lead = subject.graphs, subject.forms[0].lead
+    reached = range(1, subject.thoughts // subject.per_stage + lead + 1)
+    levels = [level for level in reached if any(graph.level(level) for graph in graphs)]
+    found = {level: values(subject, level, level - lead) for level in levels}
+    first_two = {level: found[level] for level in levels if level - lead <= 2}  # thoughts; and none, where that is one
     compared = {level: {subject.name: own} for level, own in first_two.items()}
     for level in first_two:
         if subject.thinks and level > lead:
-            compared[level]["noise of the thoughts' norm"] = values(subject, forms, graphs, level, level - lead, noise)
+            compared[level]["noise of the thoughts' norm"] = values(subject, level, level - lead, noise)
         for other in (other for other in beside if other.has_placeholders):
-            compared[level][other.name] = values(other, forms, graphs, level, level - lead)
+            compared[level][other.name] = values(other, level, level - lead)
     figures = [tree(graphs[chosen], {level: found[level][chosen] for level in levels}, chosen)]
     figures += [heights(graphs, first_two), parallelism(first_two), controls(graphs, compared)]
     problems = {
@@ -46,14 +45,12 @@ def analyze(subject: Subject, beside: list[Subject], chosen: int) -> Findings:
     return Findings(figures, problems, [summary(row) for row in figures[-1].rows])
 
 
-def values(
-    subject: Subject, forms: list[Form], graphs: list[Graph], level: int, steps: int, replaced=None
-) -> list[dict[str, float]]:
+def values(subject: Subject, level: int, steps: int, replaced=None) -> list[dict[str, float]]:
     """For every problem the value of each concept that `level` edges lead to from the root, after `steps` steps of
     thoughts; replaced: a function of these thoughts (problems, thoughts, hidden) that makes what takes their place."""
     at = subject.with_thoughts(steps * subject.per_stage)
     items, scored, places = [], [], []
-    for index, (prompt, form, graph) in enumerate(zip(at.prompts(), forms, graphs, strict=True)):
+    for index, (prompt, form, graph) in enumerate(zip(at.prompts(), at.forms, at.graphs, strict=True)):
         opening = at.tokenize(form.opening) if form.opening else []
         for node in sorted(graph.level(level)):
             tokens = at.tokenize(form.opening + form.written(node))[len(opening) :]
@@ -61,7 +58,7 @@ def values(
             scored.append(len(tokens))
             places.append((index, node))
     given = replaced(read_thoughts(at))[[index for index, _ in places]] if replaced else None
-    found = [{} for _ in graphs]
+    found = [{} for _ in at.graphs]
     scores = log_probabilities(at, items, scored, f"level {level}", given)
     for (index, node), score in zip(places, scores, strict=True):
         found[index][node] = math.exp(score)
@@ -96,7 +93,7 @@ def best_leads(graphs: list[Graph], found: list[dict]) -> dict[int, bool]:
 def summary(row: dict) -> str:
     """A line of `controls` for the terminal."""
     right, wrong = row["mean value, leads to target"], row["mean value, does not"]
-    words = f"the best concept leads to the target in {row['rate']:.1%}; mean value {right:.3f}, of others {wrong:.3f}"
+    words = f"the best concept leads to the target in {row['rate']:.1%}; mean value {right:.2g}, of others {wrong:.2g}"
     return f"level {row['level']}, {row['cell']}: {words}"
 
 
@@ -133,7 +130,7 @@ def draw_tree(canvas: Canvas, graph: Graph, levels: dict[int, dict]) -> None:
         for child in graph.children.get(node, ()):
             if (level + 1, child) in places:
                 axes.plot([x, places[level + 1, child][0]], [y, places[level + 1, child][1]], color="0.6", zorder=0)
-        value = f"\n{levels[level][node]:.2f}, h {graph.height(node, longest=True)}" if level else ""
+        value = f"\n{levels[level][node]:.2g}, h {graph.height(node, longest=True)}" if level else ""
         colour = COLOURS[5] if graph.leads_to_target(node) else "white"
         box = {"boxstyle": "round", "facecolor": colour, "edgecolor": "0.4"}
         axes.text(x, y, node + value, ha="center", va="center", bbox=box, color="black", fontsize=9)
@@ -149,6 +146,7 @@ def heights(graphs: list[Graph], levels: dict[int, list[dict]]) -> Figure:
             for graph, own in zip(graphs, found, strict=True):
                 for node, value in own.items():
                     groups.setdefault((graph.height(node, longest), graph.leads_to_target(node)), []).append(value)
+            groups = {key: group for key, group in groups.items() if key[0] is not None}  # a circle has no height
             for (height, leads), group in sorted(groups.items()):
                 row = {"level": level, "height is": name, "height": height, "leads to target": leads, "n": len(group)}
                 rows.append(row | {"mean value": mean(group), "standard deviation": float(np.std(group))})

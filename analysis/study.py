@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 
 from analysis import interventions, k_sweep, lens, operands, probes, search
 from analysis.findings import Findings
-from analysis.graphs import find_form
 from analysis.report import refuse_existing, write
 from analysis.thoughts import Subject, open_subject
 from config import UserError
@@ -24,9 +23,9 @@ from utils import make_private
 QUESTIONS = {
     "k_sweep": lambda subject, beside, chosen: k_sweep.analyze(subject, beside),
     "search": lambda subject, beside, chosen: search.analyze(subject, beside, chosen),
-    "lens": lambda subject, beside, chosen: lens.analyze(subject, chosen),
+    "lens": lambda subject, beside, chosen: lens.analyze(subject, beside, chosen),
     "interventions": lambda subject, beside, chosen: interventions.analyze(subject, beside),
-    "probes": lambda subject, beside, chosen: probes.analyze(subject),
+    "probes": lambda subject, beside, chosen: probes.analyze(subject, beside),
     "operands": lambda subject, beside, chosen: operands.analyze(subject),
 }
 
@@ -96,18 +95,16 @@ def with_own_names(others: list[Subject], subject: Subject) -> list[Subject]:
 
 def obstacles(subject: Subject) -> dict[str, str]:
     """Why questions make no sense for a subject, by question."""
-    forms = [find_form(problem) for problem in subject.problems]
-    no_graph = None if all(forms) else "not every problem states a graph"
-    no_thoughts = (
-        None if subject.thinks and subject.thoughts else f"method {subject.opened.config.method} has no thoughts"
-    )
-    no_places = None if subject.thoughts else f"method {subject.opened.config.method} has no thoughts or pauses"
-    no_sums = None if operands.changeable(subject.problems) else "no problem's first step is a calculation <<a*b=c>>"
+    at = f"method {subject.opened.config.method} at stage {subject.opened.stage}"
+    no_graph = None if all(subject.graphs) else "not every problem states a graph"
+    no_thoughts = None if subject.thinks and subject.thoughts else f"{at} has no thoughts"
+    no_places = None if subject.thoughts else f"{at} has no thoughts or pauses"
+    no_sums = None if operands.changeable(subject) else "no problem's first step is a calculation <<a*b=c>>"
     reasons = {
         "search": no_graph or no_places,
         "lens": no_thoughts,
         "interventions": no_thoughts,
-        "probes": no_thoughts or no_graph,
+        "probes": no_thoughts or no_graph or probes.obstacle(subject),
         "operands": no_thoughts or no_sums,
     }
     return {question: reason for question, reason in reasons.items() if reason}

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from analysis.graphs import Form, Graph, find_form
 from build import inputs
 from coconut import Coconut
-from curriculum import METHODS
+from config import UserError
+from curriculum import METHODS, placeholders
 from dataset import MyCollator
 from evaluate import predict, until_eos
 from opened import Opened, open_checkpoint
@@ -49,13 +51,15 @@ class Replaceable(Coconut):
 class Subject:
     """A checkpoint and the problems that it is asked; name: how rows and figures call it.
 
-    thoughts: how many its prompts hold (0 for methods without placeholders), the same for all problems, so that they
-    stand in the same columns of every batch.
+    thoughts: how many thoughts or pauses its prompts hold, the same for all problems, so that they stand in the same
+    columns of every batch; forms, graphs: of the problems, None where one states no graph.
     """
 
     name: str
     opened: Opened
     problems: list[dict]
+    forms: list[Form | None]
+    graphs: list[Graph | None]
     batch_size: int
     thoughts: int
 
@@ -77,7 +81,17 @@ class Subject:
     @property
     def per_stage(self) -> int:
         """Thoughts that took the place of one step in training."""
-        return self.opened.config.c_thought
+        return max(self.opened.config.c_thought, 1)
+
+    @property
+    def placeholder_id(self) -> int:
+        """The id of a thought, or of a pause."""
+        return self.opened.pretrained.prompt_ids(self.opened.config.method)[1]
+
+    @property
+    def positions(self) -> int | None:
+        """The longest sequence that the model takes; None: any."""
+        return getattr(self.model.base_causallm.config, "max_position_embeddings", None)
 
     def tokenize(self, text: str) -> list[int]:
         """The ids of a text that is written behind a prompt."""
@@ -93,7 +107,11 @@ class Subject:
         return opened.prompts([problem["question"] for problem in self.problems])
 
     def batches(self, items: list[dict], title: str) -> Iterator[tuple[list[int], dict]]:
-        """Items of similar length together: their indices, and the padded batch."""
+        """Items of similar length together: their indices, and the padded batch. Raises UserError for one that is
+        longer than the model takes."""
+        longest = max((len(item["input_ids"]) for item in items), default=0)
+        if self.positions and longest > self.positions:
+            raise UserError(f"{title}: a sequence has {longest} tokens, {self.opened.path} takes {self.positions}")
         collate = MyCollator(self.opened.pretrained.tokenizer, self.model.latent_token_id)
         order = sorted(range(len(items)), key=lambda index: len(items[index]["input_ids"]))
         parts = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
@@ -102,13 +120,15 @@ class Subject:
 
 
 def open_subject(path: str, problems: list[dict], batch_size: int) -> Subject:
-    """Opens a checkpoint to ask it problems with as many thoughts as it was trained with."""
+    """Opens a checkpoint to ask it problems with as many thoughts as its stage has."""
     opened = open_checkpoint(path)
-    own, method = opened.model, METHODS[opened.config.method]
+    own, config = opened.model, opened.config
     ids = (own.latent_token_id, own.start_latent_id, own.end_latent_id, own.eos_token_id)
     opened = replace(opened, model=Replaceable(own.base_causallm, *ids).eval())
-    thoughts = opened.config.max_latent_stage * opened.config.c_thought if method.placeholder else 0
-    return Subject(opened.config.method, opened, problems, batch_size, thoughts)
+    thoughts = placeholders(opened.stage, 0, config, training=False)
+    forms = [find_form(problem) for problem in problems]
+    graphs = [form and form.graph(problem) for form, problem in zip(forms, problems, strict=True)]
+    return Subject(config.method, opened, problems, forms, graphs, batch_size, thoughts)
 
 
 @torch.no_grad()
@@ -142,32 +162,34 @@ def noise(thoughts: Tensor) -> Tensor:
 
 
 def write_answers(
-    subject: Subject, title: str, values: Tensor | None = None, forced: Sequence[bool] = (), start: str = ""
+    subject: Subject, title: str, values: Tensor | None = None, forced: Sequence[bool] = (), begun: Sequence[int] = ()
 ) -> list[dict]:
-    """What the model writes to every problem, in their order; see `evaluate.predict`. Greedy, as in validation.
+    """What the model writes to every problem, in their order, and its `ids`; see `evaluate.predict`. Greedy, as in
+    validation.
 
-    values, forced: thoughts of all problems, as for `read_thoughts`; start: a text that the answers are made to begin
-    with.
+    values, forced: thoughts of all problems, as for `read_thoughts`; begun: ids that every answer starts with.
     """
-    opened, begun = subject.opened, subject.tokenize(start) if start else []
+    opened = subject.opened
     limit, eos = opened.config.answer_limit, subject.model.eos_token_id
     predictions = [None] * len(subject.problems)
     for part, batch in subject.batches([extended(item, begun) for item in subject.prompts()], title):
         with subject.model.replacing(None if values is None else values[part], forced):
             output = subject.model.generate(**inputs(batch), max_new_tokens=limit)  # (batch, length + new)
         for index, tokens in zip(part, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
-            new = begun + until_eos(tokens, eos, limit)
+            new = [*begun, *until_eos(tokens, eos, limit)]
             said = predict(subject.problems[index], index, new, 0, opened.pretrained.tokenizer, opened.config.method)
-            predictions[index] = said | {"new_tokens": subject.thoughts + len(new)}
+            thoughts = subject.thoughts if subject.thinks else 0  # pauses are no generated tokens
+            predictions[index] = said | {"new_tokens": thoughts + len(new), "ids": new}
     return predictions
 
 
-def extended(item: dict, tokens: list[int]) -> dict:
+def extended(item: dict, tokens: Sequence[int]) -> dict:
     """A prompt with tokens behind it."""
-    ids = item["input_ids"] + tokens
+    ids = [*item["input_ids"], *tokens]
     return item | {"input_ids": ids, "attention_mask": [1] * len(ids), "position_ids": list(range(len(ids)))}
 
 
+@torch.no_grad()
 def log_probabilities(
     subject: Subject, items: list[dict], scored: list[int], title: str, values: Tensor | None = None
 ) -> list[float]:

@@ -1,4 +1,4 @@
-"""What the preprocessing scripts share: the data folder, reading, atomic writing, clear errors."""
+"""What the preprocessing scripts share: the data folder, reading, atomic writing, tokenizers, clear errors."""
 
 import json
 import os
@@ -42,6 +42,21 @@ def write_json(path: Path, content: dict | list) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_tokenizer(folder: Path, words: list[str]) -> None:
+    """Writes a tokenizer whose tokens are these words, the answer's mark and the special ones."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {word: number for number, word in enumerate([*words, "### ", "<|unknown|>", "<|endoftext|>"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unknown|>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\S+\s?"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(["<|unknown|>", "<|endoftext|>"])
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "unk_token": "<|unknown|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 
 def run_script(main: Callable[[], None]) -> None:

@@ -2,6 +2,7 @@
 
     python preprocessing/prosqa.py                                    the three files that data/ ships
     python preprocessing/prosqa.py --num 500 --seed 1 --out FILE      any other set; --help lists the knobs
+    python preprocessing/prosqa.py --tokenizer FOLDER                 a token per word (args/prosqa_model holds it)
 
 A graph grows node by node from two entities, 0 and 1. A node's label holds the entities it descends from as
 two bits: 1 = from node 0, 2 = from node 1, 3 = from both, 0 = from neither. The question asks for the deepest
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
 
-from common import DATA, DataError, run_script, write_json
+from common import DATA, DataError, run_script, write_json, write_tokenizer
 from tqdm import tqdm
 
 SHIPPED = {"train": 17886, "valid": 300, "test": 500}  # consecutive problems of one stream
@@ -237,6 +238,12 @@ def generate(recipe: Recipe, num: int, seed: int) -> Iterator[dict]:
         yield problem
 
 
+def words() -> list[str]:
+    """The words of the published names' problems, each with the mark, blank or newline behind it."""
+    concepts = [concept + end for concept in CONCEPTS for end in (" ", ". ", ".\n", ".", "?\n")]
+    return [*concepts, *(f"{name} " for name in (*ENTITIES, "Every", "Is", "is", "a", "or"))]
+
+
 # The command
 
 
@@ -247,6 +254,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--out", type=Path, help="JSON file to write, needed with any argument but --force")
+    parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="write the tokenizer instead of problems")
     parser.add_argument("--num", type=int, default=500, help="number of problems")
     parser.add_argument("--seed", type=int, default=0, help="same seed and knobs, same problems")
     parser.add_argument(
@@ -261,7 +269,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--max-hops", type=int, default=Recipe.max_hops, help="... to")
     parser.add_argument("--force", action="store_true", help="replace existing files")
     args = parser.parse_args(argv)
-    if args.out is None and set(argv) - {"--force"}:
+    if args.out is None and args.tokenizer is None and set(argv) - {"--force"}:
         parser.error("--out FILE is needed with these arguments: data/prosqa_*.json have fixed ones")
     if args.num < 1:
         parser.error(f"--num {args.num} must be 1 or more")
@@ -271,6 +279,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Write --out, or the shipped files."""
     args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    if args.tokenizer:
+        write_tokenizer(args.tokenizer, words())
+        return
     sizes = {DATA / f"prosqa_{split}.json": num for split, num in SHIPPED.items()}
     if args.out is not None:
         sizes = {args.out: args.num}

@@ -1,13 +1,14 @@
 """Says whether a run is like a reference: the same training, and curves within the spread of the reference's seeds.
 
-    python scripts/compare.py checkpoints/ring-coconut-seed0 results/ring
-    python scripts/compare.py RUN REFERENCE           REFERENCE: a run's directory, or a folder with those of seeds
+    python scripts/compare.py checkpoints/smoke-coconut-seed0 results/smoke
+    python scripts/compare.py RUN [RUN ...] REFERENCE     REFERENCE: a run's directory, or a folder with those of seeds
 
 Only the reference's runs of RUN's method count, over the epochs that all have finished. A curve lies within the spread
 if it lies between the lowest and the highest seed, widened by their distance and at least by the margin below on either
-side; it has left it where two epochs in a row, or the last one, lie outside.
+side; it has left it where two epochs in a row, or the last one, lie outside. A reference of one seed does not show its
+spread: then the margin alone is allowed, which may be less than another seed's distance.
 
-Exit code: 0 alike; 1 another training (the keys are named) or a curve that has left; 2 nothing to compare.
+Exit code: 0 all alike; 1 another training (the keys are named) or a curve that has left; 2 nothing to compare.
 """
 
 from __future__ import annotations
@@ -66,6 +67,8 @@ def compare(run: Finished, seeds: list[Finished]) -> bool:
     if not common:
         raise UserError(f"{run.directory} has no finished epoch in common with the reference")
     print(f"{run.directory}: {len(common)} epochs beside {len(seeds)} seed(s) of the reference")
+    if len(seeds) == 1:
+        print("  one seed shows no spread: the margin alone is allowed, another seed may lie outside")
     keys = differences(run, seeds[0])
     for key, (here, there) in keys.items():
         print(f"  another training: {key} is {here!r} here, {there!r} in the reference")
@@ -77,23 +80,23 @@ def compare(run: Finished, seeds: list[Finished]) -> bool:
         lines, gone = epochs_outside(name, run, seeds)
         print("\n".join([f"{name}: {'has LEFT' if gone else 'within'} the reference's spread", *lines]))
         left += [name] if gone else []
+    print("alike" if not keys and not left else "NOT alike")
     return not keys and not left
 
 
 def main(words: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="a run's directory, save_path/name")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's directory, save_path/name")
     parser.add_argument("reference", type=Path, help="a run's directory, or a folder with those of several seeds")
     arguments = parser.parse_args(words)
     try:
-        run = read_run(arguments.run)
-        alike = compare(run, references(arguments.reference, run))
+        runs = [read_run(directory) for directory in arguments.runs]
+        alike = [compare(run, references(arguments.reference, run)) for run in runs]
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print("alike" if alike else "NOT alike")
-    return 0 if alike else 1
+    return 0 if all(alike) else 1
 
 
 if __name__ == "__main__":

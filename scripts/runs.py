@@ -12,10 +12,11 @@ from pathlib import Path
 
 import yaml
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
-from checkpoint import FREE_KEYS
-from config import Config, UserError
+from checkpoint import FREE_KEYS  # noqa: E402
+from config import Config, UserError  # noqa: E402
 
 CURVES = {"accuracy": "eval/acc", "validation loss": "eval/loss"}  # of each epoch's validation
 DATA_KEYS = ("train_path", "val_path")
@@ -26,15 +27,24 @@ class Finished:
     """What a run's directory tells: its resolved config, the versions that it names, and values by finished epochs.
 
     curves: name -> {epoch: value}, those of CURVES and the "training loss", a mean over the epoch's steps;
-    stages: {epoch: stage}; steps: {epoch: optimizer steps done by then}.
+    lines: those of metrics.jsonl; validations: {epoch: its line}; stages: {epoch: stage};
+    steps: {epoch: optimizer steps done by then}.
     """
 
     directory: Path
     config: dict
     versions: dict[str, str]
+    lines: list[dict]
+    validations: dict[int, dict]
     curves: dict[str, dict[int, float]]
     stages: dict[int, int]
     steps: dict[int, int]
+
+    @property
+    def best(self) -> dict:
+        """The validation of the checkpoint `best`: the first that is the highest of the newest stage."""
+        newest = self.stages[max(self.stages)]
+        return max((v for v in self.validations.values() if v["eval/stage"] == newest), key=lambda v: v["eval/acc"])
 
 
 def read_run(directory: Path) -> Finished:
@@ -54,7 +64,8 @@ def read_run(directory: Path) -> Finished:
     if not validations:
         raise UserError(f"{directory}: no epoch of this run has ended yet; wait for its first validation")
     stages, steps = ({epoch: line[key] for epoch, line in validations.items()} for key in ("eval/stage", "step"))
-    return Finished(directory, config, dict(re.findall(r"^# (\w+) (.+)$", text, re.M)), curves, stages, steps)
+    versions = dict(re.findall(r"^# (\w+) (.+)$", text, re.M))
+    return Finished(directory, config, versions, lines, validations, curves, stages, steps)
 
 
 def read_file(path: Path) -> str:

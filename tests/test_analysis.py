@@ -2,17 +2,20 @@
 
 import csv
 import json
+from dataclasses import replace
 from itertools import islice
+from types import SimpleNamespace
 
 import analyze
 import mini
+import prosqa
 import pytest
 import torch
 import yaml
 from transformers import AutoTokenizer
 
 import run
-from analysis import interventions, lens, operands, probes, search
+from analysis import interventions, k_sweep, lens, operands, probes, search
 from analysis.graphs import find_form
 from analysis.thoughts import (
     extended,
@@ -22,6 +25,7 @@ from analysis.thoughts import (
     read_thoughts,
     write_answers,
 )
+from config import Config
 from helpers import REPOSITORY, byte_tokenizer, save_model, tiny_gpt2, tiny_llama, tiny_qwen3, words, write_json
 
 V = 293  # the letters' tokens and the markers
@@ -118,14 +122,12 @@ def test_log_probabilities_are_those_of_the_whole_sequence_at_once(subject):
 
 
 def test_the_values_of_a_level_are_raw_probabilities_of_its_concepts(subject):
-    forms = [find_form(problem) for problem in PROBLEMS]
-    graphs = [form.graph(problem) for form, problem in zip(forms, PROBLEMS, strict=True)]
-    found = search.values(subject, forms, graphs, level=2, steps=1)
-    for graph, own in zip(graphs, found, strict=True):
+    found = search.values(subject, level=2, steps=1)
+    for graph, own in zip(subject.graphs, found, strict=True):
         assert own.keys() == set(graph.level(2)) and 0 < sum(own.values()) < 1
-    own_again = search.values(subject, forms, graphs, level=2, steps=1, replaced=lambda thoughts: thoughts)
+    own_again = search.values(subject, level=2, steps=1, replaced=lambda thoughts: thoughts)
     assert all(one == pytest.approx(other, rel=1e-3, abs=1e-6) for one, other in zip(found, own_again, strict=True))
-    assert search.values(subject, forms, graphs, level=2, steps=1, replaced=noise) != found
+    assert search.values(subject, level=2, steps=1, replaced=noise) != found
 
 
 def test_attention_from_one_place_adds_up_to_one_and_facts_are_told_apart(subject):
@@ -135,7 +137,13 @@ def test_attention_from_one_place_adds_up_to_one_and_facts_are_told_apart(subjec
     for start in ("answer", "thought 1", "thought 4"):
         own = {row["to"]: row["weight"] for row in rows if row["from"] == start}
         assert sum(own.values()) == pytest.approx(1, abs=1e-4)
-        assert {"facts on the path", "facts not reachable", "question", "thought 1", "start marker"} <= own.keys()
+        assert {
+            "facts on the path",
+            "facts not reachable",
+            "question's rest",
+            "thought 1",
+            "start marker",
+        } <= own.keys()
 
 
 def test_hidden_states_at_a_thought_begin_with_it_and_end_with_the_next(subject):
@@ -151,8 +159,19 @@ def test_a_probe_finds_what_is_there_and_nothing_else():
     truth = torch.randint(4, (300,), generator=random)
     noise = torch.randn(300, 8, generator=random)
     there = noise + 5 * torch.nn.functional.one_hot(truth, 8)
-    assert sum(probes.cross_validate(there, truth)) > 290
-    assert 0.15 < sum(probes.cross_validate(noise, truth)) / 300 < 0.35
+    other = torch.randint(3, (300,), generator=random)
+    [found, not_there] = probes.cross_validate(there, [truth, other])
+    assert found > 290 and 0.23 < not_there / 300 < 0.43
+    [nothing] = probes.cross_validate(noise, [truth])
+    assert 0.15 < nothing / 300 < 0.35
+
+
+def test_the_control_of_a_probe_is_another_node_for_every_root():
+    graphs = [find_form(problem).graph(problem) for problem in PROBLEMS]
+    drawn = probes.control(graphs, "abcdefghijklmnop")
+    by_root = {graph.root: node for graph, node in zip(graphs, drawn, strict=True)}
+    assert all(by_root[graph.root] == node for graph, node in zip(graphs, drawn, strict=True))
+    assert len(set(by_root.values())) == len(by_root)
 
 
 def test_only_a_place_with_other_places_behind_it_is_frozen_or_propagated():
@@ -179,8 +198,9 @@ def test_donors_have_as_many_steps_or_another_number_or_there_are_none():
     other = interventions.draw_donors(steps, False, random)
     assert all(steps[i] == steps[d] and i != d for i, d in enumerate(alike))
     assert all(steps[i] != steps[d] for i, d in enumerate(other))
-    assert interventions.draw_donors([3, 3, 4], True, random) is None
+    assert interventions.draw_donors([3, 3, 7, 6], True, random)[2:] == [3, 2]  # the nearest where no other has as many
     assert interventions.draw_donors([3, 3], False, random) is None
+    assert interventions.draw_donors([3], True, random) is None
 
 
 def test_replacements_are_what_they_say(place):
@@ -189,7 +209,7 @@ def test_replacements_are_what_they_say(place):
     found = {name: replacement.values for name, replacement in interventions.replacements(subject, own).items()}
     torch.testing.assert_close(found["noise of their norm"].norm(dim=-1), own.norm(dim=-1))
     assert torch.equal(found["in another order"].sort(1).values, own.sort(1).values)
-    assert not (found["in another order"] == own).all(2).all(1).any()
+    assert not (found["in another order"] == own).all(2).any()
     assert torch.equal(found["the first, repeated"][:, 3], own[:, 0])
     assert interventions.OTHER not in found  # all have three steps
 
@@ -217,7 +237,7 @@ def read_csv(path):
 def test_the_whole_report_of_a_model_with_others_beside_it(place, capsys):
     best = place / "brief" / "best"
     beside = [str(place / name / "best") for name in ("cot", "pause")]
-    assert analyze.main([str(best), "--beside", *beside, "--limit", "4", "--batch", "4", "--problem", "2"]) == 0
+    assert analyze.main([str(best), "--beside", *beside, "--limit", "10", "--batch", "5", "--problem", "2"]) == 0
     folder = place / "brief" / f"analysis_{best.resolve().name}"
     assert (folder / "report.html").exists() and str(folder) in capsys.readouterr().out
     sweep = read_csv(folder / "k_sweep.csv")
@@ -227,11 +247,11 @@ def test_the_whole_report_of_a_model_with_others_beside_it(place, capsys):
     for table in folder.glob("*.csv"):  # every cell has the same problems, but where rows are not about problems
         for row in read_csv(table):
             counted = row.get("vectors") == "token embeddings" or "height" in row or table.stem == "search_tree"
-            assert counted or row.get("n", "4") == "4", table
+            assert counted or row.get("n", "10") == "10", table
     cells = read_csv(folder / "interventions.csv")
     assert {"untouched", "no thoughts (k = 0)", "cot", "pause_as_thought"} <= {row["thoughts are"] for row in cells}
     lines = [json.loads(line) for line in (folder / "problems.jsonl").read_text().splitlines()]
-    assert len(lines) == 4 and {"k_sweep", "search", "top_tokens", "interventions"} <= lines[0].keys()
+    assert len(lines) == 10 and {"k_sweep", "search", "top_tokens", "interventions"} <= lines[0].keys()
     assert analyze.main([str(best)]) == 2  # it is not written over
     assert "holds a report already" in capsys.readouterr().err
 
@@ -248,7 +268,7 @@ def test_a_run_analyzes_its_best_checkpoint_once(place):
 def test_questions_that_make_no_sense_are_refused_or_left_out(place, capsys):
     cot, pause = (str(place / name / "best") for name in ("cot", "pause"))
     assert analyze.main([cot, "--questions", "lens"]) == 2
-    assert "method cot has no thoughts" in capsys.readouterr().err
+    assert "method cot at stage 0 has no thoughts" in capsys.readouterr().err
     assert analyze.main([pause, "--questions", "k_swep"]) == 2
     assert "k_swep" in capsys.readouterr().err
     assert analyze.main([cot, "--problem", "99"]) == 2
@@ -259,7 +279,7 @@ def test_questions_that_make_no_sense_are_refused_or_left_out(place, capsys):
 
 def test_problems_without_a_graph_are_asked_what_makes_sense(place, capsys):
     tokenizer = byte_tokenizer()
-    problem = {"question": "Ann has 3 boxes of 4 pens.", "steps": ["<<3*4=12>>"], "answer": "12"}
+    problem = {"question": "Ann has 2 boxes of 3 pens.", "steps": ["<<2*3=6>>"], "answer": "6"}
     other = {"question": "Bob has 5 bags of 7 nuts and 2 more", "steps": ["<<5*7=35>>", "<<35+2=37>>"], "answer": "37"}
     data = write_json(place / "gsm.json", [problem, other] * 3)
     model = save_model(place / "bytes", tiny_gpt2(len(tokenizer), 128), tokenizer)
@@ -271,3 +291,43 @@ def test_problems_without_a_graph_are_asked_what_makes_sense(place, capsys):
     tables = {path.stem for path in folder.glob("*.csv")}
     assert {"k_sweep", "interventions", "operands", "attention"} <= tables
     assert not tables & {"search_tree", "probes", "decoded_roles"}
+
+
+def test_sentences_and_a_tokenizer_that_puts_a_token_first(place, capsys):
+    recipe = prosqa.Recipe(nodes=9, min_hops=2, max_hops=3)
+    problems = list(prosqa.generate(recipe, 10, seed=1))
+    data = write_json(place / "sentences.json", problems)
+    tokenizer = byte_tokenizer(bos=True)
+    model = save_model(place / "bos", tiny_llama(len(tokenizer), 700), tokenizer)
+    values = {"name": "sentences", "method": "coconut", "model_id": model, "train_path": data, "val_path": data}
+    assert run.main([str(place / "config.yaml"), *words(values | {"c_thought": 1})]) == 0
+    best = str(place / "sentences" / "best")
+    subject = open_subject(best, problems, batch_size=5)
+    assert lens.mark_of_answer(subject) == subject.tokenize("### ")
+    length = len(subject.prompts()[0]["input_ids"])
+    kinds = lens.kinds_of_tokens(subject, 0, length)
+    question = problems[0]["question"]
+    fact = question[: question.index(".") + 1]
+    assert kinds[0] == "first token" and len(set(kinds[1 : len(fact) + 1])) == 1 and kinds[1].startswith("facts ")
+    assert kinds[question.index("Is ") + 1] == "question's rest"
+    assert analyze.main([best, "--questions", "search", "lens", "probes"]) == 0
+
+
+def test_the_mark_of_an_answer_is_what_gpt2_writes_before_it(place):
+    """Its tokenizer gives the blank to the answer's first word: no text of a training ends in "### "."""
+    tokens = {"### ": [21017, 220], "### Tom is a lorpus.": [21017, 4186, 318, 257]}
+    subject = SimpleNamespace(tokenize=tokens.__getitem__, problems=[{"answer": "Tom is a lorpus."}])
+    assert lens.mark_of_answer(subject) == [21017]
+
+
+def test_k_ends_where_the_positions_end(place, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(REPOSITORY / "args" / "mini_model")
+    data = write_json(place / "short.json", PROBLEMS[:2])
+    longest = max(len(problem["question"].split()) for problem in PROBLEMS[:2])
+    model = save_model(place / "short_model", tiny_gpt2(len(tokenizer), longest + 8), tokenizer)
+    values = {"name": "short", "method": "coconut", "model_id": model, "train_path": data, "val_path": data}
+    assert run.main([str(place / "config.yaml"), *words(values | {"c_thought": 1, "max_new_tokens": 3})]) == 0
+    subject = open_subject(str(place / "short" / "best"), PROBLEMS[:2], batch_size=5)
+    room = subject.positions - max(len(prompt["input_ids"]) for prompt in subject.with_thoughts(0).prompts())
+    config = Config({"method": "coconut", "max_latent_stage": room})
+    assert k_sweep.sweep(replace(subject, opened=replace(subject.opened, config=config)))[-1][0] == room

@@ -1,9 +1,11 @@
 """Mini ProsQA: what a question asks is true of its graph, and nothing but the search for a path gives it away."""
 
+import json
 from itertools import islice, pairwise
 
 import mini
 import pytest
+from common import DataError
 
 from helpers import REPOSITORY
 
@@ -16,7 +18,7 @@ def read(problem):
     return [tuple(arrow.split(">")) for arrow in arrows], (one, other), root
 
 
-def hops(arrows, node):
+def hops_from(arrows, node):
     """The fewest hops from a node to each one that it leads to."""
     found, reached, count = {}, {node}, 0
     while reached:
@@ -29,8 +31,8 @@ def hops(arrows, node):
 def test_the_root_leads_to_the_answer_alone_and_the_steps_say_how(problem):
     arrows, ends, root = read(problem)
     [wrong] = set(ends) - {problem["answer"]}
-    assert hops(arrows, root)[problem["answer"]] == mini.HOPS == len(problem["steps"])
-    assert wrong not in hops(arrows, root)
+    assert hops_from(arrows, root)[problem["answer"]] == mini.HOPS == len(problem["steps"])
+    assert wrong not in hops_from(arrows, root)
     assert problem["steps"][-1] == problem["answer"]
     assert set(pairwise([root, *problem["steps"]])) <= set(arrows)
 
@@ -43,7 +45,7 @@ def test_both_ends_are_leaves_of_the_same_depth():
             inner = {parent for parent, _ in arrows}
             assert not inner & set(ends)
             [wrong] = set(ends) - {problem["answer"]}
-            assert any(hops(arrows, node).get(wrong) == mini.HOPS for node in inner)
+            assert any(hops_from(arrows, node).get(wrong) == mini.HOPS for node in inner)
 
 
 def test_the_letters_and_the_place_of_the_answer_are_random():
@@ -56,3 +58,28 @@ def test_the_tokenizer_is_that_of_the_model(tmp_path):
     mini.main(["--tokenizer", str(tmp_path)])
     for path in tmp_path.iterdir():
         assert path.read_bytes() == (REPOSITORY / "args" / "mini_model" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("hops, parents", [(2, 1.5), (4, 1.5), (3, 2.5)])
+def test_other_kinds_of_problems(tmp_path, hops, parents):
+    knobs = ["--hops", str(hops), "--parents", str(parents), "--num", "20"]
+    mini.main(["--out", str(tmp_path / "far.json"), *knobs])
+    problems = json.loads((tmp_path / "far.json").read_text())
+    assert len(problems) == 20
+    for arrows, ends, root in map(read, problems):
+        found = hops_from(arrows, root)
+        assert [found.get(end) for end in sorted(ends, key=lambda end: end not in found)] == [hops, None]
+    edges = sum(len(read(problem)[0]) for problem in problems) / 20
+    assert edges > 21 if parents > 2 else edges < 21
+    with pytest.raises(DataError, match="exists already"):
+        mini.main(["--out", str(tmp_path / "far.json"), *knobs])
+
+
+def test_what_the_letters_do_not_allow_is_refused(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(mini, "MAX_REJECTED", 100)
+    for knobs, problem in [(["--nodes", "17"], "16 letters"), (["--hops", "15"], "accepts none")]:
+        with pytest.raises(DataError, match=problem):
+            mini.main(["--out", str(tmp_path / "x.json"), *knobs])
+    with pytest.raises(SystemExit):
+        mini.main(["--hops", "2"])  # would replace data/mini_train.json by other problems
+    assert "--out FILE is needed" in capsys.readouterr().err

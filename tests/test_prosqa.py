@@ -12,6 +12,9 @@ import prosqa_stats
 import pytest
 from common import DATA, DataError
 from prosqa import Recipe, generate
+from transformers import AutoTokenizer
+
+from helpers import REPOSITORY
 
 PUBLISHED_VALID = "c74e0de24f1e90ec48b1a993e6458a7be4caeef3928f5104e3c2e45d689a5249"  # SHA-256
 
@@ -254,3 +257,16 @@ def test_the_table_shows_files_side_by_side(tmp_path, monkeypatch, capsys):
     path.write_text(json.dumps([EXAMPLE, EXAMPLE | {"root": 0}]))
     with pytest.raises(DataError, match=r"one.json, problem 1 \(from 0\)"):
         prosqa_stats.main()
+
+
+def test_a_token_per_word(tmp_path):
+    prosqa.main(["--tokenizer", str(tmp_path)])
+    for path in tmp_path.iterdir():
+        assert path.read_bytes() == (REPOSITORY / "args" / "prosqa_model" / path.name).read_bytes()
+    tokenizer = AutoTokenizer.from_pretrained(REPOSITORY / "args" / "prosqa_model")
+    for problem in json.loads((DATA / "prosqa_valid.json").read_text()):
+        for text in (problem["question"] + "\n", *(step + "\n" for step in problem["steps"]), problem["answer"]):
+            ids = tokenizer(text).input_ids
+            assert len(ids) == len(text.split())
+            assert tokenizer.unk_token_id not in ids
+            assert tokenizer.decode(ids) == text

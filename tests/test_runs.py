@@ -6,9 +6,12 @@ import sys
 from xml.etree import ElementTree
 
 import compare
+import evaluations
 import plot
 import pytest
+import record
 import yaml
+from runs import training_losses
 
 import run
 from helpers import make_problems, save_model, words, write_json
@@ -128,3 +131,95 @@ def test_a_missing_matplotlib_is_named(start, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert plot.main([str(start("seed0")), "--out", str(tmp_path / "no.svg")]) == 2
     assert "requirements-extra.txt" in capsys.readouterr().err
+
+
+@pytest.fixture
+def tested(start, tmp_path):
+    """Runs of two seeds and of another method, of which that and the first seed were tested."""
+    runs = [start("seed0"), start("seed1", seed=1), start("cot", method="cot")]
+    for directory in (runs[0], runs[2]):
+        if not list(directory.glob("eval_*")):
+            config = directory / "config.yaml"
+            words = ["only_eval=True", f"load_model_path={directory}/best"]
+            assert run.main([str(config), *words]) == 0
+    return runs
+
+
+def test_a_record_is_a_reference(tested, tmp_path, capsys):
+    folder = tmp_path / "results" / "small"
+    assert record.main([str(folder), *map(str, tested), "--command", "python make.py"]) == 0
+    assert compare.main([*map(str, tested), str(folder)]) == 0
+    assert "2 seed(s)" in (printed := capsys.readouterr().out)
+    assert "one seed shows no spread" in printed  # cot
+    for directory in tested:
+        copy, original = plot.read_run(folder / directory.name), plot.read_run(directory)
+        assert copy.lines == original.lines
+        assert copy.versions == original.versions
+        assert copy.config == original.config | {"save_path": "checkpoints"}
+    page = (folder / "README.md").read_text()
+    assert "    python make.py\n    python scripts/record.py" in page
+    assert str(tmp_path.parent) not in page.replace(str(folder), "")
+    assert "1 x CPU" in page
+    assert page.count("to ") >= 3  # intervals: of two seeds, and of two tests
+    ElementTree.parse(folder / "curves.svg")
+    kept = (folder / "README.md").stat()
+    assert record.main([str(folder), str(tested[0])]) == 2
+    assert "never overwritten" in capsys.readouterr().err
+    assert (folder / "README.md").stat() == kept
+
+
+def test_unfinished_and_repeated_runs_are_not_recorded(start, seeds, tmp_path, capsys):
+    edit(seeds / "1", lambda line: line if line.get("eval/epoch") != 4 else {"step": 12})
+    shutil.copytree(start("seed0"), seeds / "twin", symlinks=True)
+    for runs, problem in [([seeds / "1"], "3 of 4 epochs"), ([seeds / "0", seeds / "twin"], "name seed0: ")]:
+        assert record.main([str(tmp_path / "out"), *map(str, runs)]) == 2
+        assert problem in capsys.readouterr().err
+    config = seeds / "twin" / "config.yaml"
+    config.write_text(config.read_text().replace("name: seed0", "name: twin"))
+    assert record.main([str(tmp_path / "out"), str(seeds / "0"), str(seeds / "twin")]) == 2
+    assert "seed 0: " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failed_record_leaves_nothing(start, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert record.main([str(tmp_path / "out"), str(start("seed0"))]) == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_large_metrics_are_thinned_without_a_change_of_the_curves(start, monkeypatch):
+    whole = plot.read_run(start("seed0"))
+    monkeypatch.setattr(record, "LARGEST", (whole.directory / "metrics.jsonl").stat().st_size / 2.5)
+    lines = [json.loads(line) for line in record.metrics_text(whole).splitlines()]
+    assert [line for line in lines if "eval/epoch" in line] == list(whole.validations.values())
+    steps = [line["step"] for line in lines if "train/loss" in line]
+    assert steps == [3, 6, 9, 12]  # of three steps an epoch
+    assert dict(training_losses(lines)) == pytest.approx(whole.curves["training loss"])
+
+
+def test_the_spread_over_seeds_is_students():
+    assert record.spread([50.0]) == "50.0"
+    assert record.spread([74.0, 76.0, 78.0]) == "76.0 ± 2.0 (71.0 to 81.0)"  # 4.303 * 2 / sqrt(3) = 4.97
+    assert record.spread([0.0, 100.0]) == "50.0 ± 70.7 (0.0 to 100.0)"  # no rate lies beyond
+
+
+def test_evaluations_are_tabled_with_their_intervals(tmp_path, capsys):
+    def write(name, problems, **values):
+        path = tmp_path / "run" / "eval_checkpoint_9" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump({"val_path": "data/far.json", "eval/acc": 0.5, **problems, **values}))
+
+    write("metrics_far.yaml", {})  # an older one, whose problems are counted in its predictions
+    assert evaluations.main([str(tmp_path / "run")]) == 2
+    assert "predictions_far.jsonl" in capsys.readouterr().err
+    (tmp_path / "run" / "eval_checkpoint_9" / "predictions_far.jsonl").write_text("{}\n" * 100)
+    assert evaluations.main([str(tmp_path / "run")]) == 0
+    assert "50.0 (40.4 to 59.6)" in capsys.readouterr().out
+    write("metrics_far.yaml", {"problems": 10})
+    for number in range(2, 11):
+        write(f"metrics_far_{number}.yaml", {"problems": 100}, **{"eval/acc": number / 10})
+    write("metrics_test.yaml", {"problems": 100}, val_path="test.json")
+    assert evaluations.main([str(tmp_path / "run")]) == 0
+    row = capsys.readouterr().out.splitlines()[-1]
+    assert row == "| run | checkpoint_9 | 100.0 (96.3 to 100.0) | 50.0 (40.4 to 59.6) |"
+    assert evaluations.main([str(tmp_path)]) == 2
