@@ -35,7 +35,7 @@ ONLY_CHECKED = {  # what stands in a command: why it is not run
     r"^conda": "another way to a virtual environment",
     r"^(torchrun|srun)|table1.py (prosqa|gsm)|checkpoints/prosqa": "needs GPUs, or days",
     r"benchmarks/\w+\.py": "measures for long",
-    r"_[78]hops|table1.py ring|ring_table1": "minutes",
+    r"_[78]hops|\bmini[._-]|table1.py (ring|mini)|smoke": "minutes, or needs a run that takes some",
     r"published/": "needs the published files",
     r"tests/(soak|fuzz|commands)\.py|matrix\.bash|\.ci/run|-m slow": "minutes to hours",
 }
@@ -49,7 +49,7 @@ def commands(page: Path) -> Iterator[str]:
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     for language, block in blocks:
         if language == "python":
-            yield f"PYTHONPATH=. python - <<'EOF'\n{block}EOF"
+            yield f"python - <<'end'\n{block}end"
     shell = "".join(block for language, block in blocks if language in ("bash", "sh"))
     shell += "".join(re.findall(r"^    (.*\n)", text, re.MULTILINE))
     for line in re.findall(rf"^(?:\$ )?((?:{'|'.join(STARTS)}) (?:.*\\\n)*.*)$", shell, re.MULTILINE):
