@@ -147,7 +147,7 @@ def test_the_saved_config_loads_again_and_names_the_versions(world, whole):
     config = load_config(whole / "config.yaml")
     assert config == load_config(world / "config.yaml", ["name=whole", "num_epochs=3"])
     comments = [line for line in (whole / "config.yaml").read_text().splitlines() if line.startswith("# ")]
-    assert [line.split()[1] for line in comments] == ["python", "torch", "transformers", "commit", "run"]
+    assert [line.split()[1] for line in comments] == ["python", "torch", "transformers", "commit", "device", "run"]
 
 
 def test_metrics_hold_a_line_per_step_and_per_validation(whole):
