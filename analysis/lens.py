@@ -30,7 +30,7 @@ def analyze(subject: Subject, beside: list[Subject], chosen: int) -> Findings:
     figures = [grid(subject, probabilities[chosen], tokens[chosen], meanings[chosen], chosen)]
     if any(meanings):
         figures.append(decoded(probabilities, tokens, meanings))
-    figures += [early_answers([subject, *beside]), geometry(subject, thoughts), attention(subject)]
+    figures += [early_answers([subject, *beside]), geometry(subject, thoughts), attention([subject, *beside])]
     decode, problems = subject.opened.pretrained.tokenizer.decode, {}
     for index, (values, ids) in enumerate(zip(probabilities.tolist(), tokens.tolist(), strict=True)):
         rows = [[[decode(id), p] for id, p in zip(i, v, strict=True)] for i, v in zip(ids, values, strict=True)]
@@ -150,9 +150,19 @@ def spread(name: str, numbers: Tensor) -> dict[str, float]:
     return {f"{name}, mean": numbers.mean().item(), f"{name}, standard deviation": numbers.std().item()}
 
 
-def attention(subject: Subject) -> Figure:
-    """How much the thoughts and the answer's first token attend to facts by role, to the question's rest, and to
-    thoughts: the mean over layers, heads and problems of the weights to all tokens of a kind."""
+def attention(models: list[Subject]) -> Figure:
+    """How much the thoughts (or pauses) and the answer's first token attend to facts by role, to the question's rest,
+    and to thoughts: the mean over layers, heads and problems of the weights to all tokens of a kind."""
+    rows = [row for model in models if model.has_placeholders for row in attention_rows(model)]
+    words = (
+        "Mean attention over all layers and heads, from a thought (or pause) or from the answer's place (the end "
+        "marker, where its first token is chosen), to all tokens of a kind; the weights from one place add up to 1."
+    )
+    return Figure("attention", "Attention", words, rows)
+
+
+def attention_rows(subject: Subject) -> list[dict]:
+    """The rows of one model."""
     lm = subject.model.base_causallm
     kernel, sums, counts = lm.config._attn_implementation, Counter(), Counter()
     lm.set_attn_implementation("eager")  # others do not tell their weights
@@ -161,25 +171,22 @@ def attention(subject: Subject) -> Figure:
         for part, batch in few.batches(few.prompts(), "attention"):
             weights = attention_weights(subject, batch)  # (batch, length, length)
             for row, index in enumerate(part):
-                own = weights[row][:, batch["attention_mask"][row].bool()]  # (length, own tokens)
-                own = own[batch["attention_mask"][row].bool()]  # (own tokens, own tokens)
+                is_own = batch["attention_mask"][row].bool()  # (length,)
+                own = weights[row][is_own][:, is_own]  # (own tokens, own tokens)
                 kinds = kinds_of_tokens(subject, index, len(own))
                 for start, line in sources(subject, own):
-                    for kind, weight in zip(kinds, line, strict=False):
+                    for kind, weight in zip(kinds, line, strict=True):
                         sums[start, kind] += weight
                         counts[start, kind] += 1
     finally:
         lm.set_attn_implementation(kernel)
     n = len(subject.problems)
     rows = [
-        {"from": start, "to": kind, "n": n, "weight": total / n, "weight per token": total / counts[start, kind]}
+        {"model": subject.name, "from": start, "to": kind, "n": n, "weight": total / n}
+        | {"weight per token": total / counts[start, kind]}
         for (start, kind), total in sums.items()
     ]
-    words = (
-        "Mean attention over all layers and heads, from a thought or from the answer's place (the end marker, "
-        "where its first token is chosen), to all tokens of a kind; the weights from one place add up to 1."
-    )
-    return Figure("attention", "Attention", words, sorted(rows, key=lambda row: (len(row["from"]), row["from"])))
+    return sorted(rows, key=lambda row: (len(row["from"]), row["from"]))
 
 
 @torch.no_grad()
