@@ -25,6 +25,11 @@ class Opened:
     config: Config
     stage: int
 
+    @property
+    def positions(self) -> int | None:
+        """The longest sequence that the model takes; None: any."""
+        return getattr(self.pretrained.lm.config, "max_position_embeddings", None)
+
     def with_thoughts(self, thoughts: int) -> Opened:
         """The same with so many thoughts or pauses in its prompts. Raises UserError for a method that has none."""
         method = self.config.method
@@ -42,10 +47,9 @@ class Opened:
         ids, plain = self.pretrained.prompt_ids(method), not METHODS[method].markers
         prompts = get_question_latent_dataset(self.stage, [], self.config, *ids, no_special_marker=plain)
         items = [prompts.build(example) for example in examples]
-        limit = getattr(self.pretrained.lm.config, "max_position_embeddings", None)
         longest = max(len(item["input_ids"]) for item in items)
-        if limit and longest > limit:
-            raise UserError(f"the question: {longest} tokens with thoughts, the model takes {limit}")
+        if self.positions and longest > self.positions:
+            raise UserError(f"the question: {longest} tokens with thoughts, the model takes {self.positions}")
         return items
 
 

@@ -15,13 +15,12 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from analysis.findings import Findings
-from analysis.report import Figure
+from analysis.report import Figure, draw_rates
 from analysis.statistics import compare
 from analysis.thoughts import SEED, Subject, extended, noise, read_thoughts, think, write_answers
 from evaluate import normalize
 
 UNTOUCHED = "untouched"
-NOISE = "noise of their norm"
 OF_ALL = ("in another order", "the first, repeated")  # these replace all thoughts, or some would stay as they are
 WHOLE = ("", "all")  # the places of controls, and of replacements of all thoughts
 AS_MANY, OTHER = "another problem's, as many steps", "another problem's, other steps"
@@ -58,7 +57,7 @@ def analyze(subject: Subject, beside: list[Subject]) -> Findings:
             values = torch.where(kept, values, thoughts)  # (problems, thoughts, hidden)
             forced = [True] * subject.thoughts
         answers[name, places, mode] = write_answers(subject, name, values, forced)
-    figures = [table(subject, answers, options), influence(subject, thoughts)]
+    figures = [table(subject, answers, options), influence(subject, thoughts, answers[UNTOUCHED, "", ""])]
     problems = {
         index: {
             "interventions": {cell[0]: said[index]["generated"] for cell, said in answers.items() if cell[1] in WHOLE}
@@ -77,7 +76,7 @@ def replacements(subject: Subject, thoughts: Tensor) -> dict[str, Replacement]:
         "zero": Replacement(torch.zeros_like(thoughts)),
         "the mean": Replacement(thoughts.mean((0, 1)).expand_as(thoughts)),
         "the mean of their place": Replacement(thoughts.mean(0).expand_as(thoughts)),
-        NOISE: Replacement(noise(thoughts)),
+        "noise of their norm": Replacement(noise(thoughts)),
     }
     if subject.thoughts > 1:
         moves = torch.randint(1, subject.thoughts, (len(thoughts),), generator=random).tolist()
@@ -159,23 +158,22 @@ def draw(canvas: Canvas, rows: list[dict]) -> None:
     """Accuracy with its interval for the controls and where all thoughts are replaced."""
     own = [row for row in rows if row["places"] in WHOLE]
     canvas.set_size_inches(9, 1 + 0.35 * len(own))
-    axes, values = canvas.subplots(), [100 * row["rate"] for row in own]
-    spread = [[100 * (row["rate"] - row["low"]) for row in own], [100 * (row["high"] - row["rate"]) for row in own]]
-    axes.errorbar(values, range(len(own)), xerr=spread, fmt="o", color="black", capsize=2)
-    axes.axvline(values[0], color="0.5", linestyle=":")
+    axes = canvas.subplots()
+    draw_rates(axes, own, "rate")
+    axes.axvline(100 * own[0]["rate"], color="0.5", linestyle=":")
     axes.set_yticks(range(len(own)), [row["thoughts are"] for row in own])
     axes.invert_yaxis()
-    axes.set(xlabel=f"accuracy %, 95 % interval, all thoughts replaced (n = {own[0]['n']})", xlim=(-3, 103))
+    axes.set(xlabel=f"accuracy %, 95 % interval, all thoughts replaced (n = {own[0]['n']})")
 
 
-def influence(subject: Subject, thoughts: Tensor) -> Figure:
+def influence(subject: Subject, thoughts: Tensor, answers: list[dict]) -> Figure:
     """How far a thought that is replaced by noise of its norm changes the later thoughts, and the answer.
 
     KL divergence from the untouched to the changed model, in nats: of what later thoughts project to, and of each token
     that the untouched model writes, on average.
     """
-    prompts = subject.prompts()
-    said = [own["ids"] for own in write_answers(subject, "influence")]
+    prompts = subject.prompts
+    said = [own["ids"] for own in answers]
     if subject.positions:  # an eos may stand behind the last position
         said = [ids[: subject.positions - len(prompt["input_ids"])] for ids, prompt in zip(said, prompts, strict=True)]
     items = [extended(prompt, ids) for prompt, ids in zip(prompts, said, strict=True)]

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure as Canvas
 
 from analysis.findings import Findings
 from analysis.graphs import CLASSES, Verdict, classify
-from analysis.report import COLOURS, Figure
+from analysis.report import COLOURS, Figure, draw_rates
 from analysis.statistics import compare, wilson
 from analysis.thoughts import Subject, write_answers
 
@@ -45,13 +45,11 @@ def analyze(subject: Subject, beside: list[Subject]) -> Findings:
     words = f"Accuracy of every row of the figure above, against {first}; paired, the same problems in all."
     findings.figures.append(Figure("k_sweep_tests", f"{title}: differences", words, compare(cells, first)))
     for model in [subject, *beside]:
-        if model.has_placeholders and (last := sweep(model)[-1][0]) < 2 * model.opened.config.max_latent_stage:
-            why = f"since the model takes {model.positions} positions"
-            findings.summary.append(f"{model.name}: k ends at {last}, {why}")
-    for model in [subject, *beside]:
-        own = (row for row in rows if row["model"] == model.name)
+        own = [row for row in rows if row["model"] == model.name]
         rates = [f"{row['accuracy']:.1%}" + ("" if row["k"] is None else f" at k = {row['k']}") for row in own]
         findings.summary.append(f"{model.name}: accuracy {', '.join(rates)}")
+        if model.has_placeholders and own[-1]["k"] < 2 * model.opened.config.max_latent_stage:
+            findings.summary[-1] += f"; k ends there, since the model takes {model.positions} positions"
     return findings
 
 
@@ -60,7 +58,7 @@ def sweep(model: Subject) -> list[tuple[int | None, Subject]]:
     if not model.has_placeholders:
         return [(None, model)]
     each = ((k, model.with_thoughts(k * model.per_stage)) for k in range(2 * model.opened.config.max_latent_stage + 1))
-    longest = max(len(prompt["input_ids"]) for prompt in model.with_thoughts(0).prompts())
+    longest = max(len(prompt["input_ids"]) for prompt in model.with_thoughts(0).prompts)
     return [(k, at) for k, at in each if not model.positions or longest + at.thoughts <= model.positions]
 
 
@@ -103,10 +101,5 @@ def draw(canvas: Canvas, rows: list[dict]) -> None:
     bars.set(xlabel=f"problems (n = {rows[0]['n']} in every row)", yticks=places)
     bars.set_yticklabels([row["cell"] for row in rows])
     bars.invert_yaxis()
-    values = [100 * row["accuracy"] for row in rows]
-    spread = [
-        [100 * (row["accuracy"] - row["low"]) for row in rows],
-        [100 * (row["high"] - row["accuracy"]) for row in rows],
-    ]
-    accuracy.errorbar(values, places, xerr=spread, fmt="o", color="black", capsize=2)
-    accuracy.set(xlabel="accuracy %, 95 % interval", xlim=(-3, 103))
+    draw_rates(accuracy, rows, "accuracy")
+    accuracy.set(xlabel="accuracy %, 95 % interval")

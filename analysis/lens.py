@@ -15,7 +15,7 @@ from analysis.findings import Findings
 from analysis.graphs import ROLES, Form, Graph
 from analysis.report import Cell, Figure
 from analysis.statistics import compare
-from analysis.thoughts import Subject, read_thoughts, think, write_answers
+from analysis.thoughts import Subject, look, read_thoughts, write_answers
 
 TOP = 8  # tokens that are shown of each thought
 NO_NODE, SEVERAL = "no node", "several nodes"
@@ -30,12 +30,13 @@ def analyze(subject: Subject, beside: list[Subject], chosen: int) -> Findings:
     figures = [grid(subject, probabilities[chosen], tokens[chosen], meanings[chosen], chosen)]
     if any(meanings):
         figures.append(decoded(probabilities, tokens, meanings))
-    figures += [early_answers([subject, *beside]), geometry(subject, thoughts), attention([subject, *beside])]
+    early = early_answers([subject, *beside])
+    figures += [early, geometry(subject, thoughts), attention([subject, *beside])]
     decode, problems = subject.opened.pretrained.tokenizer.decode, {}
     for index, (values, ids) in enumerate(zip(probabilities.tolist(), tokens.tolist(), strict=True)):
         rows = [[[decode(id), p] for id, p in zip(i, v, strict=True)] for i, v in zip(ids, values, strict=True)]
         problems[index] = {"top_tokens": rows}
-    rates = [f"{row['cell']} {row['rate']:.1%}" for row in figures[-3].rows]
+    rates = [f"{row['cell']} {row['rate']:.1%}" for row in early.rows]
     line = f"accuracy of the answer forced after so many thoughts or pauses: {', '.join(rates)}"
     return Findings(figures, problems, [line], {"thoughts": thoughts})
 
@@ -168,7 +169,7 @@ def attention_rows(subject: Subject) -> list[dict]:
     lm.set_attn_implementation("eager")  # others do not tell their weights
     few = replace(subject, batch_size=max(subject.batch_size // 8, 1))  # all weights of all layers are held at once
     try:
-        for part, batch in few.batches(few.prompts(), "attention"):
+        for part, batch in few.batches(few.prompts, "attention"):
             weights = attention_weights(subject, batch)  # (batch, length, length)
             for row, index in enumerate(part):
                 is_own = batch["attention_mask"][row].bool()  # (length,)
@@ -189,19 +190,10 @@ def attention_rows(subject: Subject) -> list[dict]:
     return sorted(rows, key=lambda row: (len(row["from"]), row["from"]))
 
 
-@torch.no_grad()
 def attention_weights(subject: Subject, batch: dict) -> Tensor:
     """The mean attention weights over layers and heads, (batch, length, length) on the CPU, with the thoughts."""
-    _, embeds = think(subject, batch)
-    device = embeds.device
-    output = subject.model.base_causallm.base_model(
-        inputs_embeds=embeds,
-        attention_mask=batch["attention_mask"].to(device),
-        position_ids=batch["position_ids"].to(device),
-        output_attentions=True,
-        use_cache=False,
-    )
-    return torch.stack([layer.float().mean(1) for layer in output.attentions]).mean(0).cpu()
+    layers = look(subject, batch, output_attentions=True).attentions  # (batch, heads, length, length) each
+    return torch.stack([layer.float().mean(1) for layer in layers]).mean(0).cpu()
 
 
 def kinds_of_tokens(subject: Subject, index: int, length: int) -> list[str]:

@@ -21,7 +21,7 @@ from analysis.findings import Findings
 from analysis.graphs import Graph
 from analysis.report import COLOURS, Figure
 from analysis.statistics import wilson
-from analysis.thoughts import SEED, Subject, think
+from analysis.thoughts import SEED, Subject, look
 
 FOLDS, RIDGE = 5, 1.0
 
@@ -120,22 +120,14 @@ def cross_validate(features: Tensor, tasks: list[Tensor]) -> list[int]:
     return right
 
 
-@torch.no_grad()
 def hidden_states(subject: Subject) -> Tensor:
     """What goes into the first block and comes out of each at the places of the thoughts or pauses, on the CPU:
     (problems, layers + 1, thoughts, hidden)."""
     found = {}
-    for part, batch in subject.batches(subject.prompts(), "hidden states"):
-        _, embeds = think(subject, batch)
-        output = subject.model.base_causallm.base_model(
-            inputs_embeds=embeds,
-            attention_mask=batch["attention_mask"].to(embeds.device),
-            position_ids=batch["position_ids"].to(embeds.device),
-            output_hidden_states=True,
-            use_cache=False,
-        )
-        places = (batch["input_ids"] == subject.placeholder_id).to(embeds.device)  # (batch, length)
-        layers = [layer[places].view(len(part), subject.thoughts, -1) for layer in output.hidden_states]
+    for part, batch in subject.batches(subject.prompts, "hidden states"):
+        outputs = look(subject, batch, output_hidden_states=True).hidden_states  # (batch, length, hidden) each
+        places = (batch["input_ids"] == subject.placeholder_id).to(outputs[0].device)  # (batch, length)
+        layers = [layer[places].view(len(part), subject.thoughts, -1) for layer in outputs]
         states = torch.stack(layers, dim=1).cpu().float()  # (batch, layers + 1, thoughts, hidden)
         found |= dict(zip(part, states, strict=True))
     return torch.stack([found[index] for index in range(len(found))])

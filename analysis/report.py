@@ -124,6 +124,15 @@ def drawing(figure: Figure) -> str:
     return CONTROL.sub("\ufffd", file.getvalue())
 
 
+def draw_rates(axes, rows: list[dict], key: str) -> None:
+    """Rates in % with their intervals (low, high), the first row at place 0."""
+    rates = [100 * row[key] for row in rows]
+    below = [100 * (row[key] - row["low"]) for row in rows]
+    above = [100 * (row["high"] - row[key]) for row in rows]
+    axes.errorbar(rates, range(len(rows)), xerr=[below, above], fmt="o", color="black", capsize=2)
+    axes.set_xlim(-3, 103)
+
+
 def inlined(svg: str, name: str) -> str:
     """An SVG file as a part of a page with others: ids of its own, black and white in the page's colours."""
 

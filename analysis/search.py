@@ -50,7 +50,7 @@ def values(subject: Subject, level: int, steps: int, replaced=None) -> list[dict
     thoughts; replaced: a function of these thoughts (problems, thoughts, hidden) that makes what takes their place."""
     at = subject.with_thoughts(steps * subject.per_stage)
     items, scored, places = [], [], []
-    for index, (prompt, form, graph) in enumerate(zip(at.prompts(), at.forms, at.graphs, strict=True)):
+    for index, (prompt, form, graph) in enumerate(zip(at.prompts, at.forms, at.graphs, strict=True)):
         opening = at.tokenize(form.opening) if form.opening else []
         for node in sorted(graph.level(level)):
             tokens = at.tokenize(form.opening + form.written(node))[len(opening) :]

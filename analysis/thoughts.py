@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -91,7 +92,7 @@ class Subject:
     @property
     def positions(self) -> int | None:
         """The longest sequence that the model takes; None: any."""
-        return getattr(self.model.base_causallm.config, "max_position_embeddings", None)
+        return self.opened.positions
 
     def tokenize(self, text: str) -> list[int]:
         """The ids of a text that is written behind a prompt."""
@@ -101,6 +102,7 @@ class Subject:
         """The same with so many thoughts in its prompts."""
         return replace(self, thoughts=thoughts)
 
+    @cached_property
     def prompts(self) -> list[dict]:
         """The prompts of all problems."""
         opened = self.opened.with_thoughts(self.thoughts) if self.has_placeholders else self.opened
@@ -144,11 +146,22 @@ def think(subject: Subject, batch: dict, values: Tensor | None = None, forced: S
         return model.think(batch["input_ids"], batch["attention_mask"], batch["position_ids"], cache, cuts)
 
 
+@torch.no_grad()
+def look(subject: Subject, batch: dict, **outputs: bool):
+    """What transformers returns of one pass over a batch with its thoughts in their places; outputs: what it is asked
+    for, such as output_attentions=True."""
+    _, embeds = think(subject, batch)
+    mask, position_ids = (batch[key].to(embeds.device) for key in ("attention_mask", "position_ids"))
+    return subject.model.base_causallm.base_model(
+        inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids, use_cache=False, **outputs
+    )
+
+
 def read_thoughts(subject: Subject, values: Tensor | None = None, forced: Sequence[bool] = ()) -> Tensor:
     """The thoughts of all problems, (problems, thoughts, hidden) on the CPU; values as for `think`, of all problems."""
     hidden = subject.model.base_causallm.get_input_embeddings().weight.shape[1]
     found = torch.zeros(len(subject.problems), subject.thoughts, hidden)  # (problems, thoughts, hidden)
-    for part, batch in subject.batches(subject.prompts(), "thoughts"):
+    for part, batch in subject.batches(subject.prompts, "thoughts"):
         _, embeds = think(subject, batch, None if values is None else values[part], forced)
         is_latent = batch["input_ids"] == subject.model.latent_token_id  # (batch, length)
         found[part] = embeds.cpu().float()[is_latent].view(len(part), subject.thoughts, hidden)
@@ -172,7 +185,7 @@ def write_answers(
     opened = subject.opened
     limit, eos = opened.config.answer_limit, subject.model.eos_token_id
     predictions = [None] * len(subject.problems)
-    for part, batch in subject.batches([extended(item, begun) for item in subject.prompts()], title):
+    for part, batch in subject.batches([extended(item, begun) for item in subject.prompts], title):
         with subject.model.replacing(None if values is None else values[part], forced):
             output = subject.model.generate(**inputs(batch), max_new_tokens=limit)  # (batch, length + new)
         for index, tokens in zip(part, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):

@@ -96,9 +96,8 @@ def main(words: list[str] | None = None) -> None:
         if arguments.command == "to-official":
             return to_official(arguments.folder, arguments.file)
         keys = ("model_id", "method", "c_thought", "max_latent_stage")
-        config = Config(
-            {key: getattr(arguments, key) for key in keys} | {"from_scratch": True}
-        )  # the file has all weights
+        values = {key: getattr(arguments, key) for key in keys}
+        config = Config(values | {"from_scratch": True})  # the file has all weights
         from_official(arguments.file, arguments.folder, config, arguments.stage)
     except (UserError, SaveError) as error:
         print(f"error: {error}", file=sys.stderr)

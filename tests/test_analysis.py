@@ -85,7 +85,7 @@ def test_thoughts_are_those_of_plain_passes_whatever_is_forced(subject):
     others = torch.randn_like(own)
     for forced in ([False] * 4, [False, True, False, True], [True] * 4):
         found = read_thoughts(subject, others, forced)
-        for index, prompt in enumerate(subject.prompts()):
+        for index, prompt in enumerate(subject.prompts):
             given = [others[index, i] if is_forced else None for i, is_forced in enumerate(forced)]
             embeds, places = plain_thoughts(subject, prompt, given)
             torch.testing.assert_close(found[index], embeds[0, places], rtol=1e-4, atol=1e-4)
@@ -93,7 +93,7 @@ def test_thoughts_are_those_of_plain_passes_whatever_is_forced(subject):
 
 def test_a_models_own_thoughts_in_their_places_change_nothing(subject):
     own = read_thoughts(subject)  # (problems, thoughts, hidden)
-    part, batch = next(subject.batches(subject.prompts(), ""))
+    part, batch = next(subject.batches(subject.prompts, ""))
     before, _ = think(subject, batch)
     for forced in ([True] * 4, [True, False] * 2):
         torch.testing.assert_close(think(subject, batch, own[part], forced)[0], before, rtol=1e-3, atol=1e-3)
@@ -116,7 +116,7 @@ def test_answers_are_those_of_validation(place, subject):
 
 def test_log_probabilities_are_those_of_the_whole_sequence_at_once(subject):
     texts = ["a\n", "b\nc\n", "d e f "]
-    prompts = subject.prompts()[:3]
+    prompts = subject.prompts[:3]
     tokens = [subject.tokenize(text) for text in texts]
     items = [extended(prompt, own) for prompt, own in zip(prompts, tokens, strict=True)]
     found = log_probabilities(subject, items, [1, 2, 3], "")
@@ -226,7 +226,7 @@ def test_replacements_are_what_they_say(place):
 
 def test_a_replaced_thought_changes_later_ones_and_the_answer_but_no_earlier_one(place):
     subject = open_subject(str(place / "gpt2" / "best"), PROBLEMS, batch_size=5)
-    rows = interventions.influence(subject, read_thoughts(subject)).rows
+    rows = interventions.influence(subject, read_thoughts(subject), write_answers(subject, "")).rows
     assert rows[1]["thought 2"] is None and rows[1]["thought 3"] > 1e-4 and rows[3]["answer"] > 1e-4
 
 
@@ -314,7 +314,7 @@ def test_sentences_and_a_tokenizer_that_puts_a_token_first(place, capsys):
     best = str(place / "sentences" / "best")
     subject = open_subject(best, problems, batch_size=5)
     assert lens.mark_of_answer(subject) == subject.tokenize("### ")
-    length = len(subject.prompts()[0]["input_ids"])
+    length = len(subject.prompts[0]["input_ids"])
     kinds = lens.kinds_of_tokens(subject, 0, length)
     question = problems[0]["question"]
     fact = question[: question.index(".") + 1]
@@ -338,6 +338,6 @@ def test_k_ends_where_the_positions_end(place, capsys):
     values = {"name": "short", "method": "coconut", "model_id": model, "train_path": data, "val_path": data}
     assert run.main([str(place / "config.yaml"), *words(values | {"c_thought": 1, "max_new_tokens": 3})]) == 0
     subject = open_subject(str(place / "short" / "best"), PROBLEMS[:2], batch_size=5)
-    room = subject.positions - max(len(prompt["input_ids"]) for prompt in subject.with_thoughts(0).prompts())
+    room = subject.positions - max(len(prompt["input_ids"]) for prompt in subject.with_thoughts(0).prompts)
     config = Config({"method": "coconut", "max_latent_stage": room})
     assert k_sweep.sweep(replace(subject, opened=replace(subject.opened, config=config)))[-1][0] == room
