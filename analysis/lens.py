@@ -15,7 +15,7 @@ from analysis.findings import Findings
 from analysis.graphs import ROLES, Form, Graph
 from analysis.report import Cell, Figure
 from analysis.statistics import compare
-from analysis.thoughts import Subject, look, read_thoughts, write_answers
+from analysis.thoughts import NOISE, Subject, look, noise, read_thoughts, write_answers
 
 TOP = 8  # tokens that are shown of each thought
 NO_NODE, SEVERAL = "no node", "several nodes"
@@ -25,13 +25,14 @@ def analyze(subject: Subject, beside: list[Subject], chosen: int) -> Findings:
     """Everything above for the subject with the thoughts that it was trained with; models beside it with pauses or
     thoughts answer early, too."""
     thoughts = read_thoughts(subject)  # (problems, thoughts, hidden)
+    vectors = {"thought": thoughts, NOISE: noise(thoughts)}
     probabilities, tokens = top_tokens(subject, thoughts)  # (problems, thoughts, TOP) each
     meanings = [roles_of_tokens(subject, *each) for each in zip(subject.forms, subject.graphs, strict=True)]
     figures = [grid(subject, probabilities[chosen], tokens[chosen], meanings[chosen], chosen)]
     if any(meanings):
-        figures.append(decoded(probabilities, tokens, meanings))
+        figures.append(decoded(subject, vectors, meanings))
     early = early_answers([subject, *beside])
-    figures += [early, geometry(subject, thoughts), attention([subject, *beside])]
+    figures += [early, geometry(subject, vectors), attention([subject, *beside])]
     decode, problems = subject.opened.pretrained.tokenizer.decode, {}
     for index, (values, ids) in enumerate(zip(probabilities.tolist(), tokens.tolist(), strict=True)):
         rows = [[[decode(id), p] for id, p in zip(i, v, strict=True)] for i, v in zip(ids, values, strict=True)]
@@ -80,24 +81,36 @@ def grid(subject: Subject, probabilities: Tensor, tokens: Tensor, meanings: dict
     return Figure("thought_tokens", f"Thoughts of problem {chosen} in tokens", words, rows)
 
 
-def decoded(probabilities: Tensor, tokens: Tensor, meanings: list[dict]) -> Figure:
-    """How often a thought's first token names a node of each role, and what probability its top tokens give them."""
-    rows, n = [], len(meanings)
-    for number in range(tokens.shape[1]):
-        first, mass = Counter(), Counter()
-        for index, roles in enumerate(meanings):
-            named = [roles.get(id, NO_NODE) for id in tokens[index, number].tolist()]
-            first[named[0]] += 1
-            for role, p in zip(named, probabilities[index, number].tolist(), strict=True):
-                mass[role] += p / n
-        for role in (*ROLES, SEVERAL, NO_NODE):
-            row = {"thought": number + 1, "role": role, "n": n, "first token is one": first[role] / n}
-            rows.append(row | {f"probability among the top {TOP}": mass[role]})
+def decoded(subject: Subject, vectors: dict[str, Tensor], meanings: list[dict]) -> Figure:
+    """How often a thought's first token names a node of each role, and what probability its top tokens give them.
+
+    vectors: the thoughts and their controls, (problems, thoughts, hidden) each.
+    """
+    rows = []
+    for name, own in vectors.items():
+        probabilities, tokens = top_tokens(subject, own)  # (problems, thoughts, TOP) each
+        for number in range(own.shape[1]):
+            row = {"vectors": name, "place": number + 1}
+            rows += [row | found for found in decoded_roles(probabilities[:, number], tokens[:, number], meanings)]
     words = (
         "Over all problems: the share whose first token names a node of the role (several nodes: the token begins"
         " names of different roles), and the mean probability of such tokens."
     )
     return Figure("decoded_roles", "What thoughts decode to", words, rows)
+
+
+def decoded_roles(probabilities: Tensor, tokens: Tensor, meanings: list[dict]) -> list[dict]:
+    """What the vectors of one place decode to, a row for each role; probabilities, tokens (problems, TOP)."""
+    n, first, mass = len(meanings), Counter(), Counter()
+    for index, roles in enumerate(meanings):
+        named = [roles.get(id, NO_NODE) for id in tokens[index].tolist()]
+        first[named[0]] += 1
+        for role, p in zip(named, probabilities[index].tolist(), strict=True):
+            mass[role] += p / n
+    return [
+        {"role": role, "n": n, "first token is one": first[role] / n, f"probability among the top {TOP}": mass[role]}
+        for role in (*ROLES, SEVERAL, NO_NODE)
+    ]
 
 
 def early_answers(models: list[Subject]) -> Figure:
@@ -124,26 +137,31 @@ def mark_of_answer(subject: Subject) -> list[int]:
     return [id for id, other in takewhile(lambda pair: pair[0] == pair[1], pairs)]
 
 
-def geometry(subject: Subject, thoughts: Tensor) -> Figure:
-    """Norms against those of the embeddings, and cosines; thoughts (problems, thoughts, hidden)."""
-    table = (
-        subject.model.base_causallm.get_input_embeddings().weight.detach().float().norm(dim=1).cpu()
-    )  # (vocabulary,)
-    rows, n = [], len(thoughts)
-    for number in range(thoughts.shape[1]):
-        own = thoughts[:, number]  # (problems, hidden)
-        before = F.cosine_similarity(own, thoughts[:, number - 1], dim=-1) if number else None  # (problems,)
-        center = F.cosine_similarity(own, own.mean(0, keepdim=True), dim=-1)  # (problems,)
-        row = {"vectors": f"thought {number + 1}", "n": n} | spread("norm", own.norm(dim=1))
-        row |= {"cosine to the thought before": None if before is None else before.mean().item()}
-        rows.append(row | {"cosine to the mean thought": center.mean().item()})
-    blank = {"cosine to the thought before": None, "cosine to the mean thought": None}
-    rows.append({"vectors": "token embeddings", "n": len(table)} | spread("norm", table) | blank)
+def geometry(subject: Subject, vectors: dict[str, Tensor]) -> Figure:
+    """Norms against those of the embeddings, and cosines; vectors: the thoughts and their controls, (problems,
+    thoughts, hidden) each."""
+    rows = [row for name, own in vectors.items() for row in directions(name, own)]
+    table = subject.model.base_causallm.get_input_embeddings().weight.detach().float()  # (vocabulary, hidden)
+    norms = table.norm(dim=1).cpu()  # (vocabulary,)
+    blank = {"cosine to the one before": None, "cosine to the mean": None}
+    rows.append({"vectors": "token embeddings", "n": len(norms)} | spread("norm", norms) | blank)
     words = (
         "Lengths of thoughts beside those of the token embeddings, in whose place they stand; cosines are means "
-        "over the problems."
+        "over the problems, to the thought before and to the mean of a place. Noise of any norm has cosines near 0."
     )
     return Figure("geometry", "Norms and directions", words, rows)
+
+
+def directions(name: str, vectors: Tensor) -> list[dict]:
+    """Norms and cosines of (problems, places, hidden) vectors, a row for each place."""
+    rows = []
+    for place in range(vectors.shape[1]):
+        own = vectors[:, place]  # (problems, hidden)
+        before = F.cosine_similarity(own, vectors[:, place - 1], dim=-1).mean().item() if place else None
+        center = F.cosine_similarity(own, own.mean(0, keepdim=True), dim=-1).mean().item()
+        row = {"vectors": f"{name} {place + 1}", "n": len(own)} | spread("norm", own.norm(dim=1))
+        rows.append(row | {"cosine to the one before": before, "cosine to the mean": center})
+    return rows
 
 
 def spread(name: str, numbers: Tensor) -> dict[str, float]:

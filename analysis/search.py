@@ -15,7 +15,7 @@ from analysis.findings import Findings
 from analysis.graphs import Graph
 from analysis.report import COLOURS, Figure
 from analysis.statistics import compare
-from analysis.thoughts import Subject, extended, log_probabilities, noise, read_thoughts
+from analysis.thoughts import NOISE, Subject, extended, log_probabilities, noise, read_thoughts
 
 PERCENTILES = range(0, 101, 5)
 HEIGHTS = {"longest": True, "shortest": False}  # the paper's caption says the one, its text the other
@@ -30,15 +30,15 @@ def analyze(subject: Subject, beside: list[Subject], chosen: int) -> Findings:
     reached = range(1, subject.thoughts // subject.per_stage + lead + 1)
     levels = [level for level in reached if any(graph.level(level) for graph in graphs)]
     found = {level: values(subject, level, level - lead) for level in levels}
-    first_two = {level: found[level] for level in levels if level - lead <= 2}  # thoughts; and none, where that is one
-    compared = {level: {subject.name: own} for level, own in first_two.items()}
+    first_two = [level for level in levels if level - lead <= 2]  # thoughts; and none, where that is one
+    compared = {level: {subject.name: found[level]} for level in first_two}
     for level in first_two:
         if subject.thinks and level > lead:
-            compared[level]["noise of the thoughts' norm"] = values(subject, level, level - lead, noise)
+            compared[level][NOISE] = values(subject, level, level - lead, noise)
         for other in (other for other in beside if other.has_placeholders):
             compared[level][other.name] = values(other, level, level - lead)
     figures = [tree(graphs[chosen], {level: found[level][chosen] for level in levels}, chosen)]
-    figures += [heights(graphs, first_two), parallelism(first_two), controls(graphs, compared)]
+    figures += [heights(graphs, compared), parallelism(compared), controls(graphs, compared)]
     problems = {
         index: {"search": {level: found[level][index] for level in levels}} for index in range(len(subject.problems))
     }
@@ -137,24 +137,41 @@ def draw_tree(canvas: Canvas, graph: Graph, levels: dict[int, dict]) -> None:
     axes.set(xlim=(-0.3, max(levels, default=0) + 0.4), ylim=(0, 1))
 
 
-def heights(graphs: list[Graph], levels: dict[int, list[dict]]) -> Figure:
-    """Mean value against height, by both definitions, for concepts that lead to the target and those that do not."""
+def heights(graphs: list[Graph], compared: dict[int, dict[str, list[dict]]]) -> Figure:
+    """Mean value against height, by both definitions, for concepts that lead to the target and those that do not; of
+    the model and, per level, its controls."""
     rows = []
-    for level, found in levels.items():
-        for name, longest in HEIGHTS.items():
-            groups = {}
-            for graph, own in zip(graphs, found, strict=True):
-                for node, value in own.items():
-                    groups.setdefault((graph.height(node, longest), graph.leads_to_target(node)), []).append(value)
-            groups = {key: group for key, group in groups.items() if key[0] is not None}  # a circle has no height
-            for (height, leads), group in sorted(groups.items()):
-                row = {"level": level, "height is": name, "height": height, "leads to target": leads, "n": len(group)}
-                rows.append(row | {"mean value": mean(group), "standard deviation": float(np.std(group))})
+    for level, cells in compared.items():
+        for model, found in cells.items():
+            for name, longest in HEIGHTS.items():
+                row = {"level": level, "model": model, "height is": name}
+                rows += [row | group for group in by_height(graphs, found, longest)]
     words = (
         "Mean value of a concept by its height, the longest or the shortest way to a leaf. n counts concepts. A "
-        "model that searches gives low concepts that do not lead to the target low values."
+        "model that searches gives low concepts that do not lead to the target low values. Drawn: the model itself; "
+        "its controls stand in the table."
     )
-    return Figure("value_by_height", "Value against height", words, rows, lambda canvas: draw_heights(canvas, rows))
+    drawn = of_the_model(rows)
+    return Figure("value_by_height", "Value against height", words, rows, lambda canvas: draw_heights(canvas, drawn))
+
+
+def by_height(graphs: list[Graph], found: list[dict], longest: bool) -> list[dict]:
+    """The mean value of each height and side."""
+    groups = {}
+    for graph, own in zip(graphs, found, strict=True):
+        for node, value in own.items():
+            groups.setdefault((graph.height(node, longest), graph.leads_to_target(node)), []).append(value)
+    groups = {key: group for key, group in groups.items() if key[0] is not None}  # a circle has no height
+    return [
+        {"height": height, "leads to target": leads, "n": len(group)}
+        | {"mean value": mean(group), "standard deviation": float(np.std(group))}
+        for (height, leads), group in sorted(groups.items())
+    ]
+
+
+def of_the_model(rows: list[dict]) -> list[dict]:
+    """The rows of the model itself, whose is the first."""
+    return [row for row in rows if row["model"] == rows[0]["model"]]
 
 
 def draw_heights(canvas: Canvas, rows: list[dict]) -> None:
@@ -172,22 +189,24 @@ def draw_heights(canvas: Canvas, rows: list[dict]) -> None:
     canvas.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
 
 
-def parallelism(levels: dict[int, list[dict]]) -> Figure:
-    """Cumulative value of the best 1, 2 and 3 concepts; each curve sorted on its own."""
+def parallelism(compared: dict[int, dict[str, list[dict]]]) -> Figure:
+    """Cumulative value of the best 1, 2 and 3 concepts, each curve sorted on its own; of the model and its controls."""
     rows = []
-    for level, found in levels.items():
-        ranked = np.array(
-            [np.cumsum(([*sorted(own.values(), reverse=True), 0, 0, 0])[:3]) for own in found if own]
-        )  # (problems, 3)
-        for percentile in PERCENTILES:
-            top = np.percentile(ranked, percentile, axis=0)  # (3,)
-            row = {"level": level, "percentile": percentile, "n": len(ranked)}
-            rows.append(row | {f"top {i + 1}": float(value) for i, value in enumerate(top)})
+    for level, cells in compared.items():
+        for model, found in cells.items():
+            best = [np.cumsum([*sorted(own.values(), reverse=True), 0, 0, 0][:3]) for own in found if own]
+            ranked = np.array(best)  # (problems, 3)
+            for percentile in PERCENTILES:
+                top = np.percentile(ranked, percentile, axis=0)  # (3,)
+                row = {"level": level, "model": model, "percentile": percentile, "n": len(ranked)}
+                rows.append(row | {f"top {i + 1}": float(value) for i, value in enumerate(top)})
     words = (
         "Cumulative value of the best one, two and three concepts of a level, each against its own percentiles "
-        "over the problems. Wide gaps: several concepts are held at once."
+        "over the problems. Wide gaps: several concepts are held at once. Drawn: the model itself; its controls stand "
+        "in the table."
     )
-    return Figure("parallelism", "Parallelism", words, rows, lambda canvas: draw_parallelism(canvas, rows))
+    drawn = of_the_model(rows)
+    return Figure("parallelism", "Parallelism", words, rows, lambda canvas: draw_parallelism(canvas, drawn))
 
 
 def draw_parallelism(canvas: Canvas, rows: list[dict]) -> None:

@@ -21,6 +21,7 @@ from evaluate import predict, until_eos
 from opened import Opened, open_checkpoint
 
 SEED = 0  # of all that is drawn
+NOISE = "noise of the thoughts' norm"  # how rows call the control that `noise` makes
 
 
 class Replaceable(Coconut):

@@ -18,6 +18,7 @@ import run
 from analysis import interventions, k_sweep, lens, operands, probes, search
 from analysis.graphs import find_form
 from analysis.thoughts import (
+    NOISE,
     extended,
     log_probabilities,
     noise,
@@ -258,6 +259,11 @@ def test_the_whole_report_of_a_model_with_others_beside_it(place, capsys):
         for row in read_csv(table):
             counted = row.get("vectors") == "token embeddings" or "height" in row or table.stem == "search_tree"
             assert counted or row.get("n", "10") == "10", table
+    for name in ("value_by_height", "parallelism"):  # controls stand beside every result
+        assert {row["model"] for row in read_csv(folder / f"{name}.csv")} == {"coconut", NOISE, "pause_as_thought"}
+    assert {row["vectors"] for row in read_csv(folder / "decoded_roles.csv")} == {"thought", NOISE}
+    cosines = {row["vectors"]: row["cosine to the mean"] for row in read_csv(folder / "geometry.csv")}
+    assert float(cosines["thought 1"]) > float(cosines[f"{NOISE} 1"])
     cells = read_csv(folder / "interventions.csv")
     assert {"untouched", "no thoughts (k = 0)", "cot", "pause_as_thought"} <= {row["thoughts are"] for row in cells}
     lines = [json.loads(line) for line in (folder / "problems.jsonl").read_text().splitlines()]
@@ -301,6 +307,9 @@ def test_problems_without_a_graph_are_asked_what_makes_sense(place, capsys):
     tables = {path.stem for path in folder.glob("*.csv")}
     assert {"k_sweep", "interventions", "operands", "attention"} <= tables
     assert not tables & {"search_tree", "probes", "decoded_roles"}
+    cells = {row["cell"] for row in read_csv(folder / "operands.csv")}
+    times = ("before the change", "after the change", NOISE)
+    assert cells == {f"{which} result, {when}" for which in ("old", "new") for when in times}
 
 
 def test_sentences_and_a_tokenizer_that_puts_a_token_first(place, capsys):
