@@ -43,7 +43,8 @@ class Opened:
         the model has too few positions."""
         tokenizer, method = self.pretrained.tokenizer, self.config.method
         problems = [{"question": question, "answer": "", "steps": []} for question in questions]
-        examples = tokenize_chunk(problems, 0, tokenizer).to_pylist()
+        columns = tokenize_chunk(problems, 0, tokenizer)
+        examples = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         ids, plain = self.pretrained.prompt_ids(method), not METHODS[method].markers
         prompts = get_question_latent_dataset(self.stage, [], self.config, *ids, no_special_marker=plain)
         items = [prompts.build(example) for example in examples]

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -133,7 +133,8 @@ def write_tokenized(sink, problems: list[dict], tokenizer, title: str) -> None:
     starts = range(0, len(problems), CHUNK)
 
     def make(start: int) -> pyarrow.RecordBatch:
-        return tokenize_chunk(problems[start : start + CHUNK], start, tokenizer)
+        columns = tokenize_chunk(problems[start : start + CHUNK], start, tokenizer)
+        return pyarrow.RecordBatch.from_pydict(columns, schema())
 
     bar = tqdm(total=len(problems), desc=f"tokenizing {title}", unit="problem", delay=1)
     with pyarrow.ipc.new_stream(sink, schema()) as writer, bar:
@@ -149,8 +150,9 @@ def schema() -> pyarrow.Schema:
     return pyarrow.schema(list(zip([*TEXTS, *TOKENS], types, strict=True)))
 
 
-def tokenize_chunk(problems: list[dict], first: int, tokenizer) -> pyarrow.RecordBatch:
-    """Texts and token ids of problems: question_tokenized, steps_tokenized (a list for each step), answer_tokenized.
+def tokenize_chunk(problems: list[dict], first: int, tokenizer) -> dict[str, Sequence]:
+    """Columns of texts and token ids of problems: question_tokenized, steps_tokenized (a list for each step) and
+    answer_tokenized.
 
     The question takes the tokenizer's special tokens (bos, if it adds one); steps and answer do not. Each piece ends
     its line; the answer follows "### " and ends with eos. idx counts from `first`.
@@ -166,4 +168,4 @@ def tokenize_chunk(problems: list[dict], first: int, tokenizer) -> pyarrow.Recor
     answers = encode(["### " + answer for answer in columns["answer"]])
     columns["answer_tokenized"] = [[*answer, tokenizer.eos_token_id] for answer in answers]
     columns["idx"] = range(first, first + len(problems))
-    return pyarrow.RecordBatch.from_pydict(columns, schema())
+    return columns
