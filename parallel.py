@@ -28,6 +28,7 @@ from spread import hand_out, set_aside
 ROOM = 0.9  # of a GPU's memory that a step may take by its estimate; the rest is for what the allocator loses
 # For how long processes wait for one that does not answer, before they give up. More than the longest save takes.
 PATIENCE = timedelta(minutes=30)
+CAN_SHARD = hasattr(FSDPModule, "set_reshard_after_forward")  # torch 2.8
 QUIET = timedelta(minutes=10)  # without an exchange, after which a process says where it stands
 VISIBLE = 60  # seconds within which all see on a shared file system what the main process wrote
 ROOT = Path(__file__).parent
@@ -219,10 +220,13 @@ def choose(model: nn.Module, config: Config, shapes: list[dict[str, int]], proce
     """How the training is shared (ddp or fsdp), and whether fsdp keeps gathered weights: the first that fits.
 
     shapes: those of the largest batches, as `footprint.Step` takes them. All processes decide by the smallest GPU; on a
-    CPU the first is taken.
+    CPU the first is taken. Raises UserError where torch is too old for fsdp.
     """
     asked = "ddp" if config.lora_rank or config.compile else config.parallel
-    choices = [choice for choice in (("ddp", True), ("fsdp", True), ("fsdp", False)) if asked in ("auto", choice[0])]
+    known = (("ddp", True), ("fsdp", True), ("fsdp", False)) if CAN_SHARD else (("ddp", True),)
+    choices = [choice for choice in known if asked in ("auto", choice[0])]
+    if not choices:
+        raise UserError(f"parallel: fsdp needs torch 2.8 or newer, this is {torch.__version__}: update it, or take ddp")
     [room] = processes.max([-gpu_memory(processes.device)])
     if processes.world_size == 1 or room == -math.inf:
         return choices[0]
@@ -269,6 +273,8 @@ def distribute(model: nn.Module, strategy: str, bf16: bool, keep: bool, processe
     for unit in units(model):
         unit.set_reshard_after_forward(unit is not model and not keep, recurse=False)
         unit.set_reshard_after_backward(not keep, recurse=False)
+        # Sums that are divided afterwards: the mean that gloo of torch 2.8 makes is a sum.
+        unit.set_force_sum_reduction_for_comms(processes.device.type == "cpu")
     return model
 
 

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import cache
 import parallel
 from coconut import Coconut
-from config import Config
+from config import Config, UserError
 from faults import ROOT, Fault, free_port, wrap
 from footprint import Step, estimate
 from helpers import make_problems, read_lines, tiny_gpt2, write_json
@@ -233,6 +233,15 @@ def test_the_first_strategy_that_fits_into_the_smallest_gpu_is_chosen(monkeypatc
     larger = {**shape, "rows": 10**6}
     assert parallel.choose(model, config, [shape, larger, shape], Eight(smallest=enough)) == ("fsdp", False)
     assert "gathered in every pass" in capsys.readouterr().out
+
+
+def test_nothing_is_sharded_by_a_torch_that_is_too_old(monkeypatch):
+    monkeypatch.setattr(parallel, "CAN_SHARD", False)
+    monkeypatch.setattr(parallel, "gpu_memory", lambda device: 2**60)
+    model, shape = Coconut(tiny_gpt2(), 49, 47, 48, 0), {"rows": 1, "columns": 16, "thoughts": 2, "supervised": 4}
+    assert parallel.choose(model, Config(), [shape], Eight(smallest=1)) == ("ddp", True)
+    with pytest.raises(UserError, match="parallel: fsdp needs torch"):
+        parallel.choose(model, Config({"parallel": "fsdp"}), [shape], Eight(smallest=2**60))
 
 
 @pytest.mark.parametrize(("strategy", "keep"), [("ddp", True), ("fsdp", True), ("fsdp", False)])
