@@ -2,8 +2,9 @@
 # Tries the ranges of versions that README names. Each combination gets a new virtual environment, the part of the tests
 # below and the golden fixtures where they exist. Ends with a table; the exit code is 1 if a combination failed.
 #
-#   bash tests/matrix.bash            all of them: minutes each, and 2 to 8 GB of disk for one at a time
-#   bash tests/matrix.bash --short    transformers 4 alone, on top of .venv's other packages
+#   bash tests/matrix.bash                       all: minutes each, and 2 to 8 GB of disk for one at a time
+#   bash tests/matrix.bash 3.13 2.15.0 5.23.0    one: Python, torch, transformers
+#   bash tests/matrix.bash --short               transformers 4 alone, on top of .venv's other packages
 #
 # torch is taken as its CPU build, which the index of PyTorch has (name it in PIP_EXTRA_INDEX_URL), or else as whatever
 # pip finds: gigabytes of CUDA. A version that no index has for this machine is named as "not installable here".
@@ -15,7 +16,7 @@ pinned() { grep -h "^$1==" requirements.txt | sed 's/.*==\([0-9.]*\).*/\1/'; }
 torches=("2.6.0" "$(pinned torch)" "2.15.0")             # the oldest, the pinned one, the newest
 transformers=("4.57.6" "$(pinned transformers)")
 tests=(tests/test_share.py tests/test_cache.py tests/test_tokens.py)
-tests+=("tests/test_parallel.py::test_the_division_of_labour_changes_nothing[2-8-1-ddp]")  # FSDP on a CPU needs a newer torch
+tests+=("tests/test_parallel.py::test_the_division_of_labour_changes_nothing[2-8-1-ddp]")  # FSDP needs torch 2.8
 few=(tests/test_share.py -k "same_tokens or matter or sampl or embeddings or closest")
 place=$(mktemp -d)
 trap 'rm -rf "$place"' EXIT
@@ -73,6 +74,8 @@ short() {  # transformers 4 in an environment that finds everything else in .ven
 
 if [ "${1:-}" = --short ]; then
     short
+elif [ $# = 3 ]; then
+    combination "$@"
 else
     for version in 3.11 3.13; do
         for torch in "${torches[@]}"; do
