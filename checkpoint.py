@@ -14,7 +14,7 @@ from config import Config, UserError
 from curriculum import ALL, METHODS, placeholders
 from export import export
 from kept import STATES_KEPT, set_links
-from lora import check_frozen, frozen_checksum, merged, trained_weights
+from lora import check_frozen, frozen_checksum, merged, rows_of_tables, trained_weights
 from moments import MOMENTS, TensorFile, load_moments, named_moments, write_tensors
 from parallel import Processes
 from pretrained import Pretrained, read_description, read_tensors
@@ -133,9 +133,8 @@ def load_training_state(
     """
     training = processes.on_main(lambda: read_state(checkpoint))
     if "weights" in training:
-        processes.on_main(lambda: check_frozen(model.base_causallm, training.get("frozen"), checkpoint))
-        model.base_causallm.load_state_dict(training["weights"], strict=False)  # all others are frozen
-    saved = open_moments(checkpoint) if processes.is_main else None
+        load_adapters(training, model.base_causallm, checkpoint, processes)
+    saved = open_moments(checkpoint, model) if processes.is_main else None
     if processes.on_main(lambda: saved is None):
         kept = f"(only the newest {STATES_KEPT} do)"
         processes.print(f"warning: {checkpoint} keeps no optimizer state {kept}, so AdamW's moments start afresh")
@@ -149,6 +148,13 @@ def load_training_state(
     else:
         processes.print(f"{checkpoint}: written by {len(streams)} processes, so random streams are seeded afresh")
     return TrainState(**training["state"])
+
+
+def load_adapters(training: dict, lm: torch.nn.Module, checkpoint: Path, processes: Processes) -> None:
+    """Brings back what `lora_rank` trains; an earlier version kept the frozen weights too, in place of a checksum."""
+    frozen = processes.on_main(lambda: training.get("frozen") or frozen_checksum(lm))
+    lm.load_state_dict(rows_of_tables(lm, training["weights"]), strict=False)
+    processes.on_main(lambda: check_frozen(lm, frozen, checkpoint))
 
 
 def read_state(checkpoint: Path) -> dict:
@@ -169,7 +175,7 @@ def read_training(checkpoint: Path) -> dict:
     return training
 
 
-def open_moments(checkpoint: Path) -> TensorFile | dict | None:
+def open_moments(checkpoint: Path, model: Coconut) -> TensorFile | dict | None:
     """The optimizer's state in a checkpoint, PARAMETER.KEY -> tensor, none of it read yet; None if it has none."""
     if MOMENTS in read_manifest(checkpoint):
         return TensorFile(checkpoint / MOMENTS)
@@ -177,7 +183,8 @@ def open_moments(checkpoint: Path) -> TensorFile | dict | None:
     if "optimizer" not in training:
         return None
     states = training["optimizer"]["state"].items()
-    return {f"{name}.{key}": value for name, state in states for key, value in state.items()}
+    named = {f"{name}.{key}": value for name, state in states for key, value in state.items()}
+    return rows_of_tables(model, named)
 
 
 def check_intact(config: Config, path: str | Path | None) -> None:

@@ -117,16 +117,25 @@ def frozen_checksum(lm: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def check_frozen(lm: nn.Module, checksum: str | None, checkpoint: Path) -> None:
-    """Raises UserError unless the frozen weights are those that a run's checkpoint was trained over.
-
-    checksum: the `frozen_checksum` in the checkpoint; None in one that was written before there were such.
-    """
-    advice = f"start a new run from its model: another name, load_model_path={checkpoint}"
-    if checksum is None:
-        raise UserError(f"lora_rank: {checkpoint} is of an earlier version, which trained whole tables; {advice}")
+def check_frozen(lm: nn.Module, checksum: str, checkpoint: Path) -> None:
+    """Raises UserError unless the frozen weights have the `frozen_checksum` of those that a checkpoint is over."""
     if checksum != frozen_checksum(lm):
         raise UserError(
             f"lora_rank: {checkpoint} was trained over other frozen weights than model_id or load_model_path bring; "
-            f"put back what they brought when the run began, or {advice}"
+            "put back what they brought when the run began, or start a new run from its model: another name, "
+            f"load_model_path={checkpoint}"
         )
+
+
+def rows_of_tables(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a checkpoint with new_rows in the place of each table, all of which an earlier version trained.
+
+    tensors: the model's parameters by their names, or the optimizer's state of them as NAME.KEY.
+    """
+    rows = dict(tensors)
+    for name, module in model.named_modules():
+        if hasattr(module, "new_rows"):
+            for key in [key for key in tensors if key.startswith(f"{name}.weight")]:
+                value = rows.pop(key)  # (vocabulary, hidden), or a number of steps
+                rows[key.replace(".weight", ".new_rows")] = value[module.new_ids.cpu()] if value.ndim else value
+    return rows

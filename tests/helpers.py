@@ -25,6 +25,8 @@ from transformers import (
 )
 
 from curriculum import END, LATENT, PAUSE, START
+from moments import MOMENTS
+from utils import MANIFEST, fingerprint, read_manifest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 EOS, BOS = "<|endoftext|>", "<|bos|>"
@@ -203,3 +205,12 @@ def training_state(checkpoint: Path) -> dict:
             parameter, _, key = name.rpartition(".")
             state["optimizer"].setdefault(parameter, {})[key] = value
     return state
+
+
+def make_earlier(checkpoint: Path, state: dict) -> None:
+    """Turns a checkpoint into one of an earlier version, which kept the whole of this `training_state` in one file."""
+    optimizer = {"state": state["optimizer"], "param_groups": [{"lr": 1.0, "params": []}]}
+    torch.save(state | {"optimizer": optimizer}, checkpoint / "training_state.pt")
+    (checkpoint / MOMENTS).unlink(missing_ok=True)
+    manifest = {name: fingerprint(checkpoint / name) for name in read_manifest(checkpoint) if name != MOMENTS}
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import yaml
@@ -20,12 +22,12 @@ from transformers import (
 import run
 from batches import END, EOS, LATENT, START, wrap
 from coconut import Coconut
-from config import UserError
 from faults import launch
 from helpers import (
     byte_tokenizer,
     exact_model,
     llama_sizes,
+    make_earlier,
     make_problems,
     save_model,
     tiny_gpt2,
@@ -34,7 +36,7 @@ from helpers import (
     training_state,
     write_json,
 )
-from lora import add_lora, check_frozen, merged, parameter_groups
+from lora import add_lora, merged, parameter_groups
 
 NEW_IDS = [START, END, LATENT]
 TABLES = ("wte.weight", "embed_tokens.weight", "lm_head.weight")
@@ -310,9 +312,41 @@ def test_another_model_under_the_same_name_is_refused(place, capsys):
     assert all(torch.equal(value, before[name]) for name, value in last_weights(place, "a").items())
 
 
-def test_a_checkpoint_with_whole_tables_is_refused(tmp_path):
-    with pytest.raises(UserError, match=f"earlier version.* load_model_path={tmp_path}"):
-        check_frozen(trained(tiny_gpt2()), None, tmp_path)
+def earlier_state(place, checkpoint) -> dict:
+    """The training state of an earlier version, which held all weights, the frozen ones too, and trained whole tables,
+    of which but some rows ever got a gradient."""
+    state = training_state(checkpoint)
+    ids = list(json.loads((checkpoint / "coconut.json").read_text())["token_ids"].values())
+    lm = AutoModelForCausalLM.from_pretrained(place / "model")
+    lm.resize_token_embeddings(lm.config.vocab_size + len(ids))
+    add_lora(lm, 2, ids)
+    lm.load_state_dict(state["weights"], strict=False)
+    weights = {name: value for name, value in lm.state_dict().items() if not name.startswith("lm_head")}  # tied
+    weights["transformer.wte.weight"][ids] = weights.pop("transformer.wte.new_rows")
+    moments = state["optimizer"].pop("base_causallm.transformer.wte.new_rows")
+    for key in ("exp_avg", "exp_avg_sq"):
+        rows, moments[key] = moments[key], torch.zeros_like(weights["transformer.wte.weight"])
+        moments[key][ids] = rows
+    state["optimizer"]["base_causallm.transformer.wte.weight"] = moments
+    del state["frozen"]
+    return state | {"weights": weights}
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
+def test_a_checkpoint_of_an_earlier_version_continues_bit_for_bit(place, bf16, capsys):
+    assert start(place, "name=a", f"bf16={bf16}") == start(place, "name=b", f"bf16={bf16}", "num_epochs=2") == 0
+    checkpoint = place / "runs/a/checkpoint_1"
+    state = earlier_state(place, checkpoint)
+    other = {name: value + value.abs() * ("c_fc.base_layer" in name) for name, value in state["weights"].items()}
+    make_earlier(checkpoint, state | {"weights": other})
+    assert start(place, "name=a", f"bf16={bf16}", "num_epochs=2") == 2
+    assert "other frozen weights" in capsys.readouterr().err
+    make_earlier(checkpoint, state)
+    for epochs in (2, 3):  # what it saves now continues, too
+        for name in "ab":
+            assert start(place, f"name={name}", f"bf16={bf16}", f"num_epochs={epochs}") == 0
+        converted, whole = (last_weights(place, name) for name in "ab")
+        assert all(torch.equal(converted[name], whole[name]) for name in whole)
 
 
 @pytest.mark.parametrize("method", ["cot", "pause_token"])

@@ -1,6 +1,5 @@
 """Whole runs on tiny models: what they write, how they continue, and that any number of processes trains the same."""
 
-import json
 import os
 import shutil
 import signal
@@ -27,6 +26,7 @@ from faults import flip
 from helpers import (
     REPOSITORY,
     byte_tokenizer,
+    make_earlier,
     make_problems,
     read_lines,
     run_script,
@@ -467,13 +467,7 @@ def test_a_checkpoint_of_an_earlier_version_continues_bit_for_bit(world, whole):
     directory = world / "runs" / "earlier"
     shutil.copytree(whole, directory, symlinks=True)
     path = directory / "checkpoint_2"
-    state = training_state(path)
-    state["optimizer"] = {"state": state["optimizer"], "param_groups": [{"lr": 1.0, "params": []}]}
-    torch.save(state, path / "training_state.pt")
-    (path / "optimizer.safetensors").unlink()
-    (path / "manifest.json").unlink()
-    manifest = {name: fingerprint(path / name) for name in files_in(path)}
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    make_earlier(path, training_state(path))
     shutil.rmtree(directory / "checkpoint_3")
     start(world, name="earlier", num_epochs=3)
     assert_same_run(directory, whole, 3)
