@@ -20,7 +20,8 @@ from pathlib import Path
 
 from runs import Finished, UserError, differences, read_run
 
-MARGINS = {"accuracy": 0.05, "validation loss": 0.1, "training loss": 0.1}  # of losses: as a part of the loss
+ACCURACY_MARGIN = 0.05
+LOSS_MARGIN, LEAST_LOSS_MARGIN = 0.1, 0.01  # a part of the loss; nats, since losses near zero differ by their multiple
 
 
 def references(folder: Path, run: Finished) -> list[Finished]:
@@ -42,7 +43,7 @@ def references(folder: Path, run: Finished) -> list[Finished]:
 def spread(values: list[float], name: str) -> tuple[float, float]:
     """The lowest and the highest value that pass as one more seed's."""
     low, high = min(values), max(values)
-    margin = MARGINS[name] * (1 if name == "accuracy" else high)
+    margin = ACCURACY_MARGIN if name == "accuracy" else max(LOSS_MARGIN * high, LEAST_LOSS_MARGIN)
     widening = max(high - low, margin)
     return low - widening, high + widening
 

@@ -73,6 +73,13 @@ def test_a_curve_leaves_the_spread_for_two_epochs_or_in_the_last(start, seeds, c
     assert [f"epoch {epoch} " in capsys.readouterr().out for epoch in epochs[:1]] == [True]
 
 
+def test_a_spread_is_as_wide_again_on_either_side_or_by_a_margin():
+    assert compare.spread([0.5, 0.6], "accuracy") == pytest.approx((0.4, 0.7))
+    assert compare.spread([0.99, 1.0], "accuracy") == pytest.approx((0.94, 1.05))
+    assert compare.spread([2.0], "training loss") == pytest.approx((1.8, 2.2))
+    assert compare.spread([0.002, 0.004], "validation loss") == pytest.approx((-0.008, 0.014))
+
+
 def test_other_methods_and_other_data_are_no_reference(start, seeds, capsys, tmp_path):
     assert compare.main([str(start("cot", method="cot")), str(seeds)]) == 2
     assert "method cot" in capsys.readouterr().err
