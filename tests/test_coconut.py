@@ -235,11 +235,14 @@ def test_generation_with_a_sliding_window_equals_the_oracle(offset):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_generation_cases_hold_rows_that_end_at_once_early_and_never(kind):
-    lm = model_that_ends(kind)
-    with torch.no_grad():
-        lengths = {len(oracle_generate(lm, row, 9)) for rows in BATCHES.values() for row in rows}
-    assert 9 in lengths
-    assert lengths & set(range(1, 9))
+    lm, kinds = model_that_ends(kind), set()
+    for row in (row for rows in BATCHES.values() for row in rows):
+        with torch.no_grad():
+            length = len(oracle_generate(lm, row, 9))
+        kinds.add({0: "at once", 9: "never"}.get(length, "early"))
+        if len(kinds) == 3:
+            return
+    pytest.fail(f"rows end {kinds} only")
 
 
 def model_that_writes(tokens):
