@@ -5,7 +5,8 @@
     python scripts/table1.py ring bf16=True                           further words go to every run.py
 
 Every method M runs args/DATASET_M.yaml, one after the other. What is finished is not done again, so the same command
-goes on where it was stopped. A run that starts from another one (GSM8k's Coconut from CoT) starts from the same seed's.
+goes on where it was stopped. A run that starts from another one (GSM8k's Coconut from CoT) starts from the same seed's,
+which is trained before.
 """
 
 from __future__ import annotations
@@ -72,15 +73,22 @@ def launch(processes: int, config: Path, words: list[str]) -> None:
         sys.exit(code)
 
 
-def train_and_test(dataset: str, method: str, seed: int, processes: int, words: list[str]) -> dict:
-    """Trains one method with one seed and tests its best checkpoint; returns the test's metrics."""
-    path = ROOT / "args" / f"{dataset}_{method}.yaml"
+def train(path: Path, seed: int, processes: int, words: list[str]) -> tuple[Config, list[str]]:
+    """Trains one config with one seed, and before it the run that it starts from; returns the config and its words."""
     config = Config(read_yaml(path) | read_words(words)[0])  # run.py tells of those that are none
     own = [*words, f"name={config.name}-seed{seed}", f"seed={seed}"]
     if config.load_model_path and not any(word.startswith("load_model_path=") for word in words):
-        start = Path(config.load_model_path)  # .../NAME/best -> save_path/NAME-seedS/best
+        start = Path(config.load_model_path)  # save_path/NAME/best, of the NAME in some config beside this one
+        train(path.with_name(f"{start.parent.name.replace('-', '_')}.yaml"), seed, processes, words)
         own.append(f"load_model_path={config.save_path}/{start.parent.name}-seed{seed}/{start.name}")
     launch(processes, path, own)
+    return config, own
+
+
+def train_and_test(dataset: str, method: str, seed: int, processes: int, words: list[str]) -> dict:
+    """Trains one method with one seed and tests its best checkpoint; returns the test's metrics."""
+    path = ROOT / "args" / f"{dataset}_{method}.yaml"
+    config, own = train(path, seed, processes, words)
     directory = Path(config.save_path) / f"{config.name}-seed{seed}"
     test = config.val_path.replace("_valid", "_test")
     best = (ROOT / directory / "best").resolve().name
