@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import table1
-from helpers import REPOSITORY
 
 from config import UserError
+from helpers import REPOSITORY
 
 ARGS = REPOSITORY / "args"
 
