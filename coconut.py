@@ -123,7 +123,7 @@ class Coconut(nn.Module):
         config = torch._dynamo.config
         config.cache_size_limit = max(config.cache_size_limit, 16)  # with 8, some kinds would be left uncompiled
         config.optimize_ddp = False  # it would cut every pass into a graph for each bucket of gradients
-        backbone = self.base_causallm.base_model
+        backbone = without_head(self.base_causallm)
 
         def compute(weights: dict[str, Tensor], **inputs):
             return functional_call(backbone, weights, (), inputs) if weights else backbone(**inputs)
@@ -252,7 +252,7 @@ class Coconut(nn.Module):
 
     def backbone(self) -> Callable:
         """What computes the passes of a batch: the model without its head."""
-        backbone = self.base_causallm.base_model
+        backbone = without_head(self.base_causallm)
         return partial(self.compiled, cast_weights(backbone)) if self.is_compiled else backbone
 
     def hidden_states(
@@ -338,6 +338,11 @@ class Coconut(nn.Module):
             last_hidden = self.hidden_states(embeds, attention_mask, positions, cache, backbone)[:, 0]
             position = position + 1
         return torch.cat([input_ids, new], dim=1)
+
+
+def without_head(lm: nn.Module) -> nn.Module:
+    """The part of a model that computes its hidden states. (In transformers 4 Gemma 3 names itself as that part.)"""
+    return lm.get_decoder() if lm.base_model is lm else lm.base_model
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

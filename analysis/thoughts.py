@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from analysis.graphs import Form, Graph, find_form
 from build import inputs
-from coconut import Coconut
+from coconut import Coconut, without_head
 from config import UserError
 from curriculum import METHODS, placeholders
 from dataset import MyCollator
@@ -153,7 +153,7 @@ def look(subject: Subject, batch: dict, **outputs: bool):
     for, such as output_attentions=True."""
     _, embeds = think(subject, batch)
     mask, position_ids = (batch[key].to(embeds.device) for key in ("attention_mask", "position_ids"))
-    return subject.model.base_causallm.base_model(
+    return without_head(subject.model.base_causallm)(
         inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids, use_cache=False, **outputs
     )
 

@@ -53,9 +53,10 @@ def think(model, embeds, attention_mask, thoughts):
     Each is the last hidden state, after the final norm, of the column before it.
     """
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)  # (batch, length)
+    body = model.get_decoder() if model.base_model is model else model.base_model  # transformers 4's Gemma 3: itself
     cache, done, end = DynamicCache(config=model.config), 0, embeds.shape[1] - 1
     for column in range(end - thoughts, end):
-        hidden = model.base_model(
+        hidden = body(
             inputs_embeds=embeds[:, done:column],
             attention_mask=attention_mask[:, :column],
             position_ids=position_ids[:, done:column],

@@ -15,9 +15,9 @@ export OMP_NUM_THREADS=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 pinned() { grep -h "^$1==" requirements.txt | sed 's/.*==\([0-9.]*\).*/\1/'; }
 torches=("2.6.0" "$(pinned torch)" "2.14.1")             # the oldest, the pinned one, the newest tried
 transformers=("4.57.6" "$(pinned transformers)")
-tests=(tests/test_share.py tests/test_cache.py tests/test_tokens.py)
+tests=(tests/test_share.py tests/test_cache.py tests/test_tokens.py tests/test_lora.py)
 tests+=("tests/test_parallel.py::test_the_division_of_labour_changes_nothing[2-8-1-ddp]")  # FSDP needs torch 2.8
-few=(tests/test_share.py -k "same_tokens or matter or sampl or embeddings or closest")
+few=(tests/test_share.py tests/test_lora.py -k "same_tokens or matter or sampl or embeddings or closest or gemma3")
 place=$(mktemp -d)
 trap 'rm -rf "$place"' EXIT
 table=()
