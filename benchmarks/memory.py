@@ -32,7 +32,7 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn import functional as F
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -207,7 +207,7 @@ class Alone(nn.parallel.DistributedDataParallel):
 class Job:
     """A model in training as parallel.distribute shares it, and the steps that it makes."""
 
-    def __init__(self, config: PreTrainedConfig, arguments, processes: parallel.Processes):
+    def __init__(self, config: PretrainedConfig, arguments, processes: parallel.Processes):
         self.bf16, self.processes = arguments.bf16, processes
         with processes.device:
             lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -239,7 +239,7 @@ class Job:
         parallel.clear_gradients(self.model)
 
 
-def simulate(config: PreTrainedConfig, arguments, thoughts: int, gpu: bool = True) -> Footprint:
+def simulate(config: PretrainedConfig, arguments, thoughts: int, gpu: bool = True) -> Footprint:
     """The peak of a training step by part, with a GPU's kernels or the CPU's."""
     kernels = gpu_kernels() if gpu else nullcontext()
     with fake_processes(arguments.gpus) as processes, FakeTensorMode(allow_non_fake_inputs=True), kernels:
@@ -255,7 +255,7 @@ def simulate(config: PreTrainedConfig, arguments, thoughts: int, gpu: bool = Tru
         return tracker.footprint()
 
 
-def measure(config: PreTrainedConfig, arguments, thoughts: int) -> int:
+def measure(config: PretrainedConfig, arguments, thoughts: int) -> int:
     """The peak of the same step on a GPU that is here, in bytes of tensors."""
     job = Job(config, arguments, parallel.Processes(device=torch.device("cuda")))
     batch = job.make_batch(arguments.batch, arguments.length, thoughts, arguments.answer)
@@ -287,7 +287,7 @@ def parse(words: list[str] | None = None):
     return arguments
 
 
-def model_config(arguments) -> PreTrainedConfig:
+def model_config(arguments) -> PretrainedConfig:
     """The architecture that the command line names."""
     named = MODELS.get(arguments.model)
     config = named() if named else AutoConfig.from_pretrained(arguments.model)
@@ -311,7 +311,7 @@ def main() -> None:
         print(f"| {thoughts} | {parts} | {total} | {measured} |", flush=True)
 
 
-def estimated(config: PreTrainedConfig, arguments, thoughts: int) -> Footprint:
+def estimated(config: PretrainedConfig, arguments, thoughts: int) -> Footprint:
     """The estimate for the same step."""
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
