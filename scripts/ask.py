@@ -6,7 +6,8 @@
     python scripts/ask.py CHECKPOINT QUESTION --show-thoughts          the tokens that each thought is closest to
     python scripts/ask.py CHECKPOINT QUESTION --json                   for programs, a line for each question
 
-Prompts are made and answers read as in validation.
+Prompts are made and answers read as in validation. After a question that cannot be asked, such as one that is too long,
+the next one follows; the exit code at the end is 2 then.
 """
 
 from __future__ import annotations
@@ -76,6 +77,22 @@ def questions() -> Iterator[str]:
                 yield line
 
 
+def respond(opened: Opened, question: str, arguments: argparse.Namespace) -> int:
+    """Prints what the model says, or why it cannot be asked this; returns the exit code."""
+    try:
+        said = ask(opened, question, arguments.show_thoughts)
+    except UserError as error:
+        return refuse(error)
+    print(json.dumps(said, ensure_ascii=False) if arguments.json else format_answer(said), flush=True)
+    return 0
+
+
+def refuse(error: UserError) -> int:
+    """Tells of a mistake; returns its exit code."""
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
 def count(text: str) -> int:
     """A number of thoughts."""
     if not text.isdecimal():
@@ -94,12 +111,11 @@ def main(words: list[str] | None = None) -> None:
     arguments = parser.parse_args(words)
     try:
         opened = open_checkpoint(arguments.checkpoint, arguments.thoughts)
-        for question in [arguments.question] if arguments.question else questions():
-            said = ask(opened, question, arguments.show_thoughts)
-            print(json.dumps(said, ensure_ascii=False) if arguments.json else format_answer(said), flush=True)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(refuse(error))
+    asked = [arguments.question] if arguments.question else questions()
+    if code := max((respond(opened, question, arguments) for question in asked), default=0):
+        sys.exit(code)
 
 
 if __name__ == "__main__":

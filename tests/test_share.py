@@ -259,6 +259,15 @@ def test_ask_reads_a_question_from_each_line(place, capsys, monkeypatch):
     assert [said["question"] for said in asked(capsys, place / "cot" / "best")] == ["1+2+3", "4+5"]
 
 
+def test_ask_goes_on_after_a_question_that_is_too_long(place, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("1+2\n" + "1+" * 80 + "\n4+5\n"))
+    with pytest.raises(SystemExit) as stopped:
+        ask.main([str(place / "gpt2" / "best"), "--json"])
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and err.count("error: ") == 1
+    assert [json.loads(line)["question"] for line in out.splitlines()] == ["1+2", "4+5"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
