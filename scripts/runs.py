@@ -64,7 +64,7 @@ def read_run(directory: Path) -> Finished:
     if not validations:
         raise UserError(f"{directory}: no epoch of this run has ended yet; wait for its first validation")
     stages, steps = ({epoch: line[key] for epoch, line in validations.items()} for key in ("eval/stage", "step"))
-    versions = dict(re.findall(r"^# (\w+) (.+)$", text, re.M))
+    versions = dict(re.findall(r"^# (?!run )(\w+) (.+)$", text, re.M))  # a run's name is no version
     return Finished(directory, config, versions, lines, validations, curves, stages, steps)
 
 
