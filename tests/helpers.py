@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -89,6 +91,12 @@ def tiny_llama(vocabulary: int = 50, positions: int = 64, **options) -> LlamaFor
 def tiny_qwen3(vocabulary: int = 50, positions: int = 64, **options) -> Qwen3ForCausalLM:
     """A random Qwen3 of 2 layers and width 16, with normalized queries and keys."""
     return Qwen3ForCausalLM(Qwen3Config(**llama_sizes(vocabulary, positions, head_dim=4, **options)))
+
+
+def tiny_gemma3() -> Gemma3ForCausalLM:
+    """A random Gemma 3 of 2 layers and width 16, whose embedding scales its rows."""
+    sizes = llama_sizes(50, 64, head_dim=4, query_pre_attn_scalar=4, tie_word_embeddings=True)
+    return Gemma3ForCausalLM(Gemma3TextConfig(**sizes))
 
 
 def tiny_qwen2(vocabulary: int = 50, positions: int = 64, **options) -> Qwen2ForCausalLM:

@@ -11,8 +11,6 @@ from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
     PhiConfig,
     PhiForCausalLM,
     Qwen3MoeConfig,
@@ -31,6 +29,7 @@ from helpers import (
     make_earlier,
     make_problems,
     save_model,
+    tiny_gemma3,
     tiny_gpt2,
     tiny_llama,
     tiny_qwen3,
@@ -41,12 +40,6 @@ from lora import add_lora, merged, parameter_groups
 
 NEW_IDS = [START, END, LATENT]
 TABLES = ("wte.weight", "embed_tokens.weight", "lm_head.weight")
-
-
-def tiny_gemma3():
-    """A random Gemma 3, whose embedding scales its rows."""
-    sizes = llama_sizes(50, 64, head_dim=4, query_pre_attn_scalar=4, tie_word_embeddings=True)
-    return Gemma3ForCausalLM(Gemma3TextConfig(**sizes))
 
 
 def tiny_phi():

@@ -27,7 +27,17 @@ from coconut import Coconut
 from config import Config, UserError
 from curriculum import END, LATENT, PAUSE, START
 from dataset import MyCollator, get_dataset, get_question_latent_dataset
-from helpers import REPOSITORY, byte_tokenizer, make_problems, save_model, tiny_gpt2, tiny_llama, words, write_json
+from helpers import (
+    REPOSITORY,
+    byte_tokenizer,
+    make_problems,
+    save_model,
+    tiny_gemma3,
+    tiny_gpt2,
+    tiny_llama,
+    words,
+    write_json,
+)
 from utils import damage
 
 V = len(byte_tokenizer())
@@ -172,11 +182,14 @@ def test_coconut_opens_what_it_saves(place, tmp_path):
         again.save_pretrained(tmp_path / "saved")
 
 
-def test_a_model_of_ones_own_is_saved_with_its_thoughts(tmp_path):
-    Coconut(tiny_gpt2(50), 49, 47, 48, 0).save_pretrained(tmp_path / "saved", thoughts=3)
+@pytest.mark.parametrize("make", [tiny_gpt2, tiny_gemma3], ids=["gpt2", "gemma3"])
+def test_a_model_of_ones_own_is_saved_with_its_thoughts(make, tmp_path):
+    model, mask = Coconut(make(), 49, 47, 48, 0).eval(), torch.ones(1, 7, dtype=torch.long)
+    model.save_pretrained(tmp_path / "saved", thoughts=3)
     lm = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", trust_remote_code=True)
-    out = lm.generate(torch.tensor([[1, 2]]), max_new_tokens=2)
-    assert out[0, :7].tolist() == [1, 2, 47, 49, 49, 49, 48]
+    found = lm.generate(torch.tensor([[1, 2]]), max_new_tokens=2)
+    expected = model.generate(torch.tensor([[1, 2, 47, 49, 49, 49, 48]]), mask, max_new_tokens=2)
+    assert found.tolist() == expected.tolist()
 
 
 def test_other_folders_are_refused(tmp_path):
