@@ -10,18 +10,21 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from checkpoint import check_intact, check_same_training
 from coconut import Coconut
+from components.checkpoint import check_intact, check_same_training
+from components.checkpoint_manager import latest_checkpoint
+from components.distributed import Processes, check_shared_filesystem
+from components.errors import Interrupted
+from components.files import MANIFEST
+from components.lora import add_lora
+from components.parallelize import replicate
+from components.prefetch import prefetch
+from components.pretrained import Pretrained, load_on_rank0
+from components.tokenization import TEXTS, TOKENS, default_cache, load_tokenized
 from config import Config, UserError, read_yaml
 from curriculum import METHODS, stage_of
 from dataset import MyCollator, SequenceDataset, check_lengths
-from kept import latest_checkpoint
-from lora import add_lora
-from parallel import Processes, check_shared, replicate
-from pretrained import Pretrained, load_shared
-from tokens import TEXTS, TOKENS, default_cache, load_tokenized
-from utils import MANIFEST, Interrupted, StopRequest, set_seed
-from workers import made_ahead
+from utils import StopRequest, set_seed
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -62,13 +65,13 @@ class Run:
         return batch | {"plan": self.model.plan(batch["input_ids"], batch["attention_mask"], batch.get("labels"))}
 
     def ahead(self, make: Callable, items: Sequence) -> Iterator:
-        """make(item), which collates, for every item in order, as config.data_workers asks for; see `made_ahead`.
+        """make(item), which collates, for every item in order, as config.data_workers asks for; see `prefetch`.
 
         For a GPU the tensors lie in pinned memory, from where they are copied without a wait.
         """
         on_gpu = self.processes.device.type == "cuda"
         workers = self.config.data_workers
-        return made_ahead(make, items, int(on_gpu) if workers is None else workers, pin=on_gpu)
+        return prefetch(make, items, int(on_gpu) if workers is None else workers, pin=on_gpu)
 
     def autocast(self):
         """bfloat16 arithmetic over float32 weights, where the config asks for it."""
@@ -102,8 +105,8 @@ def build(config: Config, processes: Processes, stop: StopRequest) -> Run:
     # With adapters a checkpoint brings only what is trained, and the frozen weights come from where they came before.
     path = (None if config.lora_rank else checkpoint) or config.load_model_path
     if path != checkpoint or path is None:  # one that is continued has been checked
-        processes.on_main(lambda: check_intact(config, path))
-    pretrained = load_shared(config, path, processes)
+        processes.run_on_rank0(lambda: check_intact(config, path))
+    pretrained = load_on_rank0(config, path, processes)
     if config.lora_rank and not config.only_eval:
         new_ids = [pretrained.token_id(token) for token in METHODS[config.method].tokens]
         add_lora(pretrained.lm, config.lora_rank, new_ids, config.bf16)
@@ -157,8 +160,8 @@ def find_checkpoint(config: Config, processes: Processes) -> Path | None:
     directory = Path(config.save_path) / config.name
     if config.debug or config.only_eval:
         return None
-    checkpoint = processes.on_main(lambda: latest_checkpoint(directory))
+    checkpoint = processes.run_on_rank0(lambda: latest_checkpoint(directory))
     if checkpoint is not None:
-        check_shared(checkpoint / MANIFEST, processes)
+        check_shared_filesystem(checkpoint / MANIFEST, processes)
         check_same_training(read_yaml(directory / "config.yaml"), config, checkpoint, processes)
     return checkpoint

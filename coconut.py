@@ -19,9 +19,10 @@ from transformers.cache_utils import DynamicLayer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 
-from cache import BufferedLayer, causal_mask, recompute
+from components.activation_checkpointing import recompute
+from components.export import DESCRIPTION, export
+from components.kv_cache import BufferedLayer, causal_mask
 from curriculum import END, LATENT, START
-from export import DESCRIPTION, export
 
 
 @dataclass

@@ -14,8 +14,8 @@ import typing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from components.parsing import broken, parse_yaml, shown
 from curriculum import METHODS
-from parsing import broken, parse_yaml, shown
 
 OFFICIAL_METHODS = ("coconut", "cot", "no_thoughts", "no_cot")  # the official code names a method by four booleans
 SPLIT_PATHS = ("train_path", "val_path")

@@ -64,7 +64,7 @@ def stage_of(progress: float, config) -> int:
     return min(stages[METHODS[config.method].steps], last)
 
 
-def placeholders_and_rest(
+def apply_curriculum(
     stage: int, steps: list[list[int]], config, training: bool, offset: int = 0
 ) -> tuple[int, list[int]]:
     """The curriculum rule: the number of placeholder tokens, and the step tokens that are still written.
@@ -73,7 +73,7 @@ def placeholders_and_rest(
     generation, which never holds steps), and for icot the tokens that an example drops beyond the stage.
     Sources: the paper, section 3 "Training procedure"; for icot Deng et al. 2024 (arXiv 2405.14838), section 3.
     """
-    first = left_out(stage, config, training) + offset
+    first = num_removed(stage, config, training) + offset
     if METHODS[config.method].steps == "by token":
         rest = [token for step in steps for token in step][first:]
     else:
@@ -81,9 +81,9 @@ def placeholders_and_rest(
     return placeholders(stage, len(steps), config, training), rest
 
 
-def left_out(stage: int, config, training: bool) -> int:
+def num_removed(stage: int, config, training: bool) -> int:
     """How many of an example's steps (icot: of its step tokens), from the first on, are not written; ALL: none is."""
-    stage = own_stage(stage, config)
+    stage = effective_stage(stage, config)
     return ALL if stage >= last_stage(config) or not training else stage
 
 
@@ -92,13 +92,13 @@ def placeholders(stage: int, steps: int, config, training: bool) -> int:
     if not METHODS[config.method].placeholder:
         return 0
     most = config.max_latent_stage if config.pad_latent_to_max else min(steps, config.max_latent_stage)
-    thoughts = own_stage(stage, config)
-    if left_out(stage, config, training) == ALL:
+    thoughts = effective_stage(stage, config)
+    if num_removed(stage, config, training) == ALL:
         thoughts = min(thoughts, most)
     return thoughts * config.c_thought
 
 
-def own_stage(stage: int, config) -> int:
+def effective_stage(stage: int, config) -> int:
     """The stage at which the method stays, whatever the epoch, if it has no curriculum."""
     return {"kept": 0, "removed": last_stage(config)}.get(METHODS[config.method].steps, stage)
 
@@ -113,7 +113,7 @@ def schedule_table(config) -> str:
         if epoch + 1 < config.num_epochs and stage_of(epoch + 1, config) == stage:
             continue
         steps = [[0]] * (last_stage(config) + 1)  # any problem with more steps than there are stages
-        count, rest = placeholders_and_rest(stage, steps, config, training=True)
+        count, rest = apply_curriculum(stage, steps, config, training=True)
         left = {len(steps): "all", 0: "none"}.get(len(rest), f"all but the first {stage}")
         rows.append((f"{first}-{epoch + 1}", str(stage), str(count), left))
         first = epoch + 2

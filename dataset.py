@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from pyarrow import compute
 
+from components.data_sources import read_problems
+from components.tokenization import TOKENS, tokenize_problems
 from config import UserError
-from curriculum import METHODS, left_out, placeholders, placeholders_and_rest, stage_of
-from problems import read_problems
-from tokens import TOKENS, tokenize_problems
+from curriculum import METHODS, apply_curriculum, num_removed, placeholders, stage_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -65,7 +65,7 @@ def get_question_latent_dataset(
 
     def build(example: dict) -> dict:
         """The prompt of one example."""
-        count, _ = placeholders_and_rest(scheduled_stage, example["steps_tokenized"], configs, training=False)
+        count, _ = apply_curriculum(scheduled_stage, example["steps_tokenized"], configs, training=False)
         middle = [latent_id] * count if no_special_marker else [start_id, *[latent_id] * count, end_id]
         return model_inputs(example["question_tokenized"] + middle, example["idx"])
 
@@ -95,7 +95,7 @@ def get_cot_latent_dataset(
     def build(example: dict) -> dict:
         """The sequence of one example, with labels."""
         stage, offset = draw(example, scheduled_stage, epoch, configs) if mix_stages else (scheduled_stage, 0)
-        count, rest = placeholders_and_rest(stage, example["steps_tokenized"], configs, training=True, offset=offset)
+        count, rest = apply_curriculum(stage, example["steps_tokenized"], configs, training=True, offset=offset)
         middle = [latent_id] * count if no_special_marker else [start_id, *[latent_id] * count, end_id]
         prompt, target = example["question_tokenized"] + middle, rest + example["answer_tokenized"]
         inputs = model_inputs(prompt + target, example["idx"])
@@ -215,7 +215,7 @@ class Lengths:
 
     def supervised(self, stage: int, configs) -> np.ndarray:
         """The number of supervised tokens in each training sequence at a stage: steps that are left and answer. (n,)"""
-        skipped = left_out(stage, configs, training=True)
+        skipped = num_removed(stage, configs, training=True)
         if METHODS[configs.method].steps == "by token":
             return np.maximum(self.sum_by_example(self.step) - skipped, 0) + self.answer
         return self.sum_by_example(self.step * (self.place >= skipped)) + self.answer

@@ -11,8 +11,8 @@ from itertools import pairwise
 
 from torch import nn
 
-from cache import RECOMPUTED_COLUMNS
 from coconut import Coconut
+from components.activation_checkpointing import MIN_CHECKPOINTED_COLUMNS
 
 FLOAT32, BFLOAT16 = 4, 2  # bytes
 MOMENTS = 2  # of a weight, that AdamW keeps
@@ -213,7 +213,7 @@ class Kept:
 
     def row_bytes(self, columns: int, seen: int, checkpointing: bool | str) -> int:
         """What a block keeps of a row of `columns` tokens that see `seen` ones."""
-        checkpointing = checkpointing if columns >= RECOMPUTED_COLUMNS else False
+        checkpointing = checkpointing if columns >= MIN_CHECKPOINTED_COLUMNS else False
         entry = FLOAT32 * self.hidden  # the states that go into what is computed again
         if checkpointing == "block":
             return columns * (entry + self.cache)

@@ -21,11 +21,13 @@ import transformers
 import yaml
 
 from build import Run, build, evaluation_stage
+from components.distributed import destroy_distributed, init_distributed, is_lost_peer, name_of, places
+from components.errors import Interrupted, SaveError
+from components.files import make_private, saving
 from config import Config, UserError, load_config
 from evaluate import validate, write_predictions
-from parallel import is_lost, name_of, places, start_processes, stop_processes
 from train import NotFiniteError, train
-from utils import Interrupted, SaveError, StopRequest, make_private, saving
+from utils import StopRequest
 
 EXIT_CODES = {UserError: 2, NotFiniteError: 3, SaveError: 4}
 
@@ -40,7 +42,7 @@ def main(words: list[str] | None = None) -> int:
     with StopRequest() as stop:
         code = 0
         try:
-            processes = start_processes()  # first, so that torchrun does not end the one that prints before it can
+            processes = init_distributed()  # first, so that torchrun does not end the one that prints before it can
             config = load_config(arguments.config, arguments.overrides)
             run = build(config, processes, stop)
             test(run) if config.only_eval else train(run)
@@ -49,7 +51,7 @@ def main(words: list[str] | None = None) -> int:
             if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # once on every node: a file may be missing on one alone
                 print(f"error: {error}", file=sys.stderr, flush=True)
         except RuntimeError as error:
-            if not (full := isinstance(error, torch.OutOfMemoryError)) and not is_lost(error):
+            if not (full := isinstance(error, torch.OutOfMemoryError)) and not is_lost_peer(error):
                 raise
             code = 5 if full else 6
             explain = out_of_memory if full else lost
@@ -57,8 +59,8 @@ def main(words: list[str] | None = None) -> int:
         except Interrupted as interruption:
             code = 128 + interruption.signal
     if code == 0:  # else the others may wait in a collective, and so would this one; the end of the process does it
-        stop_processes()
-        if config.analyze and not config.debug and not config.only_eval and run.processes.is_main:
+        destroy_distributed()
+        if config.analyze and not config.debug and not config.only_eval and run.processes.is_rank0:
             run = None  # its model and gradients fill a GPU
             code = analyze(config)
     return code
@@ -99,7 +101,7 @@ def test(run: Run) -> None:
     summary = {"checkpoint": str(checkpoint), "val_path": config.val_path, "stage": stage, **found}
     if not config.debug:
         directory = run.directory / f"eval_{checkpoint.resolve().name}"
-        run.processes.on_main(lambda: write_evaluation(evaluation.predictions, summary, directory))
+        run.processes.run_on_rank0(lambda: write_evaluation(evaluation.predictions, summary, directory))
         run.processes.print(f"predictions and metrics: {directory}")
 
 

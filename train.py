@@ -19,15 +19,17 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from build import Run, inputs
-from checkpoint import TrainState, describe, load_training_state, problems_per_step, save_checkpoint
+from components.checkpoint import TrainState, describe, load_training_state, problems_per_step, save_checkpoint
+from components.checkpoint_manager import disk_report, prune, remove_partial, set_links
+from components.distributed import Processes, check_shared_filesystem
+from components.errors import Interrupted
+from components.files import make_private, saving, write_atomic
+from components.lora import parameter_groups
+from components.metrics import MetricLogger
+from components.parallelize import choose, distribute, is_sharded, reshard, sync_gradients, zero_grad
 from curriculum import schedule_table, stage_of
 from dataset import Lengths, epoch_order, get_cot_latent_dataset, step_batches
 from evaluate import Evaluation, validate, write_predictions
-from kept import prune, remove_partial, room_report, set_links
-from lora import parameter_groups
-from metrics import MetricLogger
-from parallel import Processes, check_shared, choose, clear_gradients, distribute, gradient_sync, is_sharded, reshard
-from utils import Interrupted, make_private, saving, write_text
 
 SHOWN = 8  # training sequences and predictions that wandb or tensorboard show as texts
 
@@ -84,7 +86,7 @@ class Trainer:
         if run.config.resume:
             processes.print("resume is ignored: the run's directory holds a checkpoint to continue from")
         state = load_training_state(run.checkpoint, run.model, self.optimizer, processes)
-        if processes.is_main:  # the run may have died before it set the links, or a newer checkpoint is damaged
+        if processes.is_rank0:  # the run may have died before it set the links, or a newer checkpoint is damaged
             set_links(run.checkpoint, state.best_epoch)
         processes.print(f"continuing {run.directory} after epoch {state.epoch}, step {state.step}")
         return state
@@ -92,14 +94,14 @@ class Trainer:
     def fit(self) -> None:
         """Trains epoch after epoch, with validation and a checkpoint after each."""
         run, config, state = self.run, self.run.config, self.state
-        run.processes.on_main(self.open_log)
+        run.processes.run_on_rank0(self.open_log)
         try:
             if not config.debug:
-                check_shared(run.directory / "config.yaml", run.processes)
+                check_shared_filesystem(run.directory / "config.yaml", run.processes)
             for epoch in range(state.epoch, config.num_epochs):
                 self.train_epoch(epoch)
                 self.end_epoch(epoch, validate(run, state.stage))
-            run.processes.on_main(self.log.flush)
+            run.processes.run_on_rank0(self.log.flush)
         except Interrupted:
             self.save()
             run.processes.print("stopped by a signal; the same command continues this run")
@@ -118,7 +120,7 @@ class Trainer:
         with saving(run.directory):
             remove_partial(run.directory)
             # With the run's id no other folder has the same text, which tells whether all nodes see this one.
-            write_text(run.directory / "config.yaml", f"{resolved_text(run)}# run {self.state.run_id}\n")
+            write_atomic(run.directory / "config.yaml", f"{resolved_text(run)}# run {self.state.run_id}\n")
 
     def train_epoch(self, epoch: int) -> None:
         """The optimizer steps of an epoch, or those that are left of it."""
@@ -128,7 +130,7 @@ class Trainer:
         made = run.ahead(lambda step: make_batches(run, epoch, step), steps)
         step = next(made, None)
         agreed = self.agree(None, step)
-        progress = tqdm(steps, unit="step", disable=not run.processes.is_main)
+        progress = tqdm(steps, unit="step", disable=not run.processes.is_rank0)
         started = time.perf_counter()
         for _ in progress:
             self.enter_stage(epoch)
@@ -171,7 +173,7 @@ class Trainer:
         """
         total = torch.zeros((), device=self.run.processes.device)
         for number, batch in enumerate(batches, 1):
-            with gradient_sync(self.model, last=number == len(batches)):
+            with sync_gradients(self.model, last=number == len(batches)):
                 with self.run.autocast():
                     loss = self.model(**self.equal_passes(inputs(batch), work.passes)).loss
                 loss = loss * (len(batch["plan"].targets) / work.supervised)
@@ -223,7 +225,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        clear_gradients(self.model)  # now, so that validation has the room
+        zero_grad(self.model)  # now, so that validation has the room
         return lr
 
     def equal_passes(self, batch: dict[str, Tensor], most: int) -> dict:
@@ -251,7 +253,7 @@ class Trainer:
             state.best_stage, state.best_accuracy, state.best_epoch = state.stage, evaluation.accuracy, state.epoch
         if not config.debug:
             path = run.directory / f"predictions_{state.epoch}.jsonl"
-            run.processes.on_main(lambda: write_predictions(evaluation.predictions, path))
+            run.processes.run_on_rank0(lambda: write_predictions(evaluation.predictions, path))
         self.save(best=improved)
 
     def save(self, best: bool = False) -> None:
@@ -259,21 +261,21 @@ class Trainer:
         run, state = self.run, self.state
         if run.config.debug:
             return
-        state.metrics_bytes = run.processes.on_main(self.log.flush)
+        state.metrics_bytes = run.processes.run_on_rank0(self.log.flush)
         name = f"checkpoint_{state.epoch}" + (f"_step_{state.step}" if state.examples else "")
         description = describe(run.config, state, run.pretrained, improved=best)
         description["problems_per_step"] = problems_per_step(run.config, run.processes)
         checkpoint = run.directory / name
         save_checkpoint(checkpoint, run.pretrained, run.model, self.optimizer, state, description, run.processes)
-        if run.processes.is_main:
+        if run.processes.is_rank0:
             prune(checkpoint, run.config.keep_checkpoints, run.config.save_only_improve)
             print(f"saved {checkpoint}" + (", the best of this stage so far" if best else ""), flush=True)
 
-    def room_report(self) -> str:
+    def disk_report(self) -> str:
         """What the checkpoints to come need of the disk, and what it has."""
         weights = sum(4 * p.numel() for p in self.run.model.parameters())  # float32 in the file
         moments = sum(2 * p.nbytes for group in self.optimizer.param_groups for p in group["params"])
-        return room_report(self.run.config, self.run.directory, self.state.epoch, weights, moments)
+        return disk_report(self.run.config, self.run.directory, self.state.epoch, weights, moments)
 
 
 def train(run: Run) -> None:
@@ -284,7 +286,7 @@ def train(run: Run) -> None:
         return
     run.processes.print(resolved_text(run) + "\n" + schedule_table(run.config))
     if not run.config.debug:
-        run.processes.print(trainer.room_report())
+        run.processes.print(trainer.disk_report())
     trainer.fit()
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from string import Template
 
 from analysis.graphs import ROLES
+from components.files import write_atomic
 from config import UserError
-from utils import write_text
 
 # Okabe and Ito's colours, which colour-blind people tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
@@ -90,7 +90,7 @@ def write(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
-            write_text(folder / name, content)
+            write_atomic(folder / name, content)
     except OSError as error:
         raise UserError(f"{error.filename or folder}: the report cannot be written: {error.strerror}") from error
 

@@ -15,10 +15,10 @@ from analysis import interventions, k_sweep, lens, operands, probes, search
 from analysis.findings import Findings
 from analysis.report import refuse_existing, write
 from analysis.thoughts import Subject, open_subject
+from components.data_sources import read_problems, read_source
+from components.files import make_private
 from config import UserError
-from problems import read_problems, read_source
 from train import git_commit
-from utils import make_private
 
 QUESTIONS = {
     "k_sweep": lambda subject, beside, chosen: k_sweep.analyze(subject, beside),

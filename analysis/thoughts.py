@@ -17,8 +17,7 @@ from coconut import Coconut, without_head
 from config import UserError
 from curriculum import METHODS, placeholders
 from dataset import MyCollator
-from evaluate import predict, until_eos
-from opened import Opened, open_checkpoint
+from evaluate import Opened, open_checkpoint, predict, until_eos
 
 SEED = 0  # of all that is drawn
 NOISE = "noise of the thoughts' norm"  # how rows call the control that `noise` makes

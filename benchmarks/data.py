@@ -46,8 +46,8 @@ def work(project: Path, words: list[str], reports: Path) -> None:
     import build
     import dataset
     import train
+    from components.distributed import destroy_distributed, init_distributed
     from config import load_config
-    from parallel import start_processes, stop_processes
     from utils import StopRequest
 
     report = {}
@@ -64,7 +64,7 @@ def work(project: Path, words: list[str], reports: Path) -> None:
     train.Trainer.backward = lambda *_: note() and torch.zeros(())
     train.Trainer.gradient_norm = lambda _: torch.zeros(())
     train.Trainer.update = lambda *_: 0.0
-    config, processes = load_config(words[0], words[1:]), start_processes()
+    config, processes = load_config(words[0], words[1:]), init_distributed()
     trainer = train.Trainer(build.build(config, processes, StopRequest()))
     clock(trainer, "train_epoch", report)
     trainer.train_epoch(0)
@@ -73,7 +73,7 @@ def work(project: Path, words: list[str], reports: Path) -> None:
     report |= {name: int(fields[name].split()[0]) / 1024 for name in ("Pss", "Private_Clean", "Private_Dirty")}  # MiB
     (reports / str(processes.rank)).write_text(json.dumps(report))
     processes.gather(None)
-    stop_processes()
+    destroy_distributed()
 
 
 def clock(module, name: str, report: dict) -> None:

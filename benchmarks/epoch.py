@@ -21,9 +21,9 @@ from train_step import ROOT, environment
 sys.path.insert(0, str(ROOT))
 
 from build import build, inputs
+from components.distributed import init_distributed
 from config import load_config
 from evaluate import validate
-from parallel import start_processes
 from train import Trainer, make_batches, steps_left
 from utils import StopRequest
 
@@ -82,7 +82,7 @@ def main() -> None:
         config = load_config(arguments.config, [*arguments.overrides, f"save_path={folder}", "logger=none"])
         times = defaultdict(float)
         with clocked(times, "reading, tokenizing, loading (once)"):
-            trainer = Trainer(build(config, start_processes(), StopRequest()))
+            trainer = Trainer(build(config, init_distributed(), StopRequest()))
         steps, share, padding = train_steps(trainer, arguments.steps)
         epoch = {name: seconds / share for name, seconds in steps.items()}
         with clocked(epoch := defaultdict(float, epoch), "validation"):

@@ -4,7 +4,7 @@
     python benchmarks/memory.py --model FOLDER --gpus 4 --strategy ddp --bf16 --batch 32 --length 512 --thoughts 0 6
     python benchmarks/memory.py --model gpt2 --bf16 --device cuda      the simulation against a GPU that is here
 
-The training code runs as it is (Coconut, parallel.distribute, AdamW), on tensors without content: torch's
+The training code runs as it is (Coconut, parallelize.distribute, AdamW), on tensors without content: torch's
 FakeTensorMode knows the shape and size of all that a step makes, its fake process group the size of all that processes
 exchange, and its memory trackers sum up what lives at the same time. Nothing large is allocated, so a CPU is enough.
 Printed beside it is the estimate by which `parallel: auto` chooses (footprint.py).
@@ -36,8 +36,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConf
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import parallel
 from coconut import Coconut
+from components import distributed, parallelize
 from footprint import Footprint, Step, estimate
 
 START, END, LATENT, EOS = 1, 2, 3, 0  # any tokens will do
@@ -167,7 +167,7 @@ class ShardTracker(WholeTracker, FSDPMemTracker):
 
 
 @contextmanager
-def fake_processes(world_size: int) -> Iterator[parallel.Processes]:
+def fake_processes(world_size: int) -> Iterator[distributed.Processes]:
     """The first of several processes, without the others: what they exchange has the right size and no content.
 
     The model stays where it is made, and its values, which it does not have, are not handed out. DDP's reducer is kept
@@ -176,8 +176,8 @@ def fake_processes(world_size: int) -> Iterator[parallel.Processes]:
     ddp = "torch.nn.parallel.distributed."
     with ExitStack() as patches:
         patches.enter_context(patch.object(nn.Module, "to", lambda module, *_: module))
-        patches.enter_context(patch.multiple(parallel, set_aside=Mock(), hand_out=Mock()))
-        patches.enter_context(patch.object(parallel, "DistributedDataParallel", Alone))
+        patches.enter_context(patch.multiple(parallelize, set_aside=Mock(), hand_out=Mock()))
+        patches.enter_context(patch.object(parallelize, "DistributedDataParallel", Alone))
         patches.enter_context(patch.object(dist.Reducer, "_rebuild_buckets", lambda _: False))
         for name in ("_verify_param_shape_across_processes", "_sync_module_states"):
             patches.enter_context(patch(ddp + name))
@@ -186,7 +186,7 @@ def fake_processes(world_size: int) -> Iterator[parallel.Processes]:
             patches.callback(dist.destroy_process_group)
             mesh = dist.init_device_mesh("cpu", (world_size,))  # of tensors with content, so it is made here
             patches.enter_context(patch.object(dist, "init_device_mesh", lambda *_: mesh))
-        yield parallel.Processes(world_size=world_size)
+        yield distributed.Processes(world_size=world_size)
 
 
 class Alone(nn.parallel.DistributedDataParallel):
@@ -205,9 +205,9 @@ class Alone(nn.parallel.DistributedDataParallel):
 
 
 class Job:
-    """A model in training as parallel.distribute shares it, and the steps that it makes."""
+    """A model in training as parallelize.distribute shares it, and the steps that it makes."""
 
-    def __init__(self, config: PretrainedConfig, arguments, processes: parallel.Processes):
+    def __init__(self, config: PretrainedConfig, arguments, processes: distributed.Processes):
         self.bf16, self.processes = arguments.bf16, processes
         with processes.device:
             lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -215,7 +215,7 @@ class Job:
         if arguments.gradient_checkpointing:
             self.coconut.recompute(arguments.gradient_checkpointing)
         keep = arguments.keep_weights
-        self.model = parallel.distribute(self.coconut, arguments.strategy, self.bf16, keep, processes)
+        self.model = parallelize.distribute(self.coconut, arguments.strategy, self.bf16, keep, processes)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
 
     def make_batch(self, rows: int, columns: int, thoughts: int, answer: int) -> dict:
@@ -234,9 +234,9 @@ class Job:
         with torch.autocast(self.processes.device.type, dtype=torch.bfloat16, enabled=self.bf16):
             loss = self.model(**batch).loss
         loss.backward()
-        parallel.reshard(self.model)
+        parallelize.reshard(self.model)
         self.optimizer.step()
-        parallel.clear_gradients(self.model)
+        parallelize.zero_grad(self.model)
 
 
 def simulate(config: PretrainedConfig, arguments, thoughts: int, gpu: bool = True) -> Footprint:
@@ -245,7 +245,7 @@ def simulate(config: PretrainedConfig, arguments, thoughts: int, gpu: bool = Tru
     with fake_processes(arguments.gpus) as processes, FakeTensorMode(allow_non_fake_inputs=True), kernels:
         job = Job(config, arguments, processes)
         job.step(job.make_batch(1, 8, 0, 1))  # makes the optimizer's state
-        sharded = parallel.is_sharded(job.model)
+        sharded = parallelize.is_sharded(job.model)
         tracker = ShardTracker(job.model, job.optimizer) if sharded else PlainTracker()
         tracker.watch(job.model)
         tracker.track_external(job.model, job.optimizer)
@@ -257,7 +257,7 @@ def simulate(config: PretrainedConfig, arguments, thoughts: int, gpu: bool = Tru
 
 def measure(config: PretrainedConfig, arguments, thoughts: int) -> int:
     """The peak of the same step on a GPU that is here, in bytes of tensors."""
-    job = Job(config, arguments, parallel.Processes(device=torch.device("cuda")))
+    job = Job(config, arguments, distributed.Processes(device=torch.device("cuda")))
     batch = job.make_batch(arguments.batch, arguments.length, thoughts, arguments.answer)
     job.step(batch)  # a warm-up, which also makes the optimizer's state
     torch.cuda.reset_peak_memory_stats()

@@ -75,12 +75,12 @@ def work(phase: str, words: list[str]) -> dict[str, int]:
     from transformers.models.llama import modeling_llama  # noqa: F401
 
     from build import build
+    from components.distributed import init_distributed
     from config import load_config
-    from parallel import start_processes
     from train import Trainer
     from utils import StopRequest
 
-    processes, config = start_processes(), load_config(words[0], words[1:])
+    processes, config = init_distributed(), load_config(words[0], words[1:])
     processes.gather(None)  # the connections are there
     measured = Peak()
     trainer = Trainer(build(config, processes, StopRequest()))
@@ -95,7 +95,7 @@ def work(phase: str, words: list[str]) -> dict[str, int]:
         measured = Peak()
         measured.before = before
         trainer.state.epoch = 1
-        trainer.run.processes.on_main(trainer.open_log)
+        trainer.run.processes.run_on_rank0(trainer.open_log)
         trainer.save()
     elif phase == "resume":
         assert trainer.state.epoch == 1 and trainer.optimizer.state

@@ -37,8 +37,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from cache import causal_mask  # noqa: E402
 from coconut import Coconut, autocast_dtype  # noqa: E402
+from components.kv_cache import causal_mask  # noqa: E402
 
 START, END, LATENT, EOS, VOCABULARY = 50257, 50258, 50259, 50256, 50260
 

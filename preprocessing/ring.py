@@ -1,7 +1,7 @@
 """Makes the quickstart's problems: follow arrows around a ring.
 
     python preprocessing/ring.py          data/ring_{train,valid,test}.json
-    python preprocessing/ring.py --small  data/ring_small_*.json: two arrows around a ring of seven (tests/smoke.py)
+    python preprocessing/ring.py --small  data/ring_small_*.json: two arrows, a ring of seven (tests/stress/smoke.py)
     python preprocessing/ring.py --tokenizer FOLDER     the tokenizer for them (args/ring_model holds it)
 
 A question states the eight arrows of a ring in random order and a start: "c>a h>e ... b". The steps are the nodes

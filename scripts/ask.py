@@ -28,8 +28,7 @@ import torch  # noqa: E402
 from build import inputs  # noqa: E402
 from config import UserError  # noqa: E402
 from dataset import MyCollator  # noqa: E402
-from evaluate import predict, until_eos  # noqa: E402
-from opened import Opened, open_checkpoint  # noqa: E402
+from evaluate import Opened, open_checkpoint, predict, until_eos  # noqa: E402  # noqa: E402
 
 TOP = 5  # tokens that are shown of each thought
 

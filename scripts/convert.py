@@ -19,12 +19,13 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from checkpoint import TrainState, describe  # noqa: E402
+from components.checkpoint import TrainState, describe  # noqa: E402
+from components.errors import SaveError  # noqa: E402
+from components.export import DESCRIPTION, export  # noqa: E402
+from components.files import atomic_directory, saving  # noqa: E402
+from components.pretrained import PREFIX, load_pretrained, load_state_file, read_description  # noqa: E402
 from config import Config, UserError  # noqa: E402
 from curriculum import END, LATENT, METHODS, PAUSE, START, last_stage  # noqa: E402
-from export import DESCRIPTION, export  # noqa: E402
-from pretrained import PREFIX, load_pretrained, load_state_file, read_description  # noqa: E402
-from utils import SaveError, saving, whole_directory  # noqa: E402
 
 
 def from_official(file: Path, folder: Path, config: Config, stage: int | None) -> None:
@@ -38,7 +39,7 @@ def from_official(file: Path, folder: Path, config: Config, stage: int | None) -
         raise UserError("--max-latent-stage: missing; give it and --c-thought as in the config of that training")
     pretrained = load_pretrained(config, file)
     state = TrainState(run_id="", stage=last_stage(config) if stage is None else stage)
-    with saving(folder), whole_directory(folder) as partial:
+    with saving(folder), atomic_directory(folder) as partial:
         export(pretrained.lm, partial, describe(config, state, pretrained, improved=False))
         pretrained.tokenizer.save_pretrained(partial)
 

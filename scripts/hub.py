@@ -24,10 +24,10 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from runs import Finished, UserError, read_run, shown
 
-from export import DESCRIPTION
-from moments import MOMENTS
-from pretrained import read_description
-from utils import MANIFEST
+from components.export import DESCRIPTION
+from components.files import MANIFEST
+from components.moments import MOMENTS
+from components.pretrained import read_description
 
 LEFT_OUT = ("training_state.pt", MOMENTS, MANIFEST)  # what only continuing the run needs
 PLACES = ("save_path", "data_cache", "name", "project", "logger")  # of one machine or account

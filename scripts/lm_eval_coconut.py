@@ -29,7 +29,7 @@ from tqdm import tqdm
 from build import inputs
 from config import UserError
 from dataset import MyCollator, model_inputs
-from opened import open_checkpoint
+from evaluate import open_checkpoint
 
 
 @register_model("coconut")

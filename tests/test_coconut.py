@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from batches import BATCHES, END, EOS, LATENT, START, align, batch_of, make_labels, make_row, pad, wrap
 from helpers import exact_model
+from helpers.batches import BATCHES, END, EOS, LATENT, START, align, batch_of, make_labels, make_row, pad, wrap
 
 # --- the oracle -------------------------------------------------------------------------------------------------------
 

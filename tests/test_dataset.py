@@ -9,6 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 
+from components.tokenization import tokenize_problems
 from config import Config, UserError
 from curriculum import END, LATENT, METHODS, PAUSE, START, schedule_table, stage_of
 from dataset import (
@@ -22,7 +23,6 @@ from dataset import (
     step_batches,
 )
 from helpers import byte_tokenizer, make_problems, show, write_json
-from tokens import tokenize_problems
 
 TWO_STEPS = {"question": "q?", "answer": "7", "steps": ["ab", "c"]}
 ALL = "ab\nc\n### 7$"

@@ -5,11 +5,11 @@ import torch
 import yaml
 
 from build import build
+from components.distributed import Processes
 from config import load_config
 from dataset import get_cot_latent_dataset
 from evaluate import extract_answer, predict, until_eos, validate, write_predictions
 from helpers import make_problems, read_lines, save_model, write_json
-from parallel import Processes
 from utils import StopRequest
 
 

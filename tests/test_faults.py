@@ -26,12 +26,12 @@ from types import ModuleType
 import pytest
 
 import run
+from components.checkpoint_manager import checkpoints
+from components.files import verify_manifest
 from dataset import step_batches
-from faults import ROOT, Fault, flip, launch, truncate
 from helpers import run_script, snapshot
-from kept import checkpoints
-from setting import Setting, assert_same, flat_state, metrics
-from utils import damage
+from helpers.faults import ROOT, Fault, flip, launch, truncate
+from helpers.setting import Setting, assert_same, flat_state, metrics
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +198,7 @@ def test_a_nan_stops_all_processes_before_the_weights_change(setting, name, rank
     assert f"epoch {epoch}, step 4: loss nan" in message
     idx = [int(number) for number in re.findall(r"\d+", message.split("training problems")[1])]
     assert idx == step_indices(setting, epoch - 1, range(12, 14) if ranks == 1 else range(8, 14), ranks)
-    assert all(damage(path) is None for path in checkpoints(run))
+    assert all(verify_manifest(path) is None for path in checkpoints(run))
     assert os.readlink(run / "last") == ("checkpoint_0_step_3" if ranks == 1 else "checkpoint_1_step_3")
     assert setting.run(name, ranks, parallel=parallel).codes == [0] * ranks
     assert_same(run, setting.reference(ranks, parallel=parallel))
@@ -266,7 +266,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(setting
 def test_a_checkpoint_without_optimizer_state_is_gone_on_from_with_a_warning(setting, name):
     run = stopped(setting, name, reset_optimizer=False)
     *newest, slim = checkpoints(run)[:3]
-    assert not (slim / "optimizer.safetensors").exists() and damage(slim) is None
+    assert not (slim / "optimizer.safetensors").exists() and verify_manifest(slim) is None
     for checkpoint in newest:
         flip(checkpoint / "optimizer.safetensors")
     again = setting.run(name, reset_optimizer=False)
@@ -293,7 +293,7 @@ def test_damaged_checkpoints_do_not_count_among_those_to_keep(setting, name):
     run = stopped(setting, name)
     flip(checkpoints(run)[0] / "model.safetensors")
     assert setting.run(name, fault=Fault("sigterm", "step", 10), keep_checkpoints=2).codes == [143]
-    sound = [path.name for path in checkpoints(run) if damage(path) is None]
+    sound = [path.name for path in checkpoints(run) if verify_manifest(path) is None]
     assert sound == ["checkpoint_2_step_10", "checkpoint_2_step_9", "checkpoint_1"]  # the last one is best
 
 
@@ -379,7 +379,7 @@ def test_a_full_disk_is_a_clear_error_and_harms_no_checkpoint(setting, name, fau
     assert str(run) in message and ("No space left" in message or "File too large" in message)
     assert "Traceback" not in outcome.output
     assert not list(run.glob("*.partial"))  # the room is given back
-    assert checkpoints(run) and all(damage(path) is None for path in checkpoints(run))
+    assert checkpoints(run) and all(verify_manifest(path) is None for path in checkpoints(run))
     assert setting.run(name, ranks).codes == [0] * ranks
     assert_same(run, setting.reference(ranks))
 
@@ -425,7 +425,7 @@ def test_another_number_of_processes_takes_up_the_problems_that_are_left(setting
 
 # --- as a user starts it: python, torchrun, a scheduler ---------------------------------------------------------------
 
-DRIVER = ROOT / "tests" / "faults.py"
+DRIVER = ROOT / "tests" / "helpers" / "faults.py"
 
 
 def command(setting: Setting, name: str, fault: Fault, *torchrun: str) -> list[str]:
@@ -525,7 +525,7 @@ def test_a_full_gpu_names_the_keys_to_lower_and_harms_no_checkpoint(setting, nam
     assert message.startswith(f"rank {fault.rank} on ") and all(key in message for key in keys)
     assert "Earlier checkpoints are as they were" in message and "Traceback" not in outcome.output
     run = setting.directory / name
-    assert checkpoints(run) and all(damage(path) is None for path in checkpoints(run))
+    assert checkpoints(run) and all(verify_manifest(path) is None for path in checkpoints(run))
     assert setting.run(name, ranks).codes == [0] * ranks
     assert_same(run, setting.reference(ranks))
 
@@ -553,7 +553,7 @@ def test_a_process_that_never_sees_the_runs_directory_stops_all(setting, name, s
     assert outcome.codes == [2, 2], outcome.output
     file = run / ("last/manifest.json" if started else "config.yaml")
     messages = re.findall(r"error: (save_path: rank 1 on \S+ waited 3 s for .*)", outcome.output)
-    assert messages and f"{file.resolve()} as the main process has it, but there it is not there" in messages[0]
+    assert messages and f"{file.resolve()} as rank 0 has it, but there it is not there" in messages[0]
     assert "step/s" not in outcome.output  # no step was trained
     assert setting.run(name, 2).codes == [0, 0]
     assert_same(run, setting.reference(2))

@@ -1,4 +1,4 @@
-"""No bad input ends in a traceback, and no stranger's file runs code. `python tests/fuzz.py` tries many more."""
+"""No bad input ends in a traceback, and no stranger's file runs code. `python tests/stress/fuzz.py` tries many more."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import pytest
 import torch
 import yaml
 
-import checkpoint
 import run
+from components import checkpoint
+from components.data_sources import read_problems
+from components.files import MANIFEST, atomic_directory, make_private, verify_manifest
+from components.pretrained import load_pretrained, read_description
 from config import Config, UserError, load_config
-from fuzz import Place, fuzz
 from helpers import byte_tokenizer, make_problems, save_model, write_json
-from pretrained import load_pretrained, read_description
-from problems import read_problems
-from utils import MANIFEST, damage, make_private, whole_directory
+from stress.fuzz import Place, fuzz
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def test_a_description_that_is_none_is_refused(tmp_path, text):
 @pytest.mark.parametrize("text", ["[" * 100_000, MANY, "[]", json.dumps({"x" * 300: {}}), json.dumps({"\0": {}})])
 def test_a_manifest_that_is_none_is_damage(tmp_path, text):
     (tmp_path / MANIFEST).write_text(text)
-    assert damage(tmp_path) is not None
+    assert verify_manifest(tmp_path) is not None
 
 
 def test_a_tokenizer_that_fails_in_use_is_refused(tmp_path):
@@ -199,7 +199,7 @@ def test_new_folders_are_for_the_user_alone(tmp_path):
         (tmp_path / "old").mkdir(mode=0o755)
         make_private(tmp_path / "old" / "a" / "b")
         make_private(tmp_path / "old" / "a" / "b")  # as another process does
-        with whole_directory(tmp_path / "old" / "c" / "whole") as partial:
+        with atomic_directory(tmp_path / "old" / "c" / "whole") as partial:
             assert rights(partial) == 0o700
     finally:
         os.umask(before)

@@ -9,13 +9,13 @@ import config_page
 import pytest
 import table1
 
-import commands
+from components.pretrained import add_tokens
+from components.tokenization import tokenize_problems
 from config import Config
 from curriculum import END, LATENT, METHODS, PAUSE, START
 from dataset import get_cot_latent_dataset, get_question_latent_dataset
 from helpers import EOS, REPOSITORY, byte_tokenizer
-from pretrained import add_tokens
-from tokens import tokenize_problems
+from stress import commands
 
 README, METHODS_PAGE, CONFIG_PAGE = (
     (REPOSITORY / page).read_text(encoding="utf-8") for page in ("README.md", "docs/methods.md", "docs/config.md")

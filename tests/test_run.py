@@ -14,15 +14,16 @@ import yaml
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import kept
 import run
 import train
-import utils
 from build import build
-from checkpoint import check_same_training
+from components import checkpoint_manager, files
+from components.checkpoint import check_same_training
+from components.checkpoint_manager import checkpoints
+from components.distributed import Processes
+from components.files import file_digest, verify_manifest
 from config import UserError, load_config
 from evaluate import Evaluation
-from faults import flip
 from helpers import (
     REPOSITORY,
     byte_tokenizer,
@@ -38,9 +39,8 @@ from helpers import (
     words,
     write_json,
 )
-from kept import checkpoints
-from parallel import Processes
-from utils import StopRequest, damage, fingerprint, set_seed
+from helpers.faults import flip
+from utils import StopRequest, set_seed
 
 STEPS = 5  # optimizer steps per epoch: 17 problems in batches of 4
 CHECKPOINT_FILES = {"model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"}
@@ -485,7 +485,9 @@ def size(directory, files="checkpoint_*/*.safetensors"):
 @pytest.mark.parametrize("options", [{}, {"keep_checkpoints": 2}, {"save_every_steps": 2}])
 def test_a_start_tells_how_much_disk_the_checkpoints_need(world, monkeypatch, options):
     told = []
-    monkeypatch.setattr(train, "room_report", lambda *arguments: told.append(kept.room_needed(*arguments)) or "")
+    monkeypatch.setattr(
+        train, "disk_report", lambda *arguments: told.append(checkpoint_manager.disk_needed(*arguments)) or ""
+    )
     name = "room_" + "_".join(options)
     start(world, name=name, num_epochs=2, **options)
     before = size(world / "runs" / name)
@@ -499,10 +501,13 @@ def test_a_disk_that_is_too_small_is_a_warning(world, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3e9 if path.exists() else None))
     arguments = (world / "runs" / "none", 2, 10**9, 2 * 10**9)
     config = load_config(world / "config.yaml", ["name=none", "num_epochs=4"])
-    report = kept.room_report(config, *arguments)  # two checkpoints with their states
+    report = checkpoint_manager.disk_report(config, *arguments)  # two checkpoints with their states
     assert report.startswith("disk: checkpoints will take up to 6.0 GB more, 3.0 GB are free\nwarning: ")
     config.num_epochs = 3
-    assert kept.room_report(config, *arguments) == "disk: checkpoints will take up to 3.0 GB more, 3.0 GB are free"
+    assert (
+        checkpoint_manager.disk_report(config, *arguments)
+        == "disk: checkpoints will take up to 3.0 GB more, 3.0 GB are free"
+    )
     start(world, name="roomy", num_epochs=1)
     assert "disk: checkpoints will take up to 0.0 GB more" in capsys.readouterr().out
 
@@ -560,12 +565,12 @@ def test_the_checkpoints_that_are_kept(world, scripted, options, kept, last):
 def test_the_newest_two_of_them_keep_the_optimizers_state(world, scripted, monkeypatch, options, states):
     scripted(ACCURACIES)
     hashed = []
-    monkeypatch.setattr(utils, "fingerprint", lambda path: hashed.append(path) or fingerprint(path))
+    monkeypatch.setattr(files, "file_digest", lambda path: hashed.append(path) or file_digest(path))
     directory = start(world, name="states_" + "_".join(options), num_epochs=6, **options)
     monkeypatch.undo()
     found = [path for path in checkpoints(directory) if (path / "optimizer.safetensors").exists()]
     assert found == [directory / f"checkpoint_{i}" for i in reversed(states)]
-    assert all(damage(path) is None for path in checkpoints(directory))
+    assert all(verify_manifest(path) is None for path in checkpoints(directory))
     hashed = [path for path in hashed if directory in path.parents]
     assert len(hashed) == 6 * len(CHECKPOINT_FILES - {"manifest.json"})  # what is there already is not read again
 

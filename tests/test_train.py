@@ -5,9 +5,9 @@ import torch
 
 import train
 from build import build
+from components.distributed import Processes
 from config import load_config
 from helpers import make_problems, save_model, write_json
-from parallel import Processes
 from utils import StopRequest
 
 

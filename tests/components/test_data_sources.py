@@ -1,0 +1,158 @@
+"""Problems from every kind of source, and how their mistakes are named."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from components.data_sources import content_digest, read_problems
+from config import Config, UserError, path_problem
+from helpers import make_problems, write_json
+
+PROBLEMS = [*make_problems(5), {"question": "é\u2028?", "answer": "1,000", "steps": []}]
+ODD = [1, "a", None, {"b": [1.5]}, [[]], True]  # further keys, of another type in each problem
+
+
+def json_list(folder, problems):
+    return write_json(folder / "list.json", problems)
+
+
+def json_lines(folder, problems):
+    path = folder / "lines.json"
+    path.write_text("\n\n".join(json.dumps(p, ensure_ascii=False) for p in problems) + "\r\n", encoding="utf-8")
+    return str(path)
+
+
+def parquet_file(folder, problems, name="file.parquet"):
+    """Without further keys, which a table cannot hold in any type."""
+    table = pyarrow.Table.from_pylist([{k: v for k, v in p.items() if k != "odd"} for p in problems])
+    parquet.write_table(table.append_column("image", pyarrow.array([b"\xff"] * len(problems))), folder / name)
+    return str(folder / name)
+
+
+def hub(folder, problems):
+    """A data set in the form of the hub's, in place of one there: datasets looks for a folder first."""
+    os.chdir(folder)
+    (folder / "owner" / "gsm8k-aug").mkdir(parents=True)
+    parquet_file(folder / "owner" / "gsm8k-aug", problems, "train-00000-of-00001.parquet")
+    parquet_file(folder / "owner" / "gsm8k-aug", problems[::-1], "test-00000-of-00001.parquet")
+    return "hub:owner/gsm8k-aug"
+
+
+SOURCES = [json_list, json_lines, parquet_file, hub]
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_every_source_gives_the_same_problems(place, source):
+    path = source(place, [{**problem, "odd": odd} for problem, odd in zip(PROBLEMS, ODD, strict=True)])
+    assert read_problems(path) == PROBLEMS
+    assert read_problems(path, max_size=2) == PROBLEMS[:2]
+
+
+def test_a_split_of_the_hub(place):
+    path = hub(place, PROBLEMS)
+    assert read_problems(f"{path}:test") == PROBLEMS[::-1]
+    assert content_digest(f"{path}:test") != content_digest(path) == content_digest(f"{path}:train")
+
+
+def test_one_json_line_is_a_file_too(place):
+    assert read_problems(json_lines(place, PROBLEMS[:1])) == PROBLEMS[:1]
+
+
+@pytest.mark.parametrize("source", [parquet_file, hub])
+def test_in_a_table_steps_may_be_a_string_of_lines(place, source):
+    texts = ["1+1=2\n2+2=4", "1+1=2\r\n", ""]
+    path = source(place, [{"question": "?", "answer": "4", "steps": text} for text in texts])
+    assert [problem["steps"] for problem in read_problems(path)] == [["1+1=2", "2+2=4"], ["1+1=2"], []]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"answer": None}, ["problem 2", '"answer" is no string but None']),
+        ({"question": " "}, ["problem 2", '"question" is empty']),
+        ({"steps": ["1", "<|latent|>"]}, ["problem 2", '"steps[1]" holds <|latent|>']),
+        ({"steps": None}, ["problem 2", '"steps" is no list but None']),
+    ],
+    ids=str,
+)
+def test_a_mistake_is_named_by_index_and_field(place, source, change, parts):
+    path = source(place, [*PROBLEMS[:2], {**PROBLEMS[2], **change}])
+    with pytest.raises(UserError) as error:
+        read_problems(path)
+    assert [part for part in [f"{path}: ", *parts] if part not in str(error.value)] == []
+
+
+@pytest.mark.parametrize("source", [parquet_file, hub])
+def test_a_missing_or_numeric_column_is_a_mistake(place, source):
+    path = source(place, [{"question": "?", "steps": ["a"]}])
+    with pytest.raises(UserError, match='problem 0: has no "answer"'):
+        read_problems(path)
+    parquet_file(place, [{**PROBLEMS[0], "answer": 5}])
+    with pytest.raises(UserError, match='problem 0: "answer" is no string but 5'):
+        read_problems("file.parquet")
+
+
+def test_a_broken_json_line_is_named(place):
+    lines = [json.dumps(PROBLEMS[0]), "", '{"question": "?", ', json.dumps(PROBLEMS[1])]
+    (place / "lines.jsonl").write_text("\n".join(lines))
+    with pytest.raises(UserError, match=r"lines.jsonl: problem 1 \(line 3\): not valid JSON: .* at column 19"):
+        read_problems("lines.jsonl")
+
+
+@pytest.mark.parametrize("size", [10, 300])
+def test_a_torn_parquet_file_is_refused(place, size):
+    parquet_file(place, PROBLEMS)
+    os.truncate("file.parquet", size)
+    with pytest.raises(UserError, match=r"file\.parquet: not a sound Parquet file"):
+        read_problems("file.parquet")
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"), [("hub:nobody/nothing:test", "nobody/nothing"), ("hub:owner/gsm8k-aug:valid", "valid")]
+)
+def test_what_the_hub_does_not_give_is_a_clear_error(place, path, reason):
+    """The tests run with HF_HUB_OFFLINE, so nothing is asked of the hub."""
+    hub(place, PROBLEMS)
+    for read in (read_problems, content_digest):
+        with pytest.raises(UserError, match=f"{path}: cannot be loaded from the hub: .*{reason}.*HF_HUB_OFFLINE"):
+            read(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "complaint"),
+    [
+        ("train_path", "hub:owner/name", None),
+        ("val_path", "hub:owner/name:test", None),
+        ("val_path", "hub:owner/name", "add one, such as hub:owner/name:validation"),
+        ("train_path", "hub:name", "hub:OWNER/NAME"),
+        ("train_path", "hub:owner/name:", "hub:OWNER/NAME"),
+        ("train_path", "hub:YOUR_NAME/data", "placeholder"),
+    ],
+)
+def test_the_form_of_a_hub_path(key, value, complaint):
+    problems = path_problem(key, Config({key: value}))
+    assert [complaint in problem for problem in problems] == [True] * (complaint is not None)
+
+
+def test_the_digest_is_that_of_the_content_alone(place):
+    path = json_list(place, PROBLEMS)
+    before = content_digest(path)
+    os.utime(path, (0, 0))
+    os.rename(path, "other.json")
+    assert content_digest("other.json") == before
+    write_json(place / "other.json", PROBLEMS[:-1])
+    assert content_digest("other.json") != before
+    with pytest.raises(UserError, match=r"list.json: cannot read the data: No such file"):
+        content_digest(path)

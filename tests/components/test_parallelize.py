@@ -1,0 +1,397 @@
+"""Many processes make the steps that one process makes, whoever computes what, and wherever the weights are."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch.distributed import HashStore
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from coconut import Coconut
+from components import activation_checkpointing, distributed, parallelize
+from config import Config, UserError
+from footprint import Step, estimate
+from helpers import make_problems, read_lines, tiny_gpt2, write_json
+from helpers.faults import ROOT, Fault, free_port, wrap
+from helpers.setting import Setting, assert_same, metrics
+
+slow = pytest.mark.slow
+CLOSE = {"rtol": 1e-5, "atol": 2e-5}  # sums in another order, through AdamW: a fiftieth of one step, lr 1e-3
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory) -> Setting:
+    """Without dropout, whose masks depend on who computes what. An epoch is two steps of 16 problems, one of 1."""
+    setting = Setting(tmp_path_factory.mktemp("parallel"), dropout=0.0)
+    setting.values |= {"train_path": write_json(setting.directory / "odd.json", make_problems(33)), "num_epochs": 3}
+    setting.values |= {"epochs_per_stage": 1, "max_latent_stage": 2, "lr": 1e-3, "save_every_steps": None}
+    setting.values |= {"batch_size_training": 16, "gradient_accumulation_steps": 1}
+    return setting
+
+
+@pytest.fixture(scope="module")
+def single(setting) -> Path:
+    """The run of one process that makes a whole step in one pass."""
+    return setting.reference()
+
+
+def finish(setting: Setting, name: str, ranks: int, **changes) -> Path:
+    """The directory of a run that goes through."""
+    outcome = setting.run(name, ranks, **changes)
+    assert outcome.codes == [0] * ranks, outcome.output
+    return setting.directory / name
+
+
+def assert_close(run: Path, reference: Path) -> None:
+    """Two runs agree to float32 accuracy in every number that they log and in their weights; predictions are equal.
+
+    But for the biases of attention keys: the softmax cancels them, so their gradient is nothing but rounding errors,
+    which AdamW divides by their own size and so turns into steps as large as any other's.
+    """
+    mine, theirs = metrics(run), metrics(reference)
+    assert [list(line) for line in mine] == [list(line) for line in theirs]
+    for line, other in zip(mine, theirs, strict=True):
+        assert line == pytest.approx(other, rel=1e-5)
+    weights, others = (load_file(directory / "last" / "model.safetensors") for directory in (run, reference))
+    assert weights.keys() == others.keys()
+    for name, weight in weights.items():
+        parts = zip(weight.chunk(3), others[name].chunk(3), strict=True)  # of c_attn: queries, keys, values
+        for part, (a, b) in zip("qkv", parts, strict=True):
+            if not (part == "k" and name.endswith("attn.c_attn.bias")):
+                torch.testing.assert_close(a, b, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+    for path in reference.glob("predictions_*"):
+        assert (run / path.name).read_bytes() == path.read_bytes()
+
+
+# --- the same steps ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ranks", "per_pass", "passes", "strategy"),
+    [
+        (1, 4, 4, "auto"),
+        (2, 8, 1, "ddp"),
+        pytest.param(2, 2, 4, "ddp", marks=slow),
+        pytest.param(2, 8, 1, "fsdp", marks=slow),
+        (2, 2, 4, "fsdp"),
+        pytest.param(4, 4, 1, "ddp", marks=slow),
+        pytest.param(4, 1, 4, "ddp", marks=slow),
+        pytest.param(4, 4, 1, "fsdp", marks=slow),
+        pytest.param(4, 1, 4, "fsdp", marks=slow),
+    ],
+)
+def test_the_division_of_labour_changes_nothing(setting, single, ranks, per_pass, passes, strategy):
+    shape = {"batch_size_training": per_pass, "gradient_accumulation_steps": passes, "parallel": strategy}
+    name = f"{ranks}-{per_pass}-{passes}-{strategy}"
+    assert_close(finish(setting, name, ranks, **shape), single)
+
+
+@slow
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_any_number_of_thoughts_under_fsdp(setting, ranks):
+    """Other processes have other numbers of thoughts in training and validation, up to twelve."""
+    problems = [problem for steps in range(1, 13) for problem in make_problems(3, steps, seed=steps)]
+    mixed = write_json(setting.directory / "mixed.json", problems)
+    changes = {"max_latent_stage": 12, "pad_latent_to_max": False, "uniform_prob": 0.5, "resume": 11, "num_epochs": 13}
+    changes |= {"train_path": mixed, "val_path": mixed, "batch_size_eval": 2}
+    alone = finish(setting, f"thoughts-alone-{ranks}", 1, batch_size_training=2 * ranks, **changes)
+    shared = finish(setting, f"thoughts-{ranks}", ranks, batch_size_training=2, parallel="fsdp", **changes)
+    assert_close(shared, alone)
+    texts = [line["generated"] for line in read_lines(shared / "predictions_13.jsonl")]
+    assert {1, 12} <= {int(text[1:].split()[0]) for text in texts}
+
+
+def test_adapters_train_alike_in_two_processes(setting):
+    """Their random weights come from the main process, too."""
+    changes = {"lora_rank": 2, "num_epochs": 2, "bf16": False}
+    alone, shared = (finish(setting, f"adapters-{n}", n, batch_size_training=16 // n, **changes) for n in (1, 2))
+    assert_close(shared, alone)
+
+
+@slow
+def test_bf16_under_fsdp(setting, single):
+    run = finish(setting, "bf16", 2, bf16=True, parallel="fsdp", batch_size_training=8)
+    losses, exact = ([line["train/loss"] for line in metrics(d) if "train/loss" in line] for d in (run, single))
+    assert losses == pytest.approx(exact, rel=0.05) and losses != exact
+    assert {weight.dtype for weight in load_file(run / "last" / "model.safetensors").values()} == {torch.float32}
+    assert setting.run("bf16-killed", 2, Fault("kill", "step", 5), bf16=True, parallel="fsdp", batch_size_training=8)
+    assert_same(finish(setting, "bf16-killed", 2, bf16=True, parallel="fsdp", batch_size_training=8), run)
+
+
+@pytest.mark.parametrize(("ranks", "strategy"), [(1, "auto"), (2, "ddp"), (2, "fsdp")])
+def test_blocks_that_are_computed_again_change_nothing(setting, ranks, strategy):
+    shape = {"batch_size_training": 8, "parallel": strategy, "num_epochs": 2}
+    runs = []
+    for mode in (False, "block"):
+        name = f"again-{ranks}-{strategy}-{mode}"
+        outcome = setting.run(name, ranks, RecomputeShort(), gradient_checkpointing=mode, **shape)
+        assert outcome.codes == [0] * ranks, outcome.output
+        assert ("computed again" in outcome.output) == (mode == "block")
+        runs.append(setting.directory / name)
+    assert_same(*runs)
+
+
+class RecomputeShort:
+    """Lets passes of 4 columns take part in gradient checkpointing, too, and tells of it."""
+
+    def inject(self):
+        activation_checkpointing.MIN_CHECKPOINTED_COLUMNS = 4
+        wrap(activation_checkpointing, "checkpoint", lambda *_: print("computed again"))
+
+
+# --- what it costs ----------------------------------------------------------------------------------------------------
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the collectives that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d":
+            self.counts[function._opname] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class Count:
+    """Prints the collectives of the first process's steps, and checks where gradients are held."""
+
+    keep: bool
+
+    def inject(self):
+        import train
+
+        choose = train.choose
+        train.choose = lambda *arguments: (choose(*arguments)[0], self.keep)
+        wrap(train.Trainer, "equal_passes", lambda trainer, *_: self.check(trainer.model))
+        wrap(train.Trainer, "gradient_norm", lambda trainer: self.check(trainer.model))
+        epoch = train.Trainer.train_epoch
+
+        def counted(trainer, number):
+            with Collectives() as mode:
+                epoch(trainer, number)
+            if parallelize.is_sharded(trainer.model):
+                assert [p for p in trainer.model.parameters() if p.grad is not None] == []  # validation has the room
+            trainer.run.processes.print(json.dumps(mode.counts))
+
+        train.Trainer.train_epoch = counted
+
+    def check(self, model) -> None:
+        """Between and after passes no gradient is there twice (under DDP, all of this model are in one bucket), and no
+        whole one of sharded weights is there at all."""
+        if isinstance(model, DistributedDataParallel):
+            storages = {p.grad.untyped_storage().data_ptr() for p in model.parameters() if p.grad is not None}
+            assert len(storages) == 1
+        for unit in parallelize.units(model):
+            for part in unit._get_fsdp_state()._fsdp_param_group.fsdp_params:
+                assert part.unsharded_accumulated_grad is None
+                assert not hasattr(part, "_unsharded_param") or part._unsharded_param.grad is None
+
+
+@dataclass(frozen=True)
+class Eight(distributed.Processes):
+    """Eight processes, of which another one has the smallest GPU."""
+
+    world_size: int = 8
+    smallest: int = 0
+
+    def max(self, values):
+        return [max(value, -self.smallest) for value in values]
+
+
+def test_the_first_strategy_that_fits_into_the_smallest_gpu_is_chosen(monkeypatch, capsys):
+    monkeypatch.setattr(parallelize, "gpu_memory", lambda device: 2**60)
+    with torch.device("meta"):
+        model = Coconut(tiny_gpt2(vocabulary=5000, n_embd=256, n_layer=8, n_head=4), 49, 47, 48, 0)
+    shape, config = {"rows": 1, "columns": 16, "thoughts": 2, "supervised": 4}, Config()
+    choices = [("ddp", True), ("fsdp", True), ("fsdp", False)]
+    totals = [estimate(model, Step(s, 8, keep_weights=k, **shape)).total for s, k in choices]
+    assert totals == sorted(totals, reverse=True)
+    for choice, total in zip(choices, totals, strict=True):
+        enough = int(total / parallelize.ROOM) + 1
+        assert parallelize.choose(model, config, [shape], Eight(smallest=enough)) == choice
+        assert f"{total / 2**30:.1f} GiB" in capsys.readouterr().out
+    assert parallelize.choose(model, Config({"parallel": "ddp"}), [shape], Eight(smallest=enough)) == ("ddp", True)
+    assert "warning" in capsys.readouterr().out
+    assert parallelize.choose(model, Config({"parallel": "fsdp"}), [shape], Eight(smallest=2**60)) == ("fsdp", True)
+    larger = {**shape, "rows": 10**6}
+    assert parallelize.choose(model, config, [shape, larger, shape], Eight(smallest=enough)) == ("fsdp", False)
+    assert "gathered in every pass" in capsys.readouterr().out
+
+
+def test_nothing_is_sharded_by_a_torch_that_is_too_old(monkeypatch):
+    monkeypatch.setattr(parallelize, "HAS_FSDP2", False)
+    monkeypatch.setattr(parallelize, "gpu_memory", lambda device: 2**60)
+    model, shape = Coconut(tiny_gpt2(), 49, 47, 48, 0), {"rows": 1, "columns": 16, "thoughts": 2, "supervised": 4}
+    assert parallelize.choose(model, Config(), [shape], Eight(smallest=1)) == ("ddp", True)
+    with pytest.raises(UserError, match="parallel: fsdp needs torch"):
+        parallelize.choose(model, Config({"parallel": "fsdp"}), [shape], Eight(smallest=2**60))
+
+
+@pytest.mark.parametrize(("strategy", "keep"), [("ddp", True), ("fsdp", True), ("fsdp", False)])
+def test_a_step_makes_so_many_collectives(setting, strategy, keep):
+    """A small one for each step and one at the start of an epoch. Weights are gathered once in a step, if they are
+    kept: in 3 units, two blocks and the rest. 3 steps of two, two and one forward passes have three thoughts each."""
+    shape = {"num_epochs": 2, "resume": 1, "max_latent_stage": 1, "c_thought": 3, "parallel": strategy}
+    shape |= {"batch_size_training": 4, "gradient_accumulation_steps": 2, "uniform_prob": 0}
+    outcome = setting.run(f"counted-{strategy}-{keep}", 2, Count(keep), **shape)
+    assert outcome.codes == [0, 0], outcome.output
+    counts = Counter(json.loads(re.search(r"^{.*}$", outcome.output, re.MULTILINE)[0]))
+    steps, passes, thoughts = 3, 2 + 2 + 1, 3
+    gathers = 3 * steps if keep else passes * (1 + 2 * (1 + thoughts) + 2 * (1 + thoughts))
+    expected = {"allreduce_": steps} if strategy == "ddp" else {"_allgather_base_": gathers}
+    expected |= {"allgather_": steps + 1, "_reduce_scatter_base_": 0 if strategy == "ddp" else 3 * passes}
+    assert {name: counts[name] for name in expected} == expected
+
+
+def test_where_weights_are_gathered_changes_no_bit(setting):
+    """Gathered once in a step, or anew in every pass."""
+    for keep in (True, False):
+        shape = {"batch_size_training": 8, "parallel": "fsdp", "uniform_prob": 0}
+        outcome = setting.run(f"keep-{keep}", 2, Count(keep), **shape)
+        assert outcome.codes == [0, 0], outcome.output
+    assert_same(setting.directory / "keep-False", setting.directory / "keep-True")
+
+
+# --- continued by others ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("before", "after"), [("ddp", "fsdp"), pytest.param("fsdp", "ddp", marks=slow)])
+def test_a_checkpoint_continues_under_another_strategy(setting, single, before, after):
+    name, shape = f"{before}-{after}", {"batch_size_training": 8}
+    outcome = setting.run(name, 2, Fault("sigterm", "step", 5), parallel=before, **shape)
+    assert outcome.codes == [143, 143]
+    assert_close(finish(setting, name, 2, parallel=after, **shape), single)
+
+
+def test_fewer_processes_make_the_same_steps(setting, single):
+    """Two processes lost a GPU: one goes on, and accumulates the share of both."""
+    outcome = setting.run("fewer", 2, Fault("sigterm", "step", 5), parallel="fsdp", batch_size_training=8)
+    assert outcome.codes == [143, 143]
+    assert_close(finish(setting, "fewer", 1, batch_size_training=8, gradient_accumulation_steps=2), single)
+
+
+@slow
+@pytest.mark.parametrize(("before", "after", "strategy"), [(1, 2, "fsdp"), (2, 1, "auto"), (2, 4, "fsdp")])
+def test_a_checkpoint_continues_with_another_number_of_processes(setting, before, after, strategy):
+    """The same as one process that from there on takes as many problems in a step."""
+    name, shape = f"{before}-{after}", {"batch_size_training": 4}
+    for run in (name, f"{name}-alone"):
+        outcome = setting.run(run, before, Fault("sigterm", "step", 3), parallel="fsdp", **shape)
+        assert outcome.codes == [143] * before
+    outcome = setting.run(name, after, parallel=strategy, **shape)
+    assert outcome.codes == [0] * after
+    assert f"written by {before} processes, so random streams are seeded afresh" in outcome.output
+    alone = setting.directory / f"{name}-alone"
+    config = yaml.safe_load((alone / "config.yaml").read_text()) | {"batch_size_training": 4 * after}
+    (alone / "config.yaml").write_text(yaml.safe_dump(config))  # or the change would be refused
+    assert_close(setting.directory / name, finish(setting, alone.name, 1, batch_size_training=4 * after))
+
+
+@slow
+def test_a_checkpoint_goes_from_one_process_to_copies_to_shards_and_back(setting, single):
+    shapes = [(1, 16, "auto"), (2, 8, "ddp"), (2, 8, "fsdp"), (1, 16, "auto")]
+    for step, (ranks, per_pass, strategy) in zip((3, 5, 7, None), shapes, strict=True):
+        fault = Fault("sigterm", "step", step) if step else None
+        outcome = setting.run("chain", ranks, fault, parallel=strategy, batch_size_training=per_pass)
+        assert outcome.codes == [143 if step else 0] * ranks, outcome.output
+    assert_close(setting.directory / "chain", single)
+
+
+# --- several nodes ----------------------------------------------------------------------------------------------------
+
+
+def two_nodes(launcher: list[str], programs: list[list[str]], **variables: str) -> list[str]:
+    """What two torchrun agents print, as on two machines, which run a program each; both must succeed."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **variables}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment}
+    agents = []
+    for node, program in enumerate(programs):
+        options = ["--nnodes", "2", "--node_rank", str(node), "--nproc_per_node", "1", *launcher]
+        command = [sys.executable, "-m", "torch.distributed.run", *options, *program]
+        agents.append(subprocess.Popen(command, **pipes))
+    try:
+        outputs = [agent.communicate(timeout=200)[0] for agent in agents]
+    finally:
+        for agent in agents:
+            agent.terminate()
+    assert [agent.returncode for agent in agents] == [0, 0], "\n".join(outputs)
+    return outputs
+
+
+SHAPE = {"batch_size_training": 4, "gradient_accumulation_steps": 2, "parallel": "fsdp"}
+
+
+WATCHED = """
+import os, runpy, sys
+_, root, folder, *words = sys.argv
+
+def tell(event, arguments):
+    changes = event in ("os.mkdir", "os.rename", "os.remove", "os.symlink")
+    changes |= event == "open" and bool(arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+    if changes and str(arguments[0]).startswith(folder):
+        os.write(1, f"wrote {arguments[0]}\\n".encode())
+
+sys.addaudithook(tell)
+sys.path.insert(0, root)
+sys.argv = ["run.py", *words]
+runpy.run_path(f"{root}/run.py", run_name="__main__")
+"""
+
+
+@slow
+@pytest.mark.timeout(240)
+def test_two_nodes_train_together_and_one_process_writes(setting, single):
+    launcher = ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+    (setting.directory / "watched.py").write_text(WATCHED)
+    words = [str(setting.directory / "watched.py"), str(ROOT), str(setting.directory), *setting.words("nodes", **SHAPE)]
+    outputs = two_nodes(launcher, [words, words])
+    assert_close(setting.directory / "nodes", single)
+    assert "wrote" in outputs[0] and "wrote" not in outputs[1]
+    assert "saved" in outputs[0] and "saved" not in outputs[1]
+
+
+@slow
+@pytest.mark.timeout(240)
+def test_two_nodes_restart_when_a_worker_dies(setting, single):
+    launcher = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--max-restarts", "2"]
+    fault = Fault("kill", "step", 5, rank=1, once=str(setting.directory / "struck"))
+    program = [
+        str(ROOT / "tests" / "helpers" / "faults.py"),
+        json.dumps(asdict(fault)),
+        *setting.words("restarted", **SHAPE),
+    ]
+    outputs = two_nodes(launcher, [program, program], TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    assert Path(fault.once).exists() and "continuing" in "".join(outputs)
+    assert_close(setting.directory / "restarted", single)
+
+
+def test_a_process_takes_the_gpu_of_its_local_rank(monkeypatch):
+    """The sixth process of all may be the second one on its node."""
+    taken = []
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(distributed.dist, "rendezvous", lambda *_, **__: iter([(HashStore(), 5, 8)]))
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda backend, **_: taken.append(backend))
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda on: taken.append(f"cuDNN {on}"))
+    processes = distributed.init_distributed()
+    assert (processes.rank, processes.world_size, str(processes.device)) == (5, 8, "cuda:1")
+    assert [str(value) for value in taken] == ["cuda:1", "cuDNN False", "nccl"]

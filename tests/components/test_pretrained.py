@@ -1,0 +1,414 @@
+"""Loading: models, our checkpoints and official files; the markers' new rows; what must be refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
+
+import run
+from components.pretrained import check_model, load_pretrained
+from config import Config, UserError
+from curriculum import END, LATENT, PAUSE, START
+from helpers import byte_tokenizer, make_problems, save_model, tiny_gpt2, tiny_llama, words, write_json
+
+V = len(byte_tokenizer())  # rows without markers
+TOKENS = {"coconut": [START, END, LATENT], "pause_token": [START, END, LATENT, PAUSE]}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Model folders: a GPT-2 (tied head), a Llama (head of its own), one without "<<", one with spare rows."""
+    place, short = tmp_path_factory.mktemp("models"), byte_tokenizer(arrows=False)
+    return {
+        "gpt2": save_model(place / "gpt2"),
+        "llama": save_model(place / "llama", tiny_llama(V, 128)),
+        "no_arrows": save_model(place / "no_arrows", tiny_gpt2(len(short), 128), short),
+        "spare_rows": save_model(place / "spare_rows", tiny_llama(V + 40, 128)),
+    }
+
+
+def load(folder, path=None, method="coconut", **options):
+    return load_pretrained(Config({"method": method, "model_id": folder, **options}), path)
+
+
+def tables(lm):
+    return [lm.get_input_embeddings().weight, lm.get_output_embeddings().weight]
+
+
+def random_state(lm, rows=None, seed=5):
+    """Weights for an official file: those of the model with `rows` rows, all of them random."""
+    torch.manual_seed(seed)
+    if rows:
+        lm.resize_token_embeddings(rows, mean_resizing=False)
+    for p in lm.parameters():
+        p.data.normal_()
+    return {name: value.clone() for name, value in lm.state_dict().items()}
+
+
+def official_file(path: Path, state: dict, wrapped: bool) -> Path:
+    """A checkpoint as the official code saves it: plain, or (a Coconut module) with prefix and the embedding twice."""
+    if wrapped:
+        embedding = next(v for name, v in state.items() if name.endswith(("wte.weight", "embed_tokens.weight")))
+        state = {f"base_causallm.{name}": value for name, value in state.items()} | {"embedding.weight": embedding}
+    torch.save(state, path)
+    return path
+
+
+# --- tokens and rows --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", TOKENS)
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_markers_get_ids_in_order_and_rows_made_from_arrows(folders, kind, method):
+    plain = AutoModelForCausalLM.from_pretrained(folders[kind])
+    loaded = load(folders[kind], method=method)
+    assert [loaded.token_id(token) for token in TOKENS[method]] == list(range(V, V + len(TOKENS[method])))
+    arrows = loaded.tokenizer.convert_tokens_to_ids("<<")
+    for table, before in zip(tables(loaded.lm), tables(plain), strict=True):
+        assert torch.equal(table[:V], before)
+        assert torch.equal(table[V:], before[arrows].expand(len(TOKENS[method]), -1))
+
+
+@pytest.mark.parametrize(("kind", "init"), [("no_arrows", "<<"), ("llama", "two words")])
+def test_new_rows_are_the_mean_row_where_the_init_is_not_one_token(folders, kind, init):
+    plain = AutoModelForCausalLM.from_pretrained(folders[kind])
+    for table, before in zip(tables(load(folders[kind], new_token_init=init).lm), tables(plain), strict=True):
+        torch.testing.assert_close(table[-3:], before.mean(0).expand(3, -1))
+
+
+def test_the_init_token_can_be_chosen(folders):
+    loaded = load(folders["llama"], new_token_init="a")
+    letter = loaded.tokenizer.convert_tokens_to_ids("a")
+    for table in tables(loaded.lm):
+        assert torch.equal(table[V:], table[letter].expand(3, -1))
+
+
+def test_a_model_with_more_rows_than_its_tokenizer_keeps_its_size(folders):
+    plain = AutoModelForCausalLM.from_pretrained(folders["spare_rows"])
+    loaded = load(folders["spare_rows"])
+    assert [loaded.token_id(token) for token in TOKENS["coconut"]] == [V, V + 1, V + 2]
+    arrows = loaded.tokenizer.convert_tokens_to_ids("<<")
+    for table, before in zip(tables(loaded.lm), tables(plain), strict=True):
+        assert torch.equal(table[V : V + 3], before[arrows].expand(3, -1))
+        assert torch.equal(table[:V], before[:V])
+        assert torch.equal(table[V + 3 :], before[V + 3 :])
+
+
+@pytest.mark.parametrize("method", ["cot", "no_cot", "no_thoughts", "icot"])
+def test_methods_without_markers_leave_the_model_as_it_is(folders, method):
+    assert len(tables(load(folders["gpt2"], method=method).lm)[0]) == V
+
+
+def test_pad_is_eos_only_where_the_tokenizer_has_no_pad(folders, tmp_path):
+    tokenizer = load(folders["gpt2"]).tokenizer
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    padded = byte_tokenizer(pad=True)
+    own = load(save_model(tmp_path / "padded", tokenizer=padded)).tokenizer
+    assert own.pad_token_id == padded.pad_token_id != own.eos_token_id
+
+
+def test_weights_are_float32_whatever_the_file_holds(tmp_path):
+    folder = save_model(tmp_path / "half", tiny_gpt2(V, 128).to(torch.bfloat16))
+    assert {p.dtype for p in load(folder).lm.parameters()} == {torch.float32}
+
+
+def test_from_scratch_takes_the_architecture_only_and_loaded_weights_win(folders, tmp_path):
+    plain = AutoModelForCausalLM.from_pretrained(folders["gpt2"]).transformer.wpe.weight
+    torch.manual_seed(1)
+    first = load(folders["gpt2"], from_scratch=True).lm.transformer.wpe.weight
+    torch.manual_seed(1)
+    again = load(folders["gpt2"], from_scratch=True).lm.transformer.wpe.weight
+    assert torch.equal(first, again)
+    assert not torch.equal(first, plain)
+    path = official_file(tmp_path / "file", random_state(tiny_gpt2(V, 128)), wrapped=False)
+    assert torch.equal(
+        load(folders["gpt2"], path, from_scratch=True).lm.transformer.wpe.weight,
+        torch.load(path)["transformer.wpe.weight"],
+    )
+    assert torch.equal(load(folders["gpt2"], folders["gpt2"], from_scratch=True).lm.transformer.wpe.weight, plain)
+
+
+# --- official files ---------------------------------------------------------------------------------------------------
+
+MODELS = {"gpt2": tiny_gpt2, "llama": tiny_llama}
+
+
+@pytest.mark.parametrize("head", ["with_head", "without_tied_head"])
+@pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "wrapped"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_an_official_file_with_all_rows_is_taken_over_bit_for_bit(folders, tmp_path, kind, wrapped, head):
+    state = random_state(MODELS[kind](V, 128), rows=V + 3)
+    if head == "without_tied_head" and kind == "gpt2":
+        state.pop("lm_head.weight")
+    loaded = load(folders[kind], official_file(tmp_path / "checkpoint_33", state, wrapped))
+    own = loaded.lm.state_dict()
+    assert all(torch.equal(own[name], value) for name, value in state.items())
+    assert len(own["lm_head.weight"]) == V + 3
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_cot_file_initializes_coconut(folders, tmp_path, kind):
+    state = random_state(MODELS[kind](V, 128))
+    loaded = load(folders[kind], official_file(tmp_path / "checkpoint_6", state, wrapped=False))
+    own = loaded.lm.state_dict()
+    arrows = loaded.tokenizer.convert_tokens_to_ids("<<")
+    for name, value in state.items():
+        assert torch.equal(own[name][: len(value)], value)
+        if len(own[name]) != len(value):
+            assert torch.equal(own[name][V:], value[arrows].expand(3, -1))
+    assert len(own["lm_head.weight"]) == V + 3
+
+
+def test_a_cot_file_with_spare_rows_gets_the_markers_rows_too(folders, tmp_path):
+    state = random_state(tiny_llama(V + 40, 128))
+    loaded = load(folders["spare_rows"], official_file(tmp_path / "cot", state, wrapped=False))
+    arrows = loaded.tokenizer.convert_tokens_to_ids("<<")
+    for table in tables(loaded.lm):
+        assert torch.equal(table[V : V + 3], table[arrows].expand(3, -1))
+    wrapped = load(folders["spare_rows"], official_file(tmp_path / "coconut", state, wrapped=True))
+    assert torch.equal(tables(wrapped.lm)[0], state["model.embed_tokens.weight"])
+
+
+def test_names_of_a_wrapped_module_are_understood(folders, tmp_path):
+    state = random_state(tiny_gpt2(V, 128), rows=V + 3)
+    official_file(tmp_path / "file", state, wrapped=True)
+    torch.save({f"module.{k}": v for k, v in torch.load(tmp_path / "file").items()}, tmp_path / "file")
+    assert torch.equal(tables(load(folders["gpt2"], tmp_path / "file").lm)[0], state["transformer.wte.weight"])
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def change(name, value):
+    return lambda state: state.update({name: value})
+
+
+REFUSED = [
+    (lambda s: s.pop("transformer.h.1.ln_1.weight"), "transformer.h.1.ln_1.weight"),
+    (lambda s: s.pop("transformer.wpe.weight"), "transformer.wpe.weight"),
+    (lambda s: [s.pop("transformer.wte.weight"), s.pop("lm_head.weight")], "transformer.wte.weight"),
+    (change("extra.weight", torch.zeros(3)), "extra.weight"),
+    (change("transformer.h.0.ln_1.weight", torch.zeros(5)), "transformer.h.0.ln_1.weight"),
+    (change("transformer.wte.weight", torch.zeros(V, 5)), "transformer.wte.weight"),
+    (change("transformer.wte.weight", torch.tensor(1.0)), "transformer.wte.weight"),
+    (change("transformer.wte.weight", torch.zeros(V - 9, 16)), "transformer.wte.weight"),
+    (dict.clear, "missing"),
+]
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "wrapped"])
+@pytest.mark.parametrize(("damage", "named"), REFUSED, ids=range(len(REFUSED)))
+def test_an_official_file_that_does_not_fit_is_refused_by_name(folders, tmp_path, damage, named, wrapped):
+    state = random_state(tiny_gpt2(V, 128))
+    damage(state)
+    if wrapped:
+        state = {f"base_causallm.{name}": value for name, value in state.items()}
+    torch.save(state, tmp_path / "file")
+    with pytest.raises(UserError, match="load_model_path") as refusal:
+        load(folders["gpt2"], tmp_path / "file")
+    assert named in str(refusal.value)
+    assert "file" in str(refusal.value)
+
+
+class Harmful:
+    """An object whose unpickling writes a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return Path.touch, (Path(self.path),)
+
+
+def test_a_pickle_with_code_is_refused_and_does_not_run(folders, tmp_path):
+    torch.save({"transformer.wpe.weight": Harmful(tmp_path / "ran")}, tmp_path / "file")
+    with pytest.raises(UserError, match="no file of plain weights"):
+        load(folders["gpt2"], tmp_path / "file")
+    assert not (tmp_path / "ran").exists()
+    torch.load(tmp_path / "file", weights_only=False)
+    assert (tmp_path / "ran").exists()  # it would have
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 torn"], ids=["empty", "text", "torn"])
+def test_a_file_that_is_no_checkpoint_is_refused(folders, tmp_path, content):
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(UserError, match=r"load_model_path: .*file"):
+        load(folders["gpt2"], tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    "value", [[1], {"a": 1}, {1: torch.zeros(2)}, torch.zeros(2)], ids=["list", "dict", "ids", "tensor"]
+)
+def test_a_file_that_holds_no_state_dict_is_refused(folders, tmp_path, value):
+    torch.save(value, tmp_path / "file")
+    with pytest.raises(UserError, match="no state dict"):
+        load(folders["gpt2"], tmp_path / "file")
+
+
+# --- our own directories ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(folders, tmp_path_factory):
+    """Two short trained runs: cot, and coconut at stage 2 of 2."""
+    place = tmp_path_factory.mktemp("runs")
+    config = {"model_id": folders["llama"], "save_path": str(place), "logger": "none", "max_new_tokens": 4, "lr": 1e-3}
+    config |= {key: write_json(place / "data.json", make_problems(8)) for key in ("train_path", "val_path")}
+    (place / "config.yaml").write_text(yaml.safe_dump(config))
+    command = ["method=coconut", "max_latent_stage=2", "c_thought=2", "resume=2", "num_epochs=3", "name=coconut"]
+    assert run.main([str(place / "config.yaml"), "method=cot", "name=cot"]) == 0
+    assert run.main([str(place / "config.yaml"), *command]) == 0
+    return place
+
+
+def test_transformers_opens_a_checkpoint(runs):
+    path = runs / "coconut" / "checkpoint_3"
+    lm, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    assert tokenizer.convert_ids_to_tokens([V, V + 1, V + 2]) == [START, END, LATENT]
+    assert tokenizer(f"a{START}{LATENT}{END}")["input_ids"][1:] == [V, V + 2, V + 1]
+    with torch.no_grad():
+        assert lm(torch.tensor([[1, V, 3]])).logits.shape == (1, 3, V + 3)
+
+
+def test_a_checkpoint_comes_back_bit_for_bit_with_its_description(folders, runs):
+    path = runs / "coconut" / "best"
+    loaded = load(folders["gpt2"], path)  # the architecture is the checkpoint's
+    saved = load_file(path / "model.safetensors")
+    own = loaded.lm.state_dict()
+    assert set(saved) == set(own)
+    assert all(torch.equal(own[name], value) for name, value in saved.items())
+    expected = {"method": "coconut", "stage": 2, "epoch": 3, "c_thought": 2, "max_latent_stage": 2}
+    assert expected.items() <= loaded.description.items()
+    assert loaded.description["token_ids"] == {START: V, END: V + 1, LATENT: V + 2}
+
+
+def test_a_cot_directory_initializes_coconut(folders, runs):
+    path = runs / "cot" / "best"
+    saved = load_file(path / "model.safetensors")
+    assert len(saved["lm_head.weight"]) == V
+    loaded = load(folders["gpt2"], path)
+    arrows = loaded.tokenizer.convert_tokens_to_ids("<<")
+    for table, name in zip(tables(loaded.lm), ("model.embed_tokens.weight", "lm_head.weight"), strict=True):
+        assert torch.equal(table[:V], saved[name])
+        assert torch.equal(table[V:], saved[name][arrows].expand(3, -1))
+
+
+def test_pause_rows_are_added_to_a_coconut_checkpoint_without_touching_the_others(folders, runs):
+    path = runs / "coconut" / "best"
+    saved = load_file(path / "model.safetensors")
+    loaded = load(folders["gpt2"], path, method="pause_as_thought")
+    assert loaded.token_id(PAUSE) == V + 3
+    arrows = loaded.tokenizer.convert_tokens_to_ids("<<")
+    for table, name in zip(tables(loaded.lm), ("model.embed_tokens.weight", "lm_head.weight"), strict=True):
+        assert torch.equal(table[: V + 3], saved[name])
+        assert torch.equal(table[V + 3], saved[name][arrows])
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def without(name):
+    def edit(path):
+        state = load_file(path)
+        state.pop(name)
+        save_file(state, path, metadata={"format": "pt"})
+
+    return edit
+
+
+def with_extra(path):
+    save_file(load_file(path) | {"extra.weight": torch.zeros(2)}, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "named"),
+    [
+        ("model.safetensors", truncate, "cannot be loaded"),
+        ("model.safetensors", Path.unlink, "cannot be loaded"),
+        ("config.json", Path.unlink, "cannot be loaded"),
+        ("config.json", truncate, "cannot be loaded"),
+        ("tokenizer.json", truncate, "cannot be loaded"),
+        ("coconut.json", truncate, "coconut.json"),
+        ("model.safetensors", without("model.norm.weight"), "model.norm.weight"),
+        ("model.safetensors", with_extra, "extra.weight"),
+    ],
+)
+def test_a_damaged_checkpoint_directory_is_refused(folders, runs, tmp_path, file, damage, named):
+    shutil.copytree(runs / "coconut" / "checkpoint_3", tmp_path / "copy")
+    damage(tmp_path / "copy" / file)
+    with pytest.raises(UserError, match="copy") as refusal:
+        load(folders["gpt2"], tmp_path / "copy")
+    assert named in str(refusal.value)
+    assert "load_model_path" in str(refusal.value)
+    assert len(str(refusal.value).splitlines()) <= 3
+
+
+def test_a_refused_checkpoint_ends_a_run_with_code_2_and_nothing_written(runs, tmp_path, capsys):
+    shutil.copytree(runs / "coconut" / "checkpoint_3", tmp_path / "copy")
+    truncate(tmp_path / "copy" / "model.safetensors")
+    command = {
+        "method": "coconut",
+        "name": "new",
+        "save_path": tmp_path / "saved",
+        "load_model_path": tmp_path / "copy",
+    }
+    assert run.main([str(runs / "config.yaml"), *words(command)]) == 2
+    assert "error: load_model_path" in capsys.readouterr().err
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_description_is_written_for_people_and_programs(runs):
+    text = (runs / "cot" / "best" / "coconut.json").read_text()
+    assert json.loads(text)["method"] == "cot"
+    assert json.loads(text)["token_ids"] == {}
+    assert text.endswith("}\n")
+
+
+SIZES = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "bos_token_id": 0}
+SIZES |= {"eos_token_id": 0, "pad_token_id": 0}
+SIZES |= {"intermediate_size": 48, "initializer_range": 0.3, "max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("granite", {"logits_scaling": 3.0}),  # logits that are more than the head
+        ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64}),  # positions that count padding
+        ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64, "initializer_range": 0.02}),
+        ("mamba", {"state_size": 8, "time_step_rank": 4}),  # recurrent
+    ],
+)
+def test_a_model_that_cannot_take_thoughts_is_refused(kind, options):
+    lm = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**SIZES | options))
+    with pytest.raises(UserError, match="cannot take thoughts"):
+        check_model(lm, byte_tokenizer())
+
+
+def test_a_model_whose_code_fails_is_refused(folders, monkeypatch):
+    def fail(*_, **__):
+        raise AssertionError
+
+    monkeypatch.setattr(GPT2LMHeadModel, "forward", fail)
+    with pytest.raises(UserError, match="model_id: GPT2LMHeadModel cannot take thoughts: AssertionError"):
+        load(folders["gpt2"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("qwen2", {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+        ("mistral", {"num_key_value_heads": 2}),
+        ("falcon", {"alibi": True}),
+        ("gpt_neox", {}),
+    ],
+)
+def test_other_models_are_taken_as_they_are(kind, options):
+    lm = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**SIZES | options)).train()
+    check_model(lm, byte_tokenizer())
+    assert lm.training

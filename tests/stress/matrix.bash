@@ -1,0 +1,89 @@
+#!/usr/bin/env bash
+# Tries the ranges of versions that README names. Each combination gets a new virtual environment, the part of the tests
+# below and the golden fixtures where they exist. Ends with a table; the exit code is 1 if a combination failed.
+#
+#   bash tests/stress/matrix.bash                       all: minutes each, and 2 to 8 GB of disk for one at a time
+#   bash tests/stress/matrix.bash 3.13 2.14.1 5.23.0    one: Python, torch, transformers
+#   bash tests/stress/matrix.bash --short               transformers 4 alone, on top of .venv's other packages
+#
+# torch is taken as its CPU build, which the index of PyTorch has (name it in PIP_EXTRA_INDEX_URL), or else as whatever
+# pip finds: gigabytes of CUDA. A version that no index has for this machine is named as "not installable here".
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+export OMP_NUM_THREADS=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+
+pinned() { grep -h "^$1==" requirements.txt | sed 's/.*==\([0-9.]*\).*/\1/'; }
+torches=("2.6.0" "$(pinned torch)" "2.14.1")             # the oldest, the pinned one, the newest tried
+transformers=("4.57.6" "$(pinned transformers)")
+tests=(tests/scripts/test_share.py tests/components/test_kv_cache.py tests/components/test_tokenization.py tests/components/test_lora.py)
+tests+=("tests/components/test_parallelize.py::test_the_division_of_labour_changes_nothing[2-8-1-ddp]")  # FSDP needs torch 2.8
+few=(tests/scripts/test_share.py tests/components/test_lora.py -k "same_tokens or matter or sampl or embeddings or closest or gemma3")
+place=$(mktemp -d)
+trap 'rm -rf "$place"' EXIT
+table=()
+
+requirements() {  # transformers: all pinned packages but this, torch, and the datasets that transformers 4 takes
+    cat requirements.txt requirements-extra.txt tests/requirements.txt | grep -v -e '^-r' -e '^torch==' |
+        sed "s/^transformers==.*/transformers==$1/" |
+        if [[ $1 == 4.* ]]; then sed 's/^datasets==.*/datasets>=4,<5/'; else cat; fi
+}
+
+interpreter() {  # version: its command, if this machine has it
+    local candidate
+    for candidate in "python$1" "$HOME"/.pyenv/versions/"$1".*/bin/python; do
+        "$candidate" -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] != '$1')" 2>/dev/null || continue
+        echo "$candidate" && return
+    done
+    return 1
+}
+
+check() {  # name, environment's python, words for pytest: runs the tests and notes the outcome
+    local outcome=passed
+    "$2" -m pytest -p no:cacheprovider -m "not slow" "${@:3}" || outcome=FAILED
+    if [ -d ../shared/golden ]; then
+        "$2" ../shared/golden/check.py ../shared/golden/fixtures . --quiet || outcome=FAILED
+    fi
+    table+=("$1: $outcome")
+}
+
+combination() {  # Python, torch, transformers
+    local name="Python $1, torch $2, transformers $3" python
+    echo "== $name"
+    python=$(interpreter "$1") || { table+=("$name: no Python $1 on this machine"); return; }
+    requirements "$3" > "$place/requirements.txt"
+    "$python" -m venv --clear "$place/venv"
+    local install=("$place/venv/bin/python" -m pip install --quiet --no-cache-dir)
+    if ! "${install[@]}" "torch==$2+cpu" && ! "${install[@]}" "torch==$2"; then
+        table+=("$name: not installable here")
+    elif ! "${install[@]}" "torch==$2" -r "$place/requirements.txt"; then
+        table+=("$name: FAILED to install")
+    else
+        check "$name" "$place/venv/bin/python" "${tests[@]}"
+    fi
+}
+
+short() {  # transformers 4 in an environment that finds everything else in .venv
+    local packages='import site; print(site.getsitepackages()[0])'
+    source setup.bash tests/requirements.txt
+    python -m venv "$place/venv"
+    python -c "$packages" > "$("$place/venv/bin/python" -c "$packages")/venv.pth"
+    "$place/venv/bin/python" -m pip install --quiet "transformers==${transformers[0]}" "datasets>=4,<5"
+    set +e
+    check "transformers ${transformers[0]} on .venv" "$place/venv/bin/python" "${few[@]}"
+}
+
+if [ "${1:-}" = --short ]; then
+    short
+elif [ $# = 3 ]; then
+    combination "$@"
+else
+    for version in 3.11 3.13; do
+        for torch in "${torches[@]}"; do
+            for other in "${transformers[@]}"; do
+                combination "$version" "$torch" "$other"
+            done
+        done
+    done
+fi
+printf '%s\n' "" "${table[@]}"
+[[ "${table[*]}" != *FAILED* ]]
