@@ -203,7 +203,7 @@ def store_prefix() -> str:
     """A name for this start of the processes, under which they find each other.
 
     Workers that torchrun restarts share a store with their dead forerunners, whose addresses they must not take. The
-    agents of several nodes count restarts each for itself, so a name there is the same for all: docs/faults.md tells
+    agents of several nodes count restarts each for itself, so a name there is the same for all: docs/fault_tolerance.md tells
     how to get a store for each store_prefix.
     """
     one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
