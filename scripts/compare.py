@@ -1,7 +1,9 @@
 """Says whether a run is like a reference: the same training, and curves within the spread of the reference's seeds.
 
     python scripts/compare.py checkpoints/smoke-coconut-seed0 results/smoke
-    python scripts/compare.py RUN [RUN ...] REFERENCE     REFERENCE: a run's directory, or a folder with those of seeds
+    python scripts/compare.py RUN [RUN ...] REFERENCE     REFERENCE: a folder with the runs of several seeds, or a run
+
+A run is its directory, or the RUN.yaml that scripts/record.py wrote of it.
 
 Only the reference's runs of RUN's method count, over the epochs that all have finished. A curve lies within the spread
 if it lies between the lowest and the highest seed, widened by their distance and at least by the margin below on either
@@ -18,7 +20,7 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
-from runs import Finished, UserError, differences, read_run
+from runs import Finished, UserError, differences, find_runs, read_run
 
 ACCURACY_MARGIN = 0.05
 LOSS_MARGIN, LEAST_LOSS_MARGIN = 0.1, 0.01  # a part of the loss; nats, since losses near zero differ by their multiple
@@ -26,9 +28,9 @@ LOSS_MARGIN, LEAST_LOSS_MARGIN = 0.1, 0.01  # a part of the loss; nats, since lo
 
 def references(folder: Path, run: Finished) -> list[Finished]:
     """The reference's runs of the run's method. Raises UserError where there is none, or where they are no seeds."""
-    found = [read_run(path.parent) for path in sorted(folder.rglob("metrics.jsonl"))]
+    found = [read_run(path) for path in find_runs(folder)]
     if not found:
-        raise UserError(f"{folder}: holds no metrics.jsonl; give a run's directory or a folder of them")
+        raise UserError(f"{folder}: holds no run; give a run's directory, a folder of them, or a folder of results")
     alike = [other for other in found if other.config["method"] == run.config["method"]]
     if not alike:
         methods = ", ".join(sorted({other.config["method"] for other in found}))
@@ -89,7 +91,7 @@ def main(words: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's directory, save_path/name")
-    parser.add_argument("reference", type=Path, help="a run's directory, or a folder with those of several seeds")
+    parser.add_argument("reference", type=Path, help="a folder with the runs of several seeds, or a run")
     arguments = parser.parse_args(words)
     try:
         runs = [read_run(directory) for directory in arguments.runs]

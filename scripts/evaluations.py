@@ -1,7 +1,7 @@
 """Tables what only_eval found: accuracy on each test set, in %, with Wilson's 95 % interval.
 
     python scripts/evaluations.py checkpoints/mini-cot-seed0 checkpoints/mini-coconut-seed0
-    python scripts/evaluations.py results/mini/*-seed0            what scripts/record.py kept of such runs
+    python scripts/evaluations.py results/mini/*-seed0.yaml       what scripts/record.py kept of such runs
 
 Reads eval_CHECKPOINT/metrics_TESTSET.yaml in the runs' directories; of a test set that was asked twice, the latest.
 """
@@ -9,6 +9,7 @@ Reads eval_CHECKPOINT/metrics_TESTSET.yaml in the runs' directories; of a test s
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -19,7 +20,10 @@ from analysis.statistics import wilson
 
 
 def read_evaluations(directory: Path) -> dict[tuple[str, str], dict]:
-    """What each eval_CHECKPOINT of a run's directory found: {(checkpoint, test set): the latest metrics}."""
+    """Return what only_eval found of a run: {(checkpoint, test set): the latest metrics}."""
+    if directory.suffix == ".yaml":  # recorded
+        lines = map(json.loads, read_file(directory.with_suffix(".jsonl")).splitlines())
+        return {(line["checkpoint"], Path(line["val_path"]).stem): line for line in lines if "val_path" in line}
     found = {}
     for path in sorted(directory.glob("eval_*/metrics_*.yaml"), key=lambda path: (len(path.stem), path.stem)):
         metrics = yaml.safe_load(read_file(path))  # NAME, NAME_2, ... NAME_10: in the order of writing
@@ -42,7 +46,8 @@ def table(directories: list[Path]) -> str:
     rows = {}
     for directory in directories:
         for (checkpoint, name), metrics in read_evaluations(directory).items():
-            row = rows.setdefault((directory, checkpoint), {"run": directory.name, "checkpoint": checkpoint})
+            run = directory.name.removesuffix(".yaml")
+            row = rows.setdefault((directory, checkpoint), {"run": run, "checkpoint": checkpoint})
             row[f"{name} %"] = percent(metrics)
     return markdown(list(rows.values()))
 

@@ -3,9 +3,9 @@
     python scripts/record.py results/ring checkpoints/ring-cot-seed* checkpoints/ring-coconut-seed* \\
         --command "python preprocessing/ring.py" --command "python scripts/table1.py ring --seeds 3"
 
-Runs that differ in their seed alone are one row of the table. The folder holds RUN/config.yaml, RUN/metrics.jsonl (of
-more than 1 MB every k-th step, with the mean loss of the k), RUN/eval_*/metrics_*.yaml, curves.svg and README.md. A
-folder that exists is left alone. Needs matplotlib and scipy (requirements-extra.txt).
+Runs that differ in their seed alone are one row of the table. The folder holds curves.svg, README.md and, of each run,
+RUN.yaml, its config, and RUN.jsonl: the mean training loss and the validation of each epoch, and the tests. A folder
+that exists is left alone. Needs matplotlib and scipy (requirements-extra.txt).
 """
 
 from __future__ import annotations
@@ -18,17 +18,14 @@ import shutil
 import statistics
 import sys
 from collections.abc import Iterator
-from itertools import groupby
 from pathlib import Path
 
 import plot
 import yaml
 from evaluations import markdown, read_evaluations, table
-from runs import ROOT, Finished, UserError, read_file, read_run
+from runs import ROOT, Finished, UserError, files, read_file, read_run
 
 from config import PATH_KEYS
-
-LARGEST = 1_000_000  # bytes of a metrics.jsonl that is kept whole
 
 
 def check(runs: list[Finished]) -> None:
@@ -47,23 +44,20 @@ def repeated(values: list) -> list:
     return [value for place, value in enumerate(values) if value in values[:place]]
 
 
-def thinned(lines: list[dict], every: int) -> Iterator[dict]:
-    """The validations, and of so many steps of an epoch the last, with their mean loss."""
-    for _, part in groupby(lines, lambda line: (line.get("train/epoch"), (line["step"] - 1) // every)):
-        *_, last = part = list(part)
-        mean = {"train/loss": statistics.mean(line["train/loss"] for line in part)} if "train/loss" in last else {}
-        yield last | mean
-
-
-def metrics_text(run: Finished) -> str:
-    """A run's metrics.jsonl, thinned where it is large."""
-    size = (run.directory / "metrics.jsonl").stat().st_size
-    return "".join(json.dumps(line) + "\n" for line in thinned(run.lines, math.ceil(size / LARGEST)))
+def thinned(run: Finished) -> Iterator[dict]:
+    """Yield what is kept of a run's metrics: each epoch's mean training loss and validation, then the tests."""
+    losses = run.curves["training loss"]
+    for epoch, validation in run.validations.items():
+        if epoch in losses:
+            yield {"step": validation["step"], "train/epoch": epoch, "train/loss": losses[epoch]}
+        yield validation
+    for (checkpoint, _), test in read_evaluations(run.directory).items():
+        yield test | {"checkpoint": checkpoint, "val_path": from_root(test["val_path"])}
 
 
 def config_text(run: Finished) -> str:
     """A run's config.yaml without the folders of one machine; what is in the project is named from its root."""
-    comments = re.findall(r"^#.*\n", read_file(run.directory / "config.yaml"), re.MULTILINE)
+    comments = re.findall(r"^#.*\n", read_file(files(run.directory)[0]), re.MULTILINE)
     places = {key: from_root(run.config[key]) for key in PATH_KEYS} | {"save_path": "checkpoints", "data_cache": None}
     return "".join(comments) + yaml.safe_dump(run.config | places, sort_keys=False)
 
@@ -137,9 +131,9 @@ def readme(folder: Path, runs: list[Finished], commands: list[str]) -> str:
 
 {markdown(rows)}
 
-Accuracy in validation, chains that are right from end to end, and generated tokens (thoughts count): all of the
-checkpoint `best`, the best of the last stage, which is also the one that was tested. Mean ± standard deviation over
-seeds (95 % t-interval of the mean); of one seed the value alone.
+Validation accuracy, chains that are correct throughout, and generated tokens (including thoughts), all for the
+checkpoint `best`, the best one of the last stage, which is also the one tested. Mean ± standard deviation over seeds
+(95 % t-interval of the mean); for a single seed, just the value.
 
 ![Accuracy and loss over the epochs](curves.svg)
 
@@ -147,20 +141,20 @@ seeds (95 % t-interval of the mean); of one seed the value alone.
 
 {listing}
 
-One run alone is made again by `python run.py {folder}/RUN/config.yaml`. Whether another run is like these:
+`python run.py {folder}/RUN.yaml` trains one of them again. To compare a run of yours with them:
 
     python scripts/compare.py checkpoints/RUN {folder}
 
 {markdown([origin(run) for run in runs])}
 
-Minutes lie between the start and the last validation, on a machine that may have had other work.
+Minutes are from the start to the last validation, on a machine that may have been busy with other work.
 """
 
 
 TESTS = """\
 ## Tests
 
-Each run by itself, with Wilson's 95 % interval over the problems:
+Each run individually, with Wilson's 95 % interval over the problems:
 
 {table}
 
@@ -183,15 +177,9 @@ def write(folder: Path, runs: list[Finished], commands: list[str]) -> None:
 def write_all(folder: Path, runs: list[Finished], commands: list[str]) -> None:
     """Writes the files into the folder."""
     for run in runs:
-        kept = folder / run.config["name"]
-        kept.mkdir()
-        (kept / "config.yaml").write_text(config_text(run), encoding="utf-8")
-        (kept / "metrics.jsonl").write_text(metrics_text(run), encoding="utf-8")
-        for (checkpoint, name), found in read_evaluations(run.directory).items():
-            path = kept / f"eval_{checkpoint}" / f"metrics_{name}.yaml"
-            path.parent.mkdir(exist_ok=True)
-            places = {key: from_root(found[key]) for key in ("checkpoint", "val_path")}
-            path.write_text(yaml.safe_dump(found | places), encoding="utf-8")
+        config, metrics = files(folder / f"{run.config['name']}.yaml")
+        config.write_text(config_text(run), encoding="utf-8")
+        metrics.write_text("".join(json.dumps(line) + "\n" for line in thinned(run)), encoding="utf-8")
     (folder / "README.md").write_text(readme(folder, runs, commands), encoding="utf-8")
     plot.save(plot.group(runs), folder / "curves.svg")
 

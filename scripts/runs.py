@@ -24,17 +24,16 @@ DATA_KEYS = ("train_path", "val_path")
 
 @dataclass(frozen=True)
 class Finished:
-    """What a run's directory tells: its resolved config, the versions that it names, and values by finished epochs.
+    """What a run's files tell: its resolved config, the versions that it names, and values by finished epochs.
 
+    directory: the run's, or the RUN.yaml of a recorded one; validations: {epoch: its line of the metrics};
     curves: name -> {epoch: value}, those of CURVES and the "training loss", a mean over the epoch's steps;
-    lines: those of metrics.jsonl; validations: {epoch: its line}; stages: {epoch: stage};
-    steps: {epoch: optimizer steps done by then}.
+    stages: {epoch: stage}; steps: {epoch: optimizer steps done by then}.
     """
 
     directory: Path
     config: dict
     versions: dict[str, str]
-    lines: list[dict]
     validations: dict[int, dict]
     curves: dict[str, dict[int, float]]
     stages: dict[int, int]
@@ -47,9 +46,24 @@ class Finished:
         return max((v for v in self.validations.values() if v["eval/stage"] == newest), key=lambda v: v["eval/acc"])
 
 
+def files(directory: Path) -> tuple[Path, Path]:
+    """Return the config and the metrics of a run's directory, or of a RUN.yaml, which has a RUN.jsonl beside it."""
+    if directory.suffix == ".yaml":
+        return directory, directory.with_suffix(".jsonl")
+    return directory / "config.yaml", directory / "metrics.jsonl"
+
+
+def find_runs(place: Path) -> list[Path]:
+    """Return the runs below a folder, each as read_run takes it; of a RUN.yaml, that alone."""
+    if place.is_file():
+        return [place]
+    recorded = (path for path in place.rglob("*.yaml") if path.with_suffix(".jsonl").exists())
+    return sorted([*(path.parent for path in place.rglob("metrics.jsonl")), *recorded])
+
+
 def read_run(directory: Path) -> Finished:
-    """Reads a run's config.yaml and metrics.jsonl. Raises UserError where they are missing, damaged or too short."""
-    text, metrics = (read_file(directory / name) for name in ("config.yaml", "metrics.jsonl"))
+    """Read a run's config and metrics. Raise UserError where they are missing, damaged or too short."""
+    text, metrics = map(read_file, files(directory))
     try:
         config = Config(yaml.safe_load(text)).resolved()
         whole, _, _ = metrics.rpartition("\n")  # a running one has begun another line
@@ -65,7 +79,7 @@ def read_run(directory: Path) -> Finished:
         raise UserError(f"{directory}: no epoch of this run has ended yet; wait for its first validation")
     stages, steps = ({epoch: line[key] for epoch, line in validations.items()} for key in ("eval/stage", "step"))
     versions = dict(re.findall(r"^# (?!run )(\w+) (.+)$", text, re.M))  # a run's name is no version
-    return Finished(directory, config, versions, lines, validations, curves, stages, steps)
+    return Finished(directory, config, versions, validations, curves, stages, steps)
 
 
 def read_file(path: Path) -> str:

@@ -11,7 +11,6 @@ import plot
 import pytest
 import record
 import yaml
-from runs import training_losses
 
 import run
 from helpers import make_problems, save_model, words, write_json
@@ -159,17 +158,15 @@ def test_a_record_is_a_reference(tested, tmp_path, capsys):
     assert compare.main([*map(str, tested), str(folder)]) == 0
     assert "2 seed(s)" in (printed := capsys.readouterr().out)
     assert "one seed shows no spread" in printed  # cot
-    for directory in tested:
-        copy, original = plot.read_run(folder / directory.name), plot.read_run(directory)
-        assert copy.lines == original.lines
-        assert copy.versions == original.versions
-        assert copy.config == original.config | {"save_path": "checkpoints"}
     page = (folder / "README.md").read_text()
     assert "    python make.py\n    python scripts/record.py" in page
     assert str(tmp_path.parent) not in page.replace(str(folder), "")
     assert "1 x CPU" in page
     assert page.count("to ") >= 3  # intervals: of two seeds, and of two tests
     ElementTree.parse(folder / "curves.svg")
+    assert {path.name for path in folder.iterdir()} == {"README.md", "curves.svg"} | {
+        f"{directory.name}{ending}" for directory in tested for ending in (".yaml", ".jsonl")
+    }
     kept = (folder / "README.md").stat()
     assert record.main([str(folder), str(tested[0])]) == 2
     assert "never overwritten" in capsys.readouterr().err
@@ -195,14 +192,28 @@ def test_a_failed_record_leaves_nothing(start, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_large_metrics_are_thinned_without_a_change_of_the_curves(start, monkeypatch):
-    whole = plot.read_run(start("seed0"))
-    monkeypatch.setattr(record, "LARGEST", (whole.directory / "metrics.jsonl").stat().st_size / 2.5)
-    lines = [json.loads(line) for line in record.metrics_text(whole).splitlines()]
-    assert [line for line in lines if "eval/epoch" in line] == list(whole.validations.values())
-    steps = [line["step"] for line in lines if "train/loss" in line]
-    assert steps == [3, 6, 9, 12]  # of three steps an epoch
-    assert dict(training_losses(lines)) == pytest.approx(whole.curves["training loss"])
+def test_a_record_has_a_line_for_each_epoch_and_the_curves_of_its_run(tested, tmp_path, capsys):
+    folder = tmp_path / "small"
+    assert record.main([str(folder), *map(str, tested)]) == 0
+    for directory in tested:
+        recorded = folder / f"{directory.name}.yaml"
+        copy, original = plot.read_run(recorded), plot.read_run(directory)
+        for name in ("curves", "validations", "stages", "steps", "versions", "best"):
+            assert getattr(copy, name) == getattr(original, name)
+        assert copy.config == original.config | {"save_path": "checkpoints"}
+        lines = [json.loads(line) for line in recorded.with_suffix(".jsonl").read_text().splitlines()]
+        assert [line["train/epoch"] for line in lines if "train/loss" in line] == [1, 2, 3, 4]
+        assert compare.main([str(recorded), str(directory)]) == compare.main([str(directory), str(recorded)]) == 0
+    assert compare.main([*map(str, folder.glob("*.yaml")), str(folder)]) == 0
+    capsys.readouterr()
+    tables = []
+    for runs in ([tested[0], tested[2]], [folder / "seed0.yaml", folder / "cot.yaml"]):
+        assert evaluations.main([*map(str, runs)]) == 0
+        tables.append(capsys.readouterr().out)
+    assert tables[0] == tables[1]
+    assert record.main([str(tmp_path / "again"), *map(str, sorted(folder.glob("*.yaml")))]) == 0
+    for path in folder.glob("*l"):
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
 
 
 def test_the_spread_over_seeds_is_students():
