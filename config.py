@@ -7,6 +7,7 @@ import importlib.util
 import math
 import os
 import re
+import reprlib
 import shutil
 import sys
 import types
@@ -14,7 +15,8 @@ import typing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from components.parsing import broken, parse_yaml, shown
+import yaml
+
 from curriculum import METHODS
 
 OFFICIAL_METHODS = ("coconut", "cot", "no_thoughts", "no_cot")  # the official code names a method by four booleans
@@ -128,7 +130,7 @@ class Config:
         options, hints, problems = {f.name: f for f in fields(self)}, typing.get_type_hints(Config), []
         for key, value in values.items():
             if key not in options:
-                key = key if isinstance(key, str) else shown(key)
+                key = key if isinstance(key, str) else abbreviated(key)
                 near = difflib.get_close_matches(key, options, n=1, cutoff=0)[0]
                 problems.append(f"{key}: unknown key; the nearest known one is {near}")
                 continue
@@ -165,17 +167,17 @@ def check_value(value, hint, doc: str, low, high, choices):
         value = to_float(value)  # YAML 1.1 reads 1e-4 as a string
     if type(value) not in kinds:
         names = " or ".join("None" if kind is types.NoneType else kind.__name__ for kind in kinds)
-        raise ValueError(f"{shown(value)} is no {names} ({doc})")
-    if isinstance(value, str) and ("\0" in value or broken(value)):
-        raise ValueError(f"{shown(value)} holds a null byte or half a character ({doc})")
+        raise ValueError(f"{abbreviated(value)} is no {names} ({doc})")
+    if isinstance(value, str) and ("\0" in value or has_lone_surrogate(value)):
+        raise ValueError(f"{abbreviated(value)} holds a null byte or half a character ({doc})")
     if choices and value not in choices:
-        raise ValueError(f"{shown(value)} is none of {', '.join(str(c) for c in choices if c is not None)}")
+        raise ValueError(f"{abbreviated(value)} is none of {', '.join(str(c) for c in choices if c is not None)}")
     if isinstance(value, int | float) and not isinstance(value, bool):
         above, below = low is None or value >= low, high is None or value <= high
         sane = abs(value) < 2**63 if isinstance(value, int) else math.isfinite(value)
         if not (above and below and sane):
             bounds = f"at least {low}" if high is None else f"from {low} to {high}"
-            raise ValueError(f"{shown(value)} is out of range: a finite number, {bounds} ({doc})")
+            raise ValueError(f"{abbreviated(value)} is out of range: a finite number, {bounds} ({doc})")
     return value
 
 
@@ -187,6 +189,22 @@ def to_float(value):
         return value
     except OverflowError:
         return math.inf
+
+
+def abbreviated(value) -> str:
+    """Format a value for a message: short, however large, deep or often repeated its parts are."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 100
+    short.maxlevel = 3
+    try:
+        return short.repr(value)
+    except ValueError:  # Python formats no integer of more than 4,300 digits
+        return "a number with too many digits"
+
+
+def has_lone_surrogate(text: str) -> bool:
+    """Whether a text contains half of a surrogate pair, which UTF-8 cannot encode."""
+    return not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def load_config(path: str, overrides: list[str] = ()) -> Config:
@@ -201,6 +219,16 @@ def load_config(path: str, overrides: list[str] = ()) -> Config:
     return config
 
 
+def parse_yaml(text: str):
+    """Parse YAML of plain types. Raises ValueError with the reason."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
+    except Exception as error:  # PyYAML raises all kinds for values such as 2001-99-99, !!bool a or [[[[...
+        raise ValueError(f"a value cannot be read: {error!s:.200}") from error
+
+
 def read_words(words: list[str]) -> tuple[dict, list[str]]:
     """The values in key=value words, and a line for each word that is none."""
     values, problems = {}, []
@@ -212,7 +240,7 @@ def read_words(words: list[str]) -> tuple[dict, list[str]]:
         try:
             values[key.removeprefix("--")] = parse_yaml(text)
         except ValueError:
-            problems.append(f"{key}: {shown(text)} is not a YAML value; quote it")
+            problems.append(f"{key}: {abbreviated(text)} is not a YAML value; quote it")
     return values, problems
 
 
@@ -234,8 +262,8 @@ def read_yaml(path: str | Path, inside: tuple[Path, ...] = ()) -> dict:
     base = values.pop("base", None)
     if base is None:
         return values
-    if not isinstance(base, str) or "\0" in base or broken(base):
-        raise UserError(f"{path}: base: {shown(base)} is no path; name a YAML file, relative to this one")
+    if not isinstance(base, str) or "\0" in base or has_lone_surrogate(base):
+        raise UserError(f"{path}: base: {abbreviated(base)} is no path; name a YAML file, relative to this one")
     return read_yaml(path.parent / base, (*inside, path)) | values
 
 
@@ -266,8 +294,8 @@ def run_problems(config: Config, given: dict) -> list[str]:
         Path(config.name).name != config.name or config.name == ".." or len(config.name.encode()) > 255
     ):
         problems.append(
-            f"name: {shown(config.name)} must be a plain directory name, of 255 bytes at most; directories belong into "
-            "save_path"
+            f"name: {abbreviated(config.name)} must be a plain directory name, of 255 bytes at most; directories "
+            "belong into save_path"
         )
     problems += missing_packages(config)
     return problems + [p for key in PATH_KEYS for p in path_problem(key, config)]
@@ -302,7 +330,7 @@ def path_problem(key: str, config: Config) -> list[str]:
         local = key not in ("save_path", "data_cache") and (key != "model_id" or value.startswith((".", "/", "~")))
         return [f"{key}: {value!r} does not exist; {REMEDIES[key]}"] if local else []
     except OSError as error:  # a name that is too long, a folder that this user may not enter
-        return [f"{key}: {shown(value)} cannot be used: {error.strerror}; choose another path"]
+        return [f"{key}: {abbreviated(value)} cannot be used: {error.strerror}; choose another path"]
     return []
 
 
