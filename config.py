@@ -12,6 +12,7 @@ import shutil
 import sys
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -28,9 +29,14 @@ class UserError(ValueError):
     """A user's mistake: its message says what and where it is and how to mend it; run.py exits with code 2."""
 
 
-def option(default, doc: str, low: float | None = None, high: float | None = None, choices: tuple = ()):
-    """A config key: its default, what it means, and the values it takes."""
-    return field(default=default, metadata={"doc": doc, "low": low, "high": high, "choices": choices})
+def option(
+    default, doc: str, low: float | None = None, high: float | None = None, choices: tuple = (), free: bool = False
+):
+    """Define a config key: its default, its meaning, the values it takes, and whether it is free.
+
+    free: a continued run may change the key, since it does not alter what is trained.
+    """
+    return field(default=default, metadata={"doc": doc, "low": low, "high": high, "choices": choices, "free": free})
 
 
 @dataclass(init=False)
@@ -42,12 +48,16 @@ class Config:
     """
 
     # general
-    project: str = option("coconut", "project name for the logger")
-    name: str | None = option(None, "name of the run; its directory is save_path/name")
-    save_path: str = option("checkpoints", "directory of all runs")
-    only_eval: bool = option(False, "only load a model and test it on val_path (needs load_model_path)")
-    debug: bool = option(False, "try-out: nothing is written; the first 5,000 training, 32 validation problems")
-    logger: str = option("wandb", "where metrics go besides metrics.jsonl", choices=("wandb", "tensorboard", "none"))
+    project: str = option("coconut", "project name for the logger", free=True)
+    name: str | None = option(None, "name of the run; its directory is save_path/name", free=True)
+    save_path: str = option("checkpoints", "directory of all runs", free=True)
+    only_eval: bool = option(False, "only load a model and test it on val_path (needs load_model_path)", free=True)
+    debug: bool = option(
+        False, "try-out: nothing is written; the first 5,000 training, 32 validation problems", free=True
+    )
+    logger: str = option(
+        "wandb", "where metrics go besides metrics.jsonl", choices=("wandb", "tensorboard", "none"), free=True
+    )
     # method
     method: str | None = option(None, "what to train, a row of the paper's Table 1", choices=(None, *METHODS))
     coconut: bool = option(False, "official spelling of method: coconut")
@@ -70,18 +80,24 @@ class Config:
     load_model_path: str | None = option(None, "checkpoint (directory or official file) to evaluate or to start from")
     new_token_init: str = option("<<", "the markers' new rows start as this token's; the mean row if it is not one")
     lora_rank: int | None = option(None, "train low-rank adapters of this rank (None: all weights); needs peft", low=1)
-    trust_remote_code: bool = option(False, "let a hub model run code of its own")
-    verify: bool = option(True, "check a checkpoint that is loaded against its manifest; False saves reading it twice")
+    trust_remote_code: bool = option(False, "let a hub model run code of its own", free=True)
+    verify: bool = option(
+        True, "check a checkpoint that is loaded against its manifest; False saves reading it twice", free=True
+    )
     # data
     train_path: str | None = option(None, "training problems: JSON, JSON lines, Parquet or hub:OWNER/NAME[:SPLIT]")
-    val_path: str | None = option(None, "validation or test problems, likewise; of the hub, name the SPLIT")
-    data_cache: str | None = option(None, "folder that keeps tokenized data (None: the cache folder of datasets)")
-    data_workers: int | None = option(None, "processes that make batches ahead (None: 1 for a GPU, else 0)", low=0)
+    val_path: str | None = option(None, "validation or test problems, likewise; of the hub, name the SPLIT", free=True)
+    data_cache: str | None = option(
+        None, "folder that keeps tokenized data (None: the cache folder of datasets)", free=True
+    )
+    data_workers: int | None = option(
+        None, "processes that make batches ahead (None: 1 for a GPU, else 0)", low=0, free=True
+    )
     # training
     seed: int = option(0, "random seed of weights, order, dropout and stage mixing", low=0, high=2**63 - 1)
-    num_epochs: int = option(1, "number of epochs", low=1, high=10**6)
+    num_epochs: int = option(1, "number of epochs", low=1, high=10**6, free=True)
     resume: int = option(
-        0, "finished epochs to skip at the start; for only_eval, the epoch that fixes the stage", low=0
+        0, "finished epochs to skip at the start; for only_eval, the epoch that fixes the stage", low=0, free=True
     )
     batch_size_training: int = option(32, "problems per process and forward pass", low=1)
     gradient_accumulation_steps: int = option(1, "forward passes per optimizer step", low=1)
@@ -104,22 +120,34 @@ class Config:
         False,
         "less memory, more time: keep of each mlp or block its input alone, and compute it again for the gradient",
         choices=(False, "mlp", "block"),
+        free=True,
     )
     compile: bool = option(
-        False, "torch.compile the training passes (never sharded); needs a C++ compiler, and minutes at first"
+        False,
+        "torch.compile the training passes (never sharded); needs a C++ compiler, and minutes at first",
+        free=True,
     )
     parallel: str = option(
-        "auto", "several processes: a copy of the model in each (ddp) or shards (fsdp)", choices=("auto", "ddp", "fsdp")
+        "auto",
+        "several processes: a copy of the model in each (ddp) or shards (fsdp)",
+        choices=("auto", "ddp", "fsdp"),
+        free=True,
     )
     # validation and checkpoints
-    batch_size_eval: int | None = option(None, "problems per process in validation (None: batch_size_training)", low=1)
-    max_new_tokens: int | None = option(None, "longest answer (None: 64 where val_path contains gsm, else 128)", low=1)
-    save_only_improve: bool = option(
-        False, "keep only checkpoints that improved accuracy, and the newest to go on from"
+    batch_size_eval: int | None = option(
+        None, "problems per process in validation (None: batch_size_training)", low=1, free=True
     )
-    save_every_steps: int | None = option(None, "also save within an epoch, after so many optimizer steps", low=1)
-    keep_checkpoints: int | None = option(None, "newest checkpoints to keep besides best (None: all)", low=1)
-    analyze: bool = option(False, "at the end, scripts/analyze.py on best and val_path; needs matplotlib")
+    max_new_tokens: int | None = option(
+        None, "longest answer (None: 64 where val_path contains gsm, else 128)", low=1, free=True
+    )
+    save_only_improve: bool = option(
+        False, "keep only checkpoints that improved accuracy, and the newest to go on from", free=True
+    )
+    save_every_steps: int | None = option(
+        None, "also save within an epoch, after so many optimizer steps", low=1, free=True
+    )
+    keep_checkpoints: int | None = option(None, "newest checkpoints to keep besides best (None: all)", low=1, free=True)
+    analyze: bool = option(False, "at the end, scripts/analyze.py on best and val_path; needs matplotlib", free=True)
 
     def __init__(self, values: dict | None = None):
         if problems := self.update(values or {}):
@@ -135,7 +163,7 @@ class Config:
                 problems.append(f"{key}: unknown key; the nearest known one is {near}")
                 continue
             try:
-                setattr(self, key, check_value(value, hints[key], **options[key].metadata))
+                setattr(self, key, check_value(value, hints[key], options[key].metadata))
             except ValueError as error:
                 problems.append(f"{key}: {error}")
         named = [name for name in OFFICIAL_METHODS if getattr(self, name)]
@@ -153,13 +181,17 @@ class Config:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in OFFICIAL_METHODS}
 
 
+FREE_KEYS = {f.name for f in fields(Config) if f.metadata["free"]}  # those that a continued run may change
+
+
 def report(problems: list[str]) -> str:
     """Several problems as one message."""
     return "\n".join(["the configuration has problems:", *(f"  - {problem}" for problem in problems)])
 
 
-def check_value(value, hint, doc: str, low, high, choices):
+def check_value(value, hint, metadata: Mapping):
     """The value as the type `hint` says, or a ValueError that names it, the expectation and the key's meaning."""
+    doc, low, high, choices = (metadata[name] for name in ("doc", "low", "high", "choices"))
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value == "None" and types.NoneType in kinds:  # official YAML files write the word
         value = None

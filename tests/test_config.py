@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 import run
-from config import Config, UserError, load_config, missing_packages, read_yaml
+from config import FREE_KEYS, Config, UserError, load_config, missing_packages, read_yaml
 from helpers import REPOSITORY, byte_tokenizer, make_problems, run_script, save_model, snapshot, words, write_json
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------
@@ -320,6 +320,13 @@ def test_config_yaml_loads_again_as_the_same_config(place):
     config = load_config("config.yaml", [*changes, "reset_optimizer=every_epoch"])
     (place / "again.yaml").write_text(yaml.safe_dump(config.resolved()))
     assert load_config("again.yaml") == config
+
+
+def test_the_keys_that_a_continued_run_may_change():
+    free = "project name save_path only_eval debug logger trust_remote_code verify val_path data_cache data_workers "
+    free += "num_epochs resume gradient_checkpointing compile parallel batch_size_eval max_new_tokens "
+    free += "save_only_improve save_every_steps keep_checkpoints analyze"
+    assert set(free.split()) == FREE_KEYS
 
 
 # The table of official hyper-parameters; all have lr 1e-4, weight decay 0.01, batch 32, seed 0 and no mixing.
