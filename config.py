@@ -176,6 +176,26 @@ class Config:
         """The number of new tokens at which an answer is cut off."""
         return self.max_new_tokens or (64 if "gsm" in (self.val_path or "") else 128)
 
+    def accumulation_steps(self, world_size: int) -> int:
+        """Number of forward passes per optimizer step on each of `world_size` processes.
+
+        Raises:
+            UserError: global_batch_size is not a multiple of what the processes take at once.
+        """
+        if self.global_batch_size is None:
+            return self.gradient_accumulation_steps
+        steps, rest = divmod(self.global_batch_size, self.batch_size_training * world_size)
+        if rest:
+            raise UserError(
+                f"global_batch_size: {self.global_batch_size} is not a multiple of batch_size_training "
+                f"{self.batch_size_training} x {world_size} processes; change one of them"
+            )
+        return steps
+
+    def problems_per_step(self, world_size: int) -> int:
+        """Number of problems per optimizer step, over all `world_size` processes."""
+        return self.batch_size_training * self.accumulation_steps(world_size) * world_size
+
     def resolved(self) -> dict:
         """All keys but the four booleans, which `method` replaces: what config.yaml holds."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in OFFICIAL_METHODS}

@@ -329,6 +329,30 @@ def test_the_keys_that_a_continued_run_may_change():
     assert set(free.split()) == FREE_KEYS
 
 
+@pytest.mark.parametrize(
+    ("values", "world_size", "steps", "problems"),
+    [
+        ({}, 1, 1, 32),
+        ({"gradient_accumulation_steps": 3}, 2, 3, 192),
+        ({"global_batch_size": 128}, 2, 2, 128),
+        ({"global_batch_size": 128}, 4, 1, 128),
+        ({"global_batch_size": 96, "gradient_accumulation_steps": 7}, 1, 3, 96),
+    ],
+)
+def test_the_problems_of_an_optimizer_step(values, world_size, steps, problems):
+    config = Config(values)
+    assert config.accumulation_steps(world_size) == steps
+    assert config.problems_per_step(world_size) == problems
+    assert config == Config(values)
+
+
+@pytest.mark.parametrize(("size", "world_size"), [(33, 1), (32, 2), (96, 2), (1, 1)])
+def test_a_global_batch_that_the_processes_cannot_share_is_refused(size, world_size):
+    message = f"global_batch_size: {size} is not a multiple of batch_size_training 32 x {world_size} processes"
+    with pytest.raises(UserError, match=message):
+        Config({"global_batch_size": size}).accumulation_steps(world_size)
+
+
 # The table of official hyper-parameters; all have lr 1e-4, weight decay 0.01, batch 32, seed 0 and no mixing.
 PAPER = {  # method, c_thought, epochs_per_stage, max_latent_stage, save_only_improve, reset_optimizer, resume, epochs
     "gsm_cot": ("cot", 0, 1, 0, True, False, 0, 25),
