@@ -7,14 +7,17 @@ import importlib.util
 import math
 import os
 import re
+import reprlib
 import shutil
 import sys
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from components.parsing import broken, parse_yaml, shown
+import yaml
+
 from curriculum import METHODS
 
 OFFICIAL_METHODS = ("coconut", "cot", "no_thoughts", "no_cot")  # the official code names a method by four booleans
@@ -26,9 +29,14 @@ class UserError(ValueError):
     """A user's mistake: its message says what and where it is and how to mend it; run.py exits with code 2."""
 
 
-def option(default, doc: str, low: float | None = None, high: float | None = None, choices: tuple = ()):
-    """A config key: its default, what it means, and the values it takes."""
-    return field(default=default, metadata={"doc": doc, "low": low, "high": high, "choices": choices})
+def option(
+    default, doc: str, low: float | None = None, high: float | None = None, choices: tuple = (), free: bool = False
+):
+    """Define a config key: its default, its meaning, the values it takes, and whether it is free.
+
+    free: a continued run may change the key, since it does not alter what is trained.
+    """
+    return field(default=default, metadata={"doc": doc, "low": low, "high": high, "choices": choices, "free": free})
 
 
 @dataclass(init=False)
@@ -40,12 +48,16 @@ class Config:
     """
 
     # general
-    project: str = option("coconut", "project name for the logger")
-    name: str | None = option(None, "name of the run; its directory is save_path/name")
-    save_path: str = option("checkpoints", "directory of all runs")
-    only_eval: bool = option(False, "only load a model and test it on val_path (needs load_model_path)")
-    debug: bool = option(False, "try-out: nothing is written; the first 5,000 training, 32 validation problems")
-    logger: str = option("wandb", "where metrics go besides metrics.jsonl", choices=("wandb", "tensorboard", "none"))
+    project: str = option("coconut", "project name for the logger", free=True)
+    name: str | None = option(None, "name of the run; its directory is save_path/name", free=True)
+    save_path: str = option("checkpoints", "directory of all runs", free=True)
+    only_eval: bool = option(False, "only load a model and test it on val_path (needs load_model_path)", free=True)
+    debug: bool = option(
+        False, "try-out: nothing is written; the first 5,000 training, 32 validation problems", free=True
+    )
+    logger: str = option(
+        "wandb", "where metrics go besides metrics.jsonl", choices=("wandb", "tensorboard", "none"), free=True
+    )
     # method
     method: str | None = option(None, "what to train, a row of the paper's Table 1", choices=(None, *METHODS))
     coconut: bool = option(False, "official spelling of method: coconut")
@@ -68,18 +80,24 @@ class Config:
     load_model_path: str | None = option(None, "checkpoint (directory or official file) to evaluate or to start from")
     new_token_init: str = option("<<", "the markers' new rows start as this token's; the mean row if it is not one")
     lora_rank: int | None = option(None, "train low-rank adapters of this rank (None: all weights); needs peft", low=1)
-    trust_remote_code: bool = option(False, "let a hub model run code of its own")
-    verify: bool = option(True, "check a checkpoint that is loaded against its manifest; False saves reading it twice")
+    trust_remote_code: bool = option(False, "let a hub model run code of its own", free=True)
+    verify: bool = option(
+        True, "check a checkpoint that is loaded against its manifest; False saves reading it twice", free=True
+    )
     # data
     train_path: str | None = option(None, "training problems: JSON, JSON lines, Parquet or hub:OWNER/NAME[:SPLIT]")
-    val_path: str | None = option(None, "validation or test problems, likewise; of the hub, name the SPLIT")
-    data_cache: str | None = option(None, "folder that keeps tokenized data (None: the cache folder of datasets)")
-    data_workers: int | None = option(None, "processes that make batches ahead (None: 1 for a GPU, else 0)", low=0)
+    val_path: str | None = option(None, "validation or test problems, likewise; of the hub, name the SPLIT", free=True)
+    data_cache: str | None = option(
+        None, "folder that keeps tokenized data (None: the cache folder of datasets)", free=True
+    )
+    data_workers: int | None = option(
+        None, "processes that make batches ahead (None: 1 for a GPU, else 0)", low=0, free=True
+    )
     # training
     seed: int = option(0, "random seed of weights, order, dropout and stage mixing", low=0, high=2**63 - 1)
-    num_epochs: int = option(1, "number of epochs", low=1, high=10**6)
+    num_epochs: int = option(1, "number of epochs", low=1, high=10**6, free=True)
     resume: int = option(
-        0, "finished epochs to skip at the start; for only_eval, the epoch that fixes the stage", low=0
+        0, "finished epochs to skip at the start; for only_eval, the epoch that fixes the stage", low=0, free=True
     )
     batch_size_training: int = option(32, "problems per process and forward pass", low=1)
     gradient_accumulation_steps: int = option(1, "forward passes per optimizer step", low=1)
@@ -102,22 +120,34 @@ class Config:
         False,
         "less memory, more time: keep of each mlp or block its input alone, and compute it again for the gradient",
         choices=(False, "mlp", "block"),
+        free=True,
     )
     compile: bool = option(
-        False, "torch.compile the training passes (never sharded); needs a C++ compiler, and minutes at first"
+        False,
+        "torch.compile the training passes (never sharded); needs a C++ compiler, and minutes at first",
+        free=True,
     )
     parallel: str = option(
-        "auto", "several processes: a copy of the model in each (ddp) or shards (fsdp)", choices=("auto", "ddp", "fsdp")
+        "auto",
+        "several processes: a copy of the model in each (ddp) or shards (fsdp)",
+        choices=("auto", "ddp", "fsdp"),
+        free=True,
     )
     # validation and checkpoints
-    batch_size_eval: int | None = option(None, "problems per process in validation (None: batch_size_training)", low=1)
-    max_new_tokens: int | None = option(None, "longest answer (None: 64 where val_path contains gsm, else 128)", low=1)
-    save_only_improve: bool = option(
-        False, "keep only checkpoints that improved accuracy, and the newest to go on from"
+    batch_size_eval: int | None = option(
+        None, "problems per process in validation (None: batch_size_training)", low=1, free=True
     )
-    save_every_steps: int | None = option(None, "also save within an epoch, after so many optimizer steps", low=1)
-    keep_checkpoints: int | None = option(None, "newest checkpoints to keep besides best (None: all)", low=1)
-    analyze: bool = option(False, "at the end, scripts/analyze.py on best and val_path; needs matplotlib")
+    max_new_tokens: int | None = option(
+        None, "longest answer (None: 64 where val_path contains gsm, else 128)", low=1, free=True
+    )
+    save_only_improve: bool = option(
+        False, "keep only checkpoints that improved accuracy, and the newest to go on from", free=True
+    )
+    save_every_steps: int | None = option(
+        None, "also save within an epoch, after so many optimizer steps", low=1, free=True
+    )
+    keep_checkpoints: int | None = option(None, "newest checkpoints to keep besides best (None: all)", low=1, free=True)
+    analyze: bool = option(False, "at the end, scripts/analyze.py on best and val_path; needs matplotlib", free=True)
 
     def __init__(self, values: dict | None = None):
         if problems := self.update(values or {}):
@@ -128,12 +158,12 @@ class Config:
         options, hints, problems = {f.name: f for f in fields(self)}, typing.get_type_hints(Config), []
         for key, value in values.items():
             if key not in options:
-                key = key if isinstance(key, str) else shown(key)
+                key = key if isinstance(key, str) else abbreviated(key)
                 near = difflib.get_close_matches(key, options, n=1, cutoff=0)[0]
                 problems.append(f"{key}: unknown key; the nearest known one is {near}")
                 continue
             try:
-                setattr(self, key, check_value(value, hints[key], **options[key].metadata))
+                setattr(self, key, check_value(value, hints[key], options[key].metadata))
             except ValueError as error:
                 problems.append(f"{key}: {error}")
         named = [name for name in OFFICIAL_METHODS if getattr(self, name)]
@@ -146,9 +176,32 @@ class Config:
         """The number of new tokens at which an answer is cut off."""
         return self.max_new_tokens or (64 if "gsm" in (self.val_path or "") else 128)
 
+    def accumulation_steps(self, world_size: int) -> int:
+        """Number of forward passes per optimizer step on each of `world_size` processes.
+
+        Raises:
+            UserError: global_batch_size is not a multiple of what the processes take at once.
+        """
+        if self.global_batch_size is None:
+            return self.gradient_accumulation_steps
+        steps, rest = divmod(self.global_batch_size, self.batch_size_training * world_size)
+        if rest:
+            raise UserError(
+                f"global_batch_size: {self.global_batch_size} is not a multiple of batch_size_training "
+                f"{self.batch_size_training} x {world_size} processes; change one of them"
+            )
+        return steps
+
+    def problems_per_step(self, world_size: int) -> int:
+        """Number of problems per optimizer step, over all `world_size` processes."""
+        return self.batch_size_training * self.accumulation_steps(world_size) * world_size
+
     def resolved(self) -> dict:
         """All keys but the four booleans, which `method` replaces: what config.yaml holds."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in OFFICIAL_METHODS}
+
+
+FREE_KEYS = {f.name for f in fields(Config) if f.metadata["free"]}  # those that a continued run may change
 
 
 def report(problems: list[str]) -> str:
@@ -156,8 +209,9 @@ def report(problems: list[str]) -> str:
     return "\n".join(["the configuration has problems:", *(f"  - {problem}" for problem in problems)])
 
 
-def check_value(value, hint, doc: str, low, high, choices):
+def check_value(value, hint, metadata: Mapping):
     """The value as the type `hint` says, or a ValueError that names it, the expectation and the key's meaning."""
+    doc, low, high, choices = (metadata[name] for name in ("doc", "low", "high", "choices"))
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value == "None" and types.NoneType in kinds:  # official YAML files write the word
         value = None
@@ -165,17 +219,17 @@ def check_value(value, hint, doc: str, low, high, choices):
         value = to_float(value)  # YAML 1.1 reads 1e-4 as a string
     if type(value) not in kinds:
         names = " or ".join("None" if kind is types.NoneType else kind.__name__ for kind in kinds)
-        raise ValueError(f"{shown(value)} is no {names} ({doc})")
-    if isinstance(value, str) and ("\0" in value or broken(value)):
-        raise ValueError(f"{shown(value)} holds a null byte or half a character ({doc})")
+        raise ValueError(f"{abbreviated(value)} is no {names} ({doc})")
+    if isinstance(value, str) and ("\0" in value or has_lone_surrogate(value)):
+        raise ValueError(f"{abbreviated(value)} holds a null byte or half a character ({doc})")
     if choices and value not in choices:
-        raise ValueError(f"{shown(value)} is none of {', '.join(str(c) for c in choices if c is not None)}")
+        raise ValueError(f"{abbreviated(value)} is none of {', '.join(str(c) for c in choices if c is not None)}")
     if isinstance(value, int | float) and not isinstance(value, bool):
         above, below = low is None or value >= low, high is None or value <= high
         sane = abs(value) < 2**63 if isinstance(value, int) else math.isfinite(value)
         if not (above and below and sane):
             bounds = f"at least {low}" if high is None else f"from {low} to {high}"
-            raise ValueError(f"{shown(value)} is out of range: a finite number, {bounds} ({doc})")
+            raise ValueError(f"{abbreviated(value)} is out of range: a finite number, {bounds} ({doc})")
     return value
 
 
@@ -187,6 +241,22 @@ def to_float(value):
         return value
     except OverflowError:
         return math.inf
+
+
+def abbreviated(value) -> str:
+    """Format a value for a message: short, however large, deep or often repeated its parts are."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 100
+    short.maxlevel = 3
+    try:
+        return short.repr(value)
+    except ValueError:  # Python formats no integer of more than 4,300 digits
+        return "a number with too many digits"
+
+
+def has_lone_surrogate(text: str) -> bool:
+    """Whether a text contains half of a surrogate pair, which UTF-8 cannot encode."""
+    return not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def load_config(path: str, overrides: list[str] = ()) -> Config:
@@ -201,6 +271,16 @@ def load_config(path: str, overrides: list[str] = ()) -> Config:
     return config
 
 
+def parse_yaml(text: str):
+    """Parse YAML of plain types. Raises ValueError with the reason."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
+    except Exception as error:  # PyYAML raises all kinds for values such as 2001-99-99, !!bool a or [[[[...
+        raise ValueError(f"a value cannot be read: {error!s:.200}") from error
+
+
 def read_words(words: list[str]) -> tuple[dict, list[str]]:
     """The values in key=value words, and a line for each word that is none."""
     values, problems = {}, []
@@ -212,7 +292,7 @@ def read_words(words: list[str]) -> tuple[dict, list[str]]:
         try:
             values[key.removeprefix("--")] = parse_yaml(text)
         except ValueError:
-            problems.append(f"{key}: {shown(text)} is not a YAML value; quote it")
+            problems.append(f"{key}: {abbreviated(text)} is not a YAML value; quote it")
     return values, problems
 
 
@@ -234,8 +314,8 @@ def read_yaml(path: str | Path, inside: tuple[Path, ...] = ()) -> dict:
     base = values.pop("base", None)
     if base is None:
         return values
-    if not isinstance(base, str) or "\0" in base or broken(base):
-        raise UserError(f"{path}: base: {shown(base)} is no path; name a YAML file, relative to this one")
+    if not isinstance(base, str) or "\0" in base or has_lone_surrogate(base):
+        raise UserError(f"{path}: base: {abbreviated(base)} is no path; name a YAML file, relative to this one")
     return read_yaml(path.parent / base, (*inside, path)) | values
 
 
@@ -266,8 +346,8 @@ def run_problems(config: Config, given: dict) -> list[str]:
         Path(config.name).name != config.name or config.name == ".." or len(config.name.encode()) > 255
     ):
         problems.append(
-            f"name: {shown(config.name)} must be a plain directory name, of 255 bytes at most; directories belong into "
-            "save_path"
+            f"name: {abbreviated(config.name)} must be a plain directory name, of 255 bytes at most; directories "
+            "belong into save_path"
         )
     problems += missing_packages(config)
     return problems + [p for key in PATH_KEYS for p in path_problem(key, config)]
@@ -302,7 +382,7 @@ def path_problem(key: str, config: Config) -> list[str]:
         local = key not in ("save_path", "data_cache") and (key != "model_id" or value.startswith((".", "/", "~")))
         return [f"{key}: {value!r} does not exist; {REMEDIES[key]}"] if local else []
     except OSError as error:  # a name that is too long, a folder that this user may not enter
-        return [f"{key}: {shown(value)} cannot be used: {error.strerror}; choose another path"]
+        return [f"{key}: {abbreviated(value)} cannot be used: {error.strerror}; choose another path"]
     return []
 
 

@@ -18,7 +18,7 @@ from components.lora import check_frozen, frozen_checksum, merged, rows_of_table
 from components.moments import MOMENTS, TensorFile, load_moments, named_moments, write_tensors
 from components.pretrained import Pretrained, read_description, read_tensors
 from components.spread import while_collecting
-from config import Config, UserError
+from config import FREE_KEYS, Config, UserError
 from curriculum import ALL, METHODS, placeholders
 
 STATE = "training_state.pt"
@@ -203,24 +203,6 @@ def check_intact(config: Config, path: str | Path | None) -> None:
     elif complaint := verify_manifest(where, unread={STATE, MOMENTS}):
         advice = "copy it anew, or take another one; verify: False takes it as it is"
         raise UserError(f"{key}: {str(where)!r} is damaged ({complaint}); {advice}")
-
-
-# Keys that a continued run may change: none of them alters what is trained.
-FREE_KEYS = {
-    "project",
-    "name",
-    "save_path",
-    "only_eval",
-    "debug",
-    "logger",
-    "num_epochs",
-    "resume",
-    "val_path",
-    "verify",
-    "analyze",
-}
-FREE_KEYS |= {"batch_size_eval", "max_new_tokens", "save_only_improve", "save_every_steps", "keep_checkpoints"}
-FREE_KEYS |= {"parallel", "compile", "gradient_checkpointing", "trust_remote_code", "data_cache", "data_workers"}
 
 
 def check_same_training(saved: dict, config: Config, checkpoint: Path, processes: Processes) -> None:

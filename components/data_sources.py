@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -10,8 +11,7 @@ from pathlib import Path
 import pyarrow
 from pyarrow import parquet
 
-from components.parsing import broken, parse_json, shown
-from config import HUB, UserError
+from config import HUB, UserError, abbreviated, has_lone_surrogate
 from curriculum import END, LATENT, PAUSE, START
 
 FIELDS = ("question", "answer", "steps")
@@ -55,8 +55,8 @@ def read_source(path: str) -> Iterable:
 def json_rows(text: str, path: str) -> Iterable:
     """The problems of a JSON list, or of JSON lines."""
     try:
-        problems = parse_json(text)
-    except ValueError as error:
+        problems = json.loads(text)
+    except (ValueError, RecursionError) as error:
         if getattr(error, "msg", None) == "Extra data" and text.lstrip().startswith("{"):
             return json_lines(text, path)
         raise UserError(f"{path}: not valid JSON: {error}; expected a list of {SHAPE}") from error
@@ -72,8 +72,8 @@ def json_lines(text: str, path: str) -> Iterator:
     lines = ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
     for index, (number, line) in enumerate(lines):
         try:
-            yield parse_json(line)
-        except ValueError as error:
+            yield json.loads(line)
+        except (ValueError, RecursionError) as error:
             reason = f"{error.msg} at column {error.colno}" if hasattr(error, "msg") else error
             raise UserError(f"{path}: problem {index} (line {number}): not valid JSON: {reason}") from error
 
@@ -133,13 +133,13 @@ def validate_problem(problem) -> str | None:
         if name not in problem:
             return f'has no "{name}"'
     if not isinstance(problem["steps"], list):
-        return f'"steps" is no list but {shown(problem["steps"])}'
+        return f'"steps" is no list but {abbreviated(problem["steps"])}'
     texts = {"question": problem["question"], "answer": problem["answer"]}
     texts |= {f"steps[{i}]": step for i, step in enumerate(problem["steps"])}
     for name, text in texts.items():
         if not isinstance(text, str):
-            return f'"{name}" is no string but {shown(text)}'
-        if broken(text):
+            return f'"{name}" is no string but {abbreviated(text)}'
+        if has_lone_surrogate(text):
             return f'"{name}" holds half a surrogate pair, which is no character'
         if "<|" in text and (marker := next((m for m in (START, END, LATENT, PAUSE) if m in text), None)):
             return f'"{name}" holds {marker}, which only the curriculum may insert'

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 
 from components.errors import SaveError
-from components.parsing import parse_json
 from config import UserError
 
 MANIFEST = "manifest.json"
@@ -90,7 +89,10 @@ def verify_manifest(directory: Path, unread: set[str] = frozenset()) -> str | No
 
 def read_manifest(directory: Path) -> dict[str, dict]:
     """The size and checksum of every file that belongs to a directory. Raises OSError or ValueError."""
-    manifest = parse_json((directory / MANIFEST).read_text(encoding="utf-8"))
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError(f"{directory / MANIFEST}: {error}") from error
     if not isinstance(manifest, dict):
         raise ValueError(f"{directory / MANIFEST} holds no mapping")
     return manifest

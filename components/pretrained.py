@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,8 +22,7 @@ from transformers import (
 from coconut import Coconut
 from components.distributed import Processes
 from components.export import DESCRIPTION
-from components.parsing import parse_json, shown
-from config import Config, UserError
+from config import Config, UserError, abbreviated
 from curriculum import END, LATENT, METHODS, PAUSE, START
 
 PREFIX = "base_causallm."  # of a language model's names in official files of a Coconut module
@@ -258,9 +258,9 @@ def read_description(folder: str | Path) -> dict:
     if not os.path.isfile(path):  # False, and no error, for a name that no file can have
         return {}
     try:
-        description = parse_json(path.read_text(encoding="utf-8"))
+        description = json.loads(path.read_text(encoding="utf-8"))
         check_description(description)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"load_model_path: {str(path)!r} cannot be read: {error}") from error
     return description
 
@@ -268,10 +268,10 @@ def read_description(folder: str | Path) -> dict:
 def check_description(description) -> None:
     """Raises ValueError unless a coconut.json holds what is asked of it, each of its type."""
     if not isinstance(description, dict):
-        raise ValueError(f"it must be a mapping, not {shown(description)}")
+        raise ValueError(f"it must be a mapping, not {abbreviated(description)}")
     for key, kind in {"token_ids": dict, "stage": int, "improved": bool}.items():
         if key in description and type(description[key]) is not kind:
-            raise ValueError(f"{key} must be a {kind.__name__}, not {shown(description[key])}")
+            raise ValueError(f"{key} must be a {kind.__name__}, not {abbreviated(description[key])}")
     if description.get("stage", 0) < -1:  # -1: saved before the first step
         raise ValueError(f"stage must be at least -1, not {description['stage']}")
 

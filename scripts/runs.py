@@ -15,8 +15,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from components.checkpoint import FREE_KEYS  # noqa: E402
-from config import Config, UserError  # noqa: E402
+from config import FREE_KEYS, Config, UserError  # noqa: E402
 
 CURVES = {"accuracy": "eval/acc", "validation loss": "eval/loss"}  # of each epoch's validation
 DATA_KEYS = ("train_path", "val_path")

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 import run
-from config import Config, UserError, load_config, missing_packages, read_yaml
+from config import FREE_KEYS, Config, UserError, load_config, missing_packages, read_yaml
 from helpers import REPOSITORY, byte_tokenizer, make_problems, run_script, save_model, snapshot, words, write_json
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------
@@ -320,6 +320,37 @@ def test_config_yaml_loads_again_as_the_same_config(place):
     config = load_config("config.yaml", [*changes, "reset_optimizer=every_epoch"])
     (place / "again.yaml").write_text(yaml.safe_dump(config.resolved()))
     assert load_config("again.yaml") == config
+
+
+def test_the_keys_that_a_continued_run_may_change():
+    free = "project name save_path only_eval debug logger trust_remote_code verify val_path data_cache data_workers "
+    free += "num_epochs resume gradient_checkpointing compile parallel batch_size_eval max_new_tokens "
+    free += "save_only_improve save_every_steps keep_checkpoints analyze"
+    assert set(free.split()) == FREE_KEYS
+
+
+@pytest.mark.parametrize(
+    ("values", "world_size", "steps", "problems"),
+    [
+        ({}, 1, 1, 32),
+        ({"gradient_accumulation_steps": 3}, 2, 3, 192),
+        ({"global_batch_size": 128}, 2, 2, 128),
+        ({"global_batch_size": 128}, 4, 1, 128),
+        ({"global_batch_size": 96, "gradient_accumulation_steps": 7}, 1, 3, 96),
+    ],
+)
+def test_the_problems_of_an_optimizer_step(values, world_size, steps, problems):
+    config = Config(values)
+    assert config.accumulation_steps(world_size) == steps
+    assert config.problems_per_step(world_size) == problems
+    assert config == Config(values)
+
+
+@pytest.mark.parametrize(("size", "world_size"), [(33, 1), (32, 2), (96, 2), (1, 1)])
+def test_a_global_batch_that_the_processes_cannot_share_is_refused(size, world_size):
+    message = f"global_batch_size: {size} is not a multiple of batch_size_training 32 x {world_size} processes"
+    with pytest.raises(UserError, match=message):
+        Config({"global_batch_size": size}).accumulation_steps(world_size)
 
 
 # The table of official hyper-parameters; all have lr 1e-4, weight decay 0.01, batch 32, seed 0 and no mixing.
