@@ -172,6 +172,11 @@ class Config:
         return problems
 
     @property
+    def run_directory(self) -> Path:
+        """The directory of the run: save_path/name."""
+        return Path(self.save_path, self.name)
+
+    @property
     def answer_limit(self) -> int:
         """The number of new tokens at which an answer is cut off."""
         return self.max_new_tokens or (64 if "gsm" in (self.val_path or "") else 128)

@@ -64,6 +64,11 @@ def stage_of(progress: float, config) -> int:
     return min(stages[METHODS[config.method].steps], last)
 
 
+def evaluation_stage(config, description: dict) -> int:
+    """Return the stage of an evaluation: that of epoch `resume` if it is set, else that of the checkpoint."""
+    return stage_of(config.resume, config) if config.resume else description.get("stage", 0)
+
+
 def apply_curriculum(
     stage: int, steps: list[list[int]], config, training: bool, offset: int = 0
 ) -> tuple[int, list[int]]:
@@ -78,7 +83,7 @@ def apply_curriculum(
         rest = [token for step in steps for token in step][first:]
     else:
         rest = [token for step in steps[first:] for token in step]
-    return placeholders(stage, len(steps), config, training), rest
+    return num_placeholders(stage, len(steps), config, training), rest
 
 
 def num_removed(stage: int, config, training: bool) -> int:
@@ -87,7 +92,7 @@ def num_removed(stage: int, config, training: bool) -> int:
     return ALL if stage >= last_stage(config) or not training else stage
 
 
-def placeholders(stage: int, steps: int, config, training: bool) -> int:
+def num_placeholders(stage: int, steps: int, config, training: bool) -> int:
     """The number of placeholder tokens of an example with so many steps."""
     if not METHODS[config.method].placeholder:
         return 0

@@ -1,10 +1,10 @@
-"""From tokenized problems to the sequences of a stage, their order, their lengths, and batches of them."""
+"""The sequences of a stage, their order and lengths, and the batches and optimizer steps made of them."""
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -12,25 +12,51 @@ import numpy as np
 import torch
 from pyarrow import compute
 
+from coconut import plan_batch
 from components.data_sources import read_problems
-from components.tokenization import TOKENS, tokenize_problems
-from config import UserError
-from curriculum import METHODS, apply_curriculum, num_removed, placeholders, stage_of
+from components.distributed import Processes
+from components.prefetch import prefetch
+from components.pretrained import Pretrained
+from components.tokenization import TOKENS, default_cache, load_tokenized, tokenize_problems
+from config import Config, UserError
+from curriculum import METHODS, apply_curriculum, evaluation_stage, num_placeholders, num_removed, stage_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-ROWS = 1000  # items in memory where all of a data set are looked at
+ROWS = 1000  # items in memory at a time where all of a data set are read
 GROUPED_STEPS = 16  # optimizer steps whose problems group_by_length sorts together
+DEBUG_TRAIN, DEBUG_VALID = 5000, 32  # problems in a debug run
 
 
 def get_dataset(path: str, tokenizer, max_size: int | None = None) -> Dataset:
-    """The first max_size problems of a source as token ids, in memory; see `read_problems` and `tokenize_chunk`."""
+    """Tokenize the first max_size problems of a source; see `read_problems` and `tokenize_chunk` for both formats."""
     return tokenize_problems(read_problems(path, max_size), tokenizer).select_columns(TOKENS)
 
 
+def load_data(config: Config, pretrained: Pretrained, processes: Processes) -> tuple[Dataset | None, Dataset]:
+    """Load the tokenized training problems (None for only_eval) and the validation problems, with their texts.
+
+    Raises UserError for a problem whose sequences are longer than the model's positions.
+    """
+    train_size, valid_size = (DEBUG_TRAIN, DEBUG_VALID) if config.debug else (None, None)
+    sources = [] if config.only_eval else [(config.train_path, train_size)]
+    sources.append((config.val_path, valid_size))
+    folder = None if config.debug else config.data_cache or default_cache()
+    *train, valid = load_tokenized(sources, pretrained.tokenizer, folder, processes)
+    train = train[0].select_columns(TOKENS) if train else None
+    if limit := getattr(pretrained.lm.config, "max_position_embeddings", None):
+        if train is None:
+            stages = {evaluation_stage(config, pretrained.description)}
+        else:
+            stages = {stage_of(epoch, config) for epoch in range(config.resume, config.num_epochs)}
+            check_lengths(train, stages, config, limit, config.train_path)
+        check_lengths(valid, stages, config, limit, config.val_path, mix_stages=False)
+    return train, valid
+
+
 class SequenceDataset(torch.utils.data.Dataset):
-    """Examples turned into model inputs on access, in a given order: `build(example)` makes one item."""
+    """Examples turned into model inputs on access, in a given order; `build(example)` makes one item."""
 
     def __init__(self, examples: Dataset, build: Callable[[dict], dict], order: list[int] | None = None):
         self.examples, self.build, self.order = examples, build, order
@@ -42,14 +68,14 @@ class SequenceDataset(torch.utils.data.Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[dict]:
-        """Several items, whose examples are read at once: a batch costs little more than a single one."""
-        places = indices if self.order is None else [self.order[index] for index in indices]
-        return [self.build(example) for example in self.examples.__getitems__(places)]
+        """Return several items; their examples are read at once, so a batch costs little more than one item."""
+        rows = indices if self.order is None else [self.order[index] for index in indices]
+        return [self.build(example) for example in self.examples.__getitems__(rows)]
 
     def lengths(self, indices: Sequence[int]) -> list[int]:
-        """The numbers of tokens of some items."""
-        parts = (indices[start : start + ROWS] for start in range(0, len(indices), ROWS))
-        return [len(item["input_ids"]) for part in parts for item in self.__getitems__(part)]
+        """Return the numbers of tokens of some items."""
+        chunks = (indices[start : start + ROWS] for start in range(0, len(indices), ROWS))
+        return [len(item["input_ids"]) for chunk in chunks for item in self.__getitems__(chunk)]
 
 
 def get_question_latent_dataset(
@@ -61,13 +87,12 @@ def get_question_latent_dataset(
     end_id: int,
     no_special_marker=False,
 ) -> SequenceDataset:
-    """Prompts for generation at a stage: question, start marker, thoughts, end marker; no steps, no labels."""
+    """Make prompts for generation at a stage: question, start marker, thoughts, end marker; no steps, no labels."""
 
     def build(example: dict) -> dict:
-        """The prompt of one example."""
         count, _ = apply_curriculum(scheduled_stage, example["steps_tokenized"], configs, training=False)
         middle = [latent_id] * count if no_special_marker else [start_id, *[latent_id] * count, end_id]
-        return model_inputs(example["question_tokenized"] + middle, example["idx"])
+        return make_feature(example["question_tokenized"] + middle, example["idx"])
 
     return SequenceDataset(base_dataset, build)
 
@@ -85,32 +110,29 @@ def get_cot_latent_dataset(
     mix_stages: bool = True,
     step_size: int = 1,
 ) -> SequenceDataset:
-    """Training sequences at a stage: the prompt as above, then the steps that are left and the answer, with labels.
+    """Make training sequences at a stage: the prompt as above, then the remaining steps and the answer, with labels.
 
-    The labels are -100 up to and including the end marker. With `shuffle` the order is that of `epoch_order`. The stage
-    and the offset that `draw` makes for an example depend on configs.seed and epoch alone (mix_stages=False: none is
-    made, as in validation).
+    Labels are -100 up to and including the end marker. With `shuffle`, the order is `epoch_order`. An example's stage
+    and offset, from `draw`, depend on configs.seed and epoch only; mix_stages=False, for validation, draws none.
     """
 
     def build(example: dict) -> dict:
-        """The sequence of one example, with labels."""
         stage, offset = draw(example, scheduled_stage, epoch, configs) if mix_stages else (scheduled_stage, 0)
         count, rest = apply_curriculum(stage, example["steps_tokenized"], configs, training=True, offset=offset)
         middle = [latent_id] * count if no_special_marker else [start_id, *[latent_id] * count, end_id]
         prompt, target = example["question_tokenized"] + middle, rest + example["answer_tokenized"]
-        inputs = model_inputs(prompt + target, example["idx"])
-        return {**inputs, "labels": [-100] * len(prompt) + target}
+        return {**make_feature(prompt + target, example["idx"]), "labels": [-100] * len(prompt) + target}
 
     order = epoch_order(base_dataset, configs, epoch, step_size) if shuffle else None
     return SequenceDataset(base_dataset, build, order)
 
 
 def epoch_order(examples: Dataset, configs, epoch: int, step_size: int) -> list[int]:
-    """The order of an epoch's examples: a permutation that depends on configs.seed and epoch alone.
+    """Return the order of an epoch's examples: a permutation that depends on configs.seed and epoch only.
 
-    configs.group_by_length sorts the problems of every few optimizer steps (of step_size examples, on which the order
-    then depends, too) by their length at the epoch's first stage before they are dealt out to these steps, and shuffles
-    the steps. An incomplete step stays the epoch's last, so it holds the longest problems of the last few steps.
+    configs.group_by_length sorts the problems of every GROUPED_STEPS optimizer steps by their length at the epoch's
+    first stage, divides them into steps of step_size (on which the order then depends too), and shuffles the steps. An
+    incomplete step stays last, so it holds the longest problems of its group.
     """
     order, rng = list(range(len(examples))), random.Random(f"order {configs.seed} {epoch}")
     rng.shuffle(order)
@@ -129,10 +151,10 @@ def epoch_order(examples: Dataset, configs, epoch: int, step_size: int) -> list[
 
 
 def draw(example: dict, stage: int, epoch: int, configs) -> tuple[int, int]:
-    """An example's stage and offset in an epoch: functions of (seed, epoch, idx) only.
+    """Draw an example's stage and offset in an epoch, a function of (seed, epoch, idx) only.
 
-    With probability uniform_prob the stage is one of 0 .. number of steps instead of the scheduled one. The offset is
-    icot's removal smoothing: o further tokens are dropped with probability proportional to exp(-lambda o).
+    With probability uniform_prob the stage is uniform over 0 .. number of steps instead of the scheduled one. The
+    offset is icot's removal smoothing: o further tokens are removed with probability proportional to exp(-lambda o).
     """
     steps = METHODS[configs.method].steps
     random_ = random.Random(f"{configs.seed} {epoch} {example['idx']}")
@@ -142,14 +164,14 @@ def draw(example: dict, stage: int, epoch: int, configs) -> tuple[int, int]:
     return stage, int(random_.expovariate(configs.removal_smoothing_lambda)) if smooth else 0
 
 
-def model_inputs(input_ids: list[int], idx: int) -> dict:
-    """One unpadded sequence as a feature for the collator."""
+def make_feature(input_ids: list[int], idx: int) -> dict:
+    """Make a feature for the collator from one unpadded sequence."""
     n = len(input_ids)
     return {"input_ids": input_ids, "attention_mask": [1] * n, "position_ids": list(range(n)), "idx": idx}
 
 
 class MyCollator:
-    """Pads features into a batch so that the first latents stand in one column.
+    """Pad features into a batch whose first latents are in one column.
 
     Rows with latents are padded on the left, then all rows on the right (x token, L latent, - padding):
 
@@ -158,8 +180,8 @@ class MyCollator:
         ---xxxxxxxLLxxxxxxx
 
     Returns a dict of int64 tensors (batch, length): input_ids (pad id), attention_mask (0), position_ids (0 at pads,
-    counted from each row's first token) and, where the features have them, labels (label_pad_token_id); idx is
-    (batch,). The features are left as they are.
+    counted from each row's first token) and, if the features have them, labels (label_pad_token_id); idx is (batch,).
+    The features are not modified.
     """
 
     def __init__(self, tokenizer, latent_id: int | None = None, label_pad_token_id: int = -100):
@@ -188,70 +210,77 @@ class MyCollator:
         return batch
 
     def first_latent(self, input_ids: list[int]) -> int | None:
-        """The position of a row's first latent, None in a row without any."""
+        """Return the position of a row's first latent, None if it has none."""
         return input_ids.index(self.latent_id) if self.latent_id in input_ids else None
 
 
+class PlanningCollator(MyCollator):
+    """MyCollator whose batches hold their `plan_batch` too, so that prefetch workers make it."""
+
+    def __call__(self, features: list[dict]) -> dict:
+        batch = super().__call__(features)
+        plan = plan_batch(batch["input_ids"], batch["attention_mask"], batch.get("labels"), self.latent_id)
+        return batch | {"plan": plan}
+
+
+def model_args(batch: dict) -> dict:
+    """Return the part of a batch that the model takes."""
+    return {key: value for key, value in batch.items() if key != "idx"}
+
+
+def prefetch_batches(make: Callable, items: Sequence, config: Config, device: torch.device) -> Iterator:
+    """Yield make(item) for every item, made ahead by config.data_workers; pinned for a GPU, for asynchronous copies."""
+    on_gpu = device.type == "cuda"
+    return prefetch(make, items, int(on_gpu) if config.data_workers is None else config.data_workers, pin=on_gpu)
+
+
 class Lengths:
-    """The numbers of tokens in all parts of all examples, read off the offsets in an Arrow table at once."""
+    """The numbers of tokens in all parts of all examples, read from the offsets of an Arrow table at once."""
 
     def __init__(self, examples: Dataset):
         table = examples.with_format("arrow")[:]
-        self.question, self.answer = (lengths(table[f"{part}_tokenized"]) for part in ("question", "answer"))  # (n,)
-        self.steps = lengths(table["steps_tokenized"])  # (n,), the number of steps
-        self.step = lengths(compute.list_flatten(table["steps_tokenized"]))  # (all steps,)
-        self.example = np.repeat(np.arange(len(self.steps)), self.steps)  # (all steps,), whose step it is
-        self.place = np.arange(len(self.step)) - np.repeat(np.cumsum(self.steps) - self.steps, self.steps)  # from 0
+        self.question, self.answer = (
+            list_lengths(table[f"{part}_tokenized"]) for part in ("question", "answer")
+        )  # (n,)
+        self.num_steps = list_lengths(table["steps_tokenized"])  # (n,)
+        self.step_lengths = list_lengths(compute.list_flatten(table["steps_tokenized"]))  # (all steps,)
+        self.example_index = np.repeat(np.arange(len(self.num_steps)), self.num_steps)  # (all steps,)
+        first = np.repeat(np.cumsum(self.num_steps) - self.num_steps, self.num_steps)  # (all steps,)
+        self.step_index = np.arange(len(self.step_lengths)) - first  # (all steps,), from 0 in each example
 
     def of_sequences(self, stage: int, configs) -> np.ndarray:
-        """The length of each training sequence at a stage. (n,)"""
-        markers = 2 if METHODS[configs.method].markers else 0
-        return self.question + markers + self.placeholders(stage, configs) + self.supervised(stage, configs)
-
-    def placeholders(self, stage: int, configs) -> np.ndarray:
-        """The number of placeholders in each training sequence at a stage. (n,)"""
-        counts = [placeholders(stage, steps, configs, training=True) for steps in range(self.steps.max(initial=0) + 1)]
-        return np.array(counts)[self.steps]
-
-    def supervised(self, stage: int, configs) -> np.ndarray:
-        """The number of supervised tokens in each training sequence at a stage: steps that are left and answer. (n,)"""
-        skipped = num_removed(stage, configs, training=True)
+        """Return the length of each training sequence at a stage. (n,)"""
+        counts = [num_placeholders(stage, n, configs, training=True) for n in range(self.num_steps.max(initial=0) + 1)]
+        prompt = (
+            self.question + (2 if METHODS[configs.method].markers else 0) + np.array(counts)[self.num_steps]
+        )  # (n,)
+        removed = num_removed(stage, configs, training=True)
         if METHODS[configs.method].steps == "by token":
-            return np.maximum(self.sum_by_example(self.step) - skipped, 0) + self.answer
-        return self.sum_by_example(self.step * (self.place >= skipped)) + self.answer
-
-    def most(self, stage: int, configs) -> dict[str, int]:
-        """The most columns of a padded batch at a stage, and thoughts and supervised tokens of a training sequence."""
-        sequences, supervised = self.of_sequences(stage, configs), self.supervised(stage, configs)  # (n,) each
-        counts = self.placeholders(stage, configs) * (METHODS[configs.method].placeholder == "latent")  # (n,)
-        before = self.question + 1  # (n,), tokens that stand before the first thought
-        latent = counts > 0  # rows whose first thoughts the collator puts into one column
-        apart = before[latent].max(initial=0) + (sequences - before)[latent].max(initial=0)
-        most = {"columns": max(sequences.max(), apart), "supervised": supervised.max(), "thoughts": counts.max()}
-        return {name: int(count) for name, count in most.items()}
+            return prompt + np.maximum(self.sum_by_example(self.step_lengths) - removed, 0) + self.answer
+        return prompt + self.sum_by_example(self.step_lengths * (self.step_index >= removed)) + self.answer
 
     def sum_by_example(self, numbers: np.ndarray) -> np.ndarray:
-        """Sums of a number for each step. (all steps,) -> (n,)"""
-        return np.bincount(self.example, numbers, minlength=len(self.steps)).astype(np.int64)  # exact: sums of tokens
+        """Sum numbers of steps by example. (all steps,) -> (n,)"""
+        return np.bincount(self.example_index, numbers, minlength=len(self.num_steps)).astype(np.int64)  # exact
 
 
-def lengths(lists) -> np.ndarray:
-    """The lengths of the lists in an Arrow column."""
+def list_lengths(lists) -> np.ndarray:
+    """Return the lengths of the lists in an Arrow column."""
     return compute.list_value_length(lists).to_numpy().astype(np.int64)
 
 
 def check_lengths(examples: Dataset, stages: set[int], configs, limit: int, path: str, mix_stages: bool = True) -> None:
-    """Raises UserError for the first problem with a sequence longer than the model's `limit` positions at a stage.
+    """Raise UserError for the first problem with a sequence longer than the model's `limit` positions at a stage.
 
-    With mix_stages (training) the stages that configs.uniform_prob may draw count, too.
+    With mix_stages (training), the stages that configs.uniform_prob may draw count too.
     """
-    parts, found = Lengths(examples), []
-    drawn = range(parts.steps.max(initial=0) + 1) if mix_stages and configs.uniform_prob else ()
+    lengths, found = Lengths(examples), []
+    drawn = range(lengths.num_steps.max(initial=0) + 1) if mix_stages and configs.uniform_prob else ()
     for stage in {*stages, *drawn}:
-        tokens = parts.of_sequences(stage, configs)
+        tokens = lengths.of_sequences(stage, configs)
         too_long = tokens > limit
         if stage not in stages:
-            too_long &= parts.steps >= stage  # others do not draw it
+            too_long &= lengths.num_steps >= stage  # others never draw it
         if too_long.any():
             index = int(too_long.argmax())
             found.append((index, stage, tokens[index]))
@@ -259,18 +288,18 @@ def check_lengths(examples: Dataset, stages: set[int], configs, limit: int, path
         index, stage, length = min(found)
         raise UserError(
             f"{path}: problem {index} makes a sequence of {length} tokens at stage {stage}, but the "
-            f"model has {limit} positions; shorten or drop it, or choose a model with more positions"
+            f"model has {limit} positions; shorten or remove it, or choose a model with more positions"
         )
 
 
 def step_batches(
     examples: Sequence[int], per_pass: int, passes: int, rank: int, world_size: int
 ) -> list[tuple[int, list[list[int]]]]:
-    """Splits examples into optimizer steps, and this rank's share of each step into forward passes.
+    """Divide examples into optimizer steps, and this rank's share of each step into micro-batches.
 
     A step takes the next per_pass * passes * world_size examples, whoever computes them, so the steps are the same for
-    any division of labour. Every rank makes equally many passes; a pass is empty where too few examples are left.
-    Returns for each step the number of its examples, and the examples of each of this rank's passes.
+    any division. Every rank gets equally many micro-batches; one is empty where too few examples are left.
+    Returns for each step its number of examples, and the examples of each of this rank's micro-batches.
     """
     size = per_pass * passes * world_size
     steps = []

@@ -1,4 +1,4 @@
-"""Validation: loss, generation over a data set, answer extraction, accuracy and the predictions file."""
+"""Validation: loss, generation, answer extraction, accuracy; only_eval; checkpoints opened for questions."""
 
 from __future__ import annotations
 
@@ -7,29 +7,43 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+import yaml
 from torch import Tensor
 from tqdm import tqdm
 
-from build import Run, inputs
-from coconut import Coconut
-from components.export import DESCRIPTION
-from components.files import saving, write_atomic
+from coconut import Coconut, check_model
+from components.distributed import Processes
+from components.errors import VALIDATION_MEMORY_ADVICE
+from components.export import DESCRIPTION, read_description
+from components.files import make_private, saving, write_atomic
 from components.parallelize import unsharded
-from components.pretrained import Pretrained, load_pretrained, read_description
-from components.tokenization import tokenize_chunk
+from components.pretrained import Pretrained, load_pretrained
+from components.tokenization import TEXTS, TOKENS, tokenize_chunk
 from config import Config, UserError
-from curriculum import METHODS
-from dataset import SequenceDataset, get_cot_latent_dataset, get_question_latent_dataset
+from curriculum import METHODS, evaluation_stage
+from dataset import (
+    PlanningCollator,
+    SequenceDataset,
+    get_cot_latent_dataset,
+    get_question_latent_dataset,
+    model_args,
+    prefetch_batches,
+)
+from utils import StopRequest
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @dataclass
 class Evaluation:
-    """The outcome of one validation; the rates are fractions of all problems.
+    """The result of one validation; rates are fractions of all problems.
 
     loss: mean cross entropy over all supervised tokens; cot_match: None for methods that do not write steps;
-    new_tokens: mean number of generated tokens (eos and thoughts counted, as in the paper's Table 1);
+    new_tokens: mean number of generated tokens (eos and thoughts included, as in the paper's Table 1);
     seconds: mean generation time per problem; predictions: one dict per problem, in the data's order.
     """
 
@@ -41,19 +55,14 @@ class Evaluation:
     predictions: list[dict]
 
     def metrics(self) -> dict[str, float]:
-        """The numbers under their names in metrics.jsonl."""
-        named = {
-            "loss": self.loss,
-            "acc": self.accuracy,
-            "new_tokens": self.new_tokens,
-            "seconds": self.seconds,
-        }
+        """Return the numbers under their names in metrics.jsonl."""
+        values = {"loss": self.loss, "acc": self.accuracy, "new_tokens": self.new_tokens, "seconds": self.seconds}
         if self.cot_match is not None:
-            named["cot_em"] = self.cot_match
-        return {f"eval/{name}": value for name, value in named.items()}
+            values["cot_em"] = self.cot_match
+        return {f"eval/{name}": value for name, value in values.items()}
 
     def summary(self, count: int = 3) -> str:
-        """The result with the first few predictions, for the terminal."""
+        """Return the result and the first few predictions as text."""
         cot = "" if self.cot_match is None else f", CoT match {self.cot_match:.1%}"
         lines = [
             f"validation: accuracy {self.accuracy:.1%}{cot}, loss {self.loss:.4f}, "
@@ -65,89 +74,121 @@ class Evaluation:
         return "\n".join(lines)
 
 
-def validate(run: Run, stage: int) -> Evaluation:
-    """Validates the run's model at a stage, and prints the result with a few examples.
+class Validator:
+    """Measures a model on the validation problems; every problem counts once, on any number of ranks.
 
-    Every problem counts once, on any number of processes; all of them return the same result. Raises Interrupted
-    where a signal asks for an end, as soon as all processes know.
+    Args:
+        model: the Coconut module, on this rank's device or sharded.
+        pretrained: its language model's tokenizer and special tokens.
+        data: the validation problems, texts and tokens.
+        stop: checked after every batch.
     """
-    run.model.eval()
-    with torch.no_grad(), unsharded(run.model, run.keep_weights):
-        loss = mean_loss(run, run.sequences(get_cot_latent_dataset, stage, run.valid_examples, mix_stages=False))
-        started = time.perf_counter()
-        predictions = answers(run, run.sequences(get_question_latent_dataset, stage, run.valid_examples))
-        [seconds] = run.processes.max([time.perf_counter() - started])
-    evaluation = Evaluation(
-        loss,
-        mean(p["correct"] for p in predictions),
-        mean(p["cot_match"] for p in predictions) if METHODS[run.config.method].steps == "kept" else None,
-        mean(p["new_tokens"] for p in predictions),
-        seconds / len(predictions),
-        predictions,
-    )
-    run.processes.print(evaluation.summary())
-    return evaluation
+
+    def __init__(
+        self,
+        model: Coconut,
+        pretrained: Pretrained,
+        data: Dataset,
+        config: Config,
+        processes: Processes,
+        stop: StopRequest,
+    ):
+        self.model, self.pretrained, self.config, self.processes, self.stop = model, pretrained, config, processes, stop
+        self.problems, self.examples = data.select_columns(TEXTS), data.select_columns(TOKENS)
+        self.sequence_tokens = pretrained.sequence_tokens(config.method)
+        self.collate = PlanningCollator(pretrained.tokenizer, model.latent_token_id)
+
+    def validate(self, stage: int) -> Evaluation:
+        """Validate at a stage and print the result; all ranks return the same.
+
+        Raises Interrupted on all ranks after a signal to any of them.
+        """
+        self.model.eval()
+        try:
+            with torch.no_grad(), unsharded(self.model):
+                loss = self.mean_loss(stage)
+                started = time.perf_counter()
+                predictions = self.predict_all(stage)
+                [seconds] = self.processes.all_reduce_max([time.perf_counter() - started])
+        except torch.OutOfMemoryError as error:
+            error.add_note(VALIDATION_MEMORY_ADVICE)
+            raise
+        evaluation = Evaluation(
+            loss=loss,
+            accuracy=mean(predictions, "correct"),
+            cot_match=mean(predictions, "cot_match") if "cot_match" in predictions[0] else None,
+            new_tokens=mean(predictions, "new_tokens"),
+            seconds=seconds / len(predictions),
+            predictions=predictions,
+        )
+        self.processes.print(evaluation.summary())
+        return evaluation
+
+    def mean_loss(self, stage: int) -> float:
+        """Return the mean cross entropy over all supervised tokens of all problems at a stage."""
+        sequences = get_cot_latent_dataset(stage, self.examples, self.config, **self.sequence_tokens, mix_stages=False)
+        total, count = torch.zeros((), dtype=torch.float64, device=self.processes.device), 0
+        for batch in self.batches(sequences, "validation loss"):
+            supervised = len(batch["plan"].targets)
+            with self.autocast():
+                total += self.model(**model_args(batch)).loss.double() * supervised
+            count += supervised
+        loss, count = self.processes.all_reduce_sum([total.item(), count])
+        self.stop.raise_on_all_ranks(self.processes)
+        return loss / count
+
+    def predict_all(self, stage: int) -> list[dict]:
+        """Generate an answer for every problem at a stage; returns the lines of the predictions file."""
+        prompts = get_question_latent_dataset(stage, self.examples, self.config, **self.sequence_tokens)
+        predictions, limit = [], self.config.answer_limit
+        for batch in self.batches(prompts, "validation answers"):
+            with self.autocast():
+                output = self.model.generate(**model_args(batch), max_new_tokens=limit)  # (batch, length + new)
+            thoughts = (batch["input_ids"] == self.model.latent_token_id).sum(1).tolist()
+            new = output[:, batch["input_ids"].shape[1] :].tolist()
+            for idx, tokens, count in zip(batch["idx"].tolist(), new, thoughts, strict=True):
+                tokens = until_eos(tokens, self.model.eos_token_id, limit)
+                tokenizer, problem = self.pretrained.tokenizer, self.problems[idx]
+                predictions.append(predict(problem, idx, tokens, count, tokenizer, self.config.method))
+        gathered = self.processes.all_gather_object(predictions)
+        self.stop.raise_on_all_ranks(self.processes)
+        return sorted((prediction for part in gathered for prediction in part), key=lambda p: p["idx"])
+
+    def batches(self, sequences: SequenceDataset, title: str) -> Iterator[dict[str, Tensor]]:
+        """Yield this rank's share of a data set in batches of similar length, until a signal comes."""
+        size = self.config.batch_size_eval or self.config.batch_size_training
+        mine = range(self.processes.rank, len(sequences), self.processes.world_size)
+        order = [idx for _, idx in sorted(zip(sequences.lengths(mine), mine, strict=True))]
+        parts = [order[start : start + size] for start in range(0, len(order), size)]
+
+        def make(part: list[int]) -> dict:
+            return self.collate(sequences.__getitems__(part))
+
+        batches = prefetch_batches(make, parts, self.config, self.processes.device)
+        for batch in tqdm(batches, total=len(parts), desc=title, leave=False, disable=not self.processes.is_rank0):
+            if self.stop.signal:
+                return
+            yield batch
+
+    def autocast(self):
+        """Return the context of bfloat16 arithmetic, if the config asks for it."""
+        return torch.autocast(self.processes.device.type, dtype=torch.bfloat16, enabled=self.config.bf16)
 
 
-def mean(values) -> float:
-    """The mean of some numbers or booleans."""
-    values = list(values)
-    return sum(values) / len(values)
-
-
-def mean_loss(run: Run, sequences: SequenceDataset) -> float:
-    """The mean cross entropy over all supervised tokens of a data set."""
-    total, count = torch.zeros((), dtype=torch.float64, device=run.processes.device), 0
-    for batch in batches(run, sequences, "validation loss"):
-        supervised = len(batch["plan"].targets)
-        with run.autocast():
-            total += run.model(**inputs(batch)).loss.double() * supervised
-        count += supervised
-    loss, count = run.processes.sum([total.item(), count])
-    run.stop_together()
-    return loss / count
-
-
-def answers(run: Run, prompts: SequenceDataset) -> list[dict]:
-    """The predictions for all prompts of a data set, in its order."""
-    limit = run.config.answer_limit
-    predictions = []
-    for batch in batches(run, prompts, "validation answers"):
-        with run.autocast():
-            output = run.model.generate(**inputs(batch), max_new_tokens=limit)  # (batch, length + new)
-        thoughts = (batch["input_ids"] == run.model.latent_token_id).sum(1).tolist()
-        new = output[:, batch["input_ids"].shape[1] :].tolist()
-        for idx, tokens, count in zip(batch["idx"].tolist(), new, thoughts, strict=True):
-            tokens = until_eos(tokens, run.model.eos_token_id, limit)
-            tokenizer, problem = run.pretrained.tokenizer, run.valid_problems[idx]
-            predictions.append(predict(problem, idx, tokens, count, tokenizer, run.config.method))
-    parts = run.processes.gather(predictions)
-    run.stop_together()
-    return sorted((prediction for part in parts for prediction in part), key=lambda p: p["idx"])
+def mean(predictions: list[dict], key: str) -> float:
+    """Return the mean of a number over all predictions."""
+    return sum(prediction[key] for prediction in predictions) / len(predictions)
 
 
 def until_eos(tokens: list[int], eos: int, limit: int) -> list[int]:
-    """A row's tokens up to and including its first eos; generate leaves out an eos that ends every row at once."""
+    """Cut a row's tokens after its first eos; `generate` leaves out an eos that ends every row at once."""
     if eos in tokens:
         return tokens[: tokens.index(eos) + 1]
     return tokens if len(tokens) == limit else [*tokens, eos]
 
 
-def batches(run: Run, dataset: SequenceDataset, title: str) -> Iterator[dict[str, Tensor]]:
-    """Yields this process's share of a data set in batches of sequences of similar length, until a signal comes."""
-    size = run.config.batch_size_eval or run.config.batch_size_training
-    mine = range(run.processes.rank, len(dataset), run.processes.world_size)
-    order = [idx for _, idx in sorted(zip(dataset.lengths(mine), mine, strict=True))]
-    parts = [order[start : start + size] for start in range(0, len(order), size)]
-    made = run.ahead(lambda part: run.collate(dataset.__getitems__(part)), parts)
-    for batch in tqdm(made, total=len(parts), desc=title, leave=False, disable=not run.processes.is_rank0):
-        if run.stop.signal:
-            return
-        yield batch
-
-
 def predict(problem: dict, idx: int, new: list[int], thoughts: int, tokenizer, method: str) -> dict:
-    """One line of the predictions file, from the generated token ids (eos included)."""
+    """Make a line of the predictions file from generated token ids (eos included)."""
     text = tokenizer.decode(new, skip_special_tokens=True)
     answer = extract_answer(text)
     prediction = {
@@ -165,25 +206,60 @@ def predict(problem: dict, idx: int, new: list[int], thoughts: int, tokenizer, m
 
 
 def extract_answer(text: str) -> str | None:
-    """The answer in a generated text: what follows the last "#", normalized; None where nothing is marked as one."""
+    """Return the normalized text after the last "#" of a generated text, None if it has none."""
     return normalize(text.split("#")[-1]) if "#" in text else None
 
 
 def normalize(answer: str) -> str:
-    """An answer as it is compared: no commas, no outer blanks."""
+    """Return an answer as it is compared: without commas and outer blanks."""
     return answer.replace(",", "").strip()
 
 
 def write_predictions(predictions: list[dict], path: Path) -> None:
-    """Writes one JSON line per problem."""
+    """Write one JSON line per problem."""
     lines = [json.dumps(prediction, ensure_ascii=False) for prediction in predictions]
     with saving(path):
         write_atomic(path, "\n".join(lines) + "\n")
 
 
+# --- only_eval --------------------------------------------------------------------------------------------------------
+
+
+def evaluate_checkpoint(validator: Validator) -> None:
+    """Evaluate config.load_model_path at its stage and write save_path/name/eval_CHECKPOINT."""
+    config, processes, description = validator.config, validator.processes, validator.pretrained.description
+    checkpoint, stage = Path(config.load_model_path), evaluation_stage(config, description)
+    processes.print(f"evaluating {checkpoint} on {config.val_path} at stage {stage}")
+    for key, trained in description.items():
+        if getattr(config, key, trained) != trained:
+            processes.print(f"warning: {key} is {getattr(config, key)} here, but the checkpoint has {trained}")
+    evaluation = validator.validate(stage)
+    result = {"checkpoint": str(checkpoint), "val_path": config.val_path, "stage": stage}
+    result |= {"problems": len(evaluation.predictions), **evaluation.metrics()}
+    if not config.debug:
+        directory = config.run_directory / f"eval_{checkpoint.resolve().name}"
+        processes.run_on_rank0(lambda: write_evaluation(evaluation.predictions, result, directory))
+        processes.print(f"predictions and metrics: {directory}")
+
+
+def write_evaluation(predictions: list[dict], result: dict, directory: Path) -> None:
+    """Write predictions_DATA.jsonl and metrics_DATA.yaml; existing files are kept, new names get _2, _3, ..."""
+    with saving(directory):
+        make_private(directory)
+        path = first = directory / f"predictions_{Path(result['val_path']).stem}.jsonl"
+        number = 2
+        while path.exists():
+            path, number = first.with_stem(f"{first.stem}_{number}"), number + 1
+        write_predictions(predictions, path)
+        path.with_name(path.stem.replace("predictions", "metrics") + ".yaml").write_text(yaml.safe_dump(result))
+
+
+# --- questions to a checkpoint ----------------------------------------------------------------------------------------
+
+
 @dataclass
-class Opened:
-    """A checkpoint, and the config and stage by which its prompts are made; path: as the user gave it."""
+class OpenedCheckpoint:
+    """A checkpoint with the config and stage that determine its prompts; path: as the user gave it."""
 
     path: str
     pretrained: Pretrained
@@ -193,11 +269,14 @@ class Opened:
 
     @property
     def positions(self) -> int | None:
-        """The longest sequence that the model takes; None: any."""
+        """The longest sequence that the model takes, None if any."""
         return getattr(self.pretrained.lm.config, "max_position_embeddings", None)
 
-    def with_thoughts(self, thoughts: int) -> Opened:
-        """The same with so many thoughts or pauses in its prompts. Raises UserError for a method that has none."""
+    def with_thoughts(self, thoughts: int) -> OpenedCheckpoint:
+        """Return the same with another number of thoughts (or pauses) in its prompts.
+
+        Raises UserError for a method that has none.
+        """
         method = self.config.method
         if not METHODS[method].placeholder:
             raise UserError(f"--thoughts: {self.path} was trained with method {method}, which has none")
@@ -205,31 +284,34 @@ class Opened:
         return replace(self, config=Config(values | {"max_new_tokens": self.config.max_new_tokens}), stage=thoughts)
 
     def prompts(self, questions: list[str]) -> list[dict]:
-        """The prompts as validation makes them: input_ids, attention_mask, position_ids, idx. Raises UserError where
-        the model has too few positions."""
-        tokenizer, method = self.pretrained.tokenizer, self.config.method
+        """Make prompts as validation does: features with input_ids, attention_mask, position_ids, idx.
+
+        Raises UserError for a prompt that is longer than the model's positions.
+        """
         problems = [{"question": question, "answer": "", "steps": []} for question in questions]
-        columns = tokenize_chunk(problems, 0, tokenizer)
+        columns = tokenize_chunk(problems, 0, self.pretrained.tokenizer)
         examples = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        ids, plain = self.pretrained.prompt_ids(method), not METHODS[method].markers
-        prompts = get_question_latent_dataset(self.stage, [], self.config, *ids, no_special_marker=plain)
-        items = [prompts.build(example) for example in examples]
-        longest = max(len(item["input_ids"]) for item in items)
+        tokens = self.pretrained.sequence_tokens(self.config.method)
+        prompts = get_question_latent_dataset(self.stage, [], self.config, **tokens)
+        features = [prompts.build(example) for example in examples]
+        longest = max(len(feature["input_ids"]) for feature in features)
         if self.positions and longest > self.positions:
-            raise UserError(f"the question: {longest} tokens with thoughts, the model takes {self.positions}")
-        return items
+            raise UserError(f"the question: {longest} tokens with thoughts, but the model takes {self.positions}")
+        return features
 
 
-def open_checkpoint(path: str, thoughts: int | None = None) -> Opened:
-    """Loads a checkpoint. Its prompts hold `thoughts` thoughts or pauses (None: as many as it was trained with)."""
+def open_checkpoint(path: str, thoughts: int | None = None) -> OpenedCheckpoint:
+    """Open a checkpoint for questions; thoughts: how many its prompts hold (None: as many as it was trained with)."""
     description = read_description(path)
     if not description:
         remedy = "give a checkpoint of a run, such as checkpoints/NAME/best"
-        raise UserError(f"{path} holds no {DESCRIPTION}, so it is no checkpoint of ours; {remedy}")
+        raise UserError(f"{path} has no {DESCRIPTION}, so it is not a checkpoint of a run; {remedy}")
     # A question does not tell its number of steps, so pad_latent_to_max keeps its default, True.
     values = {key: description[key] for key in ("method", "c_thought", "max_latent_stage")}
     config = Config(values | {"max_new_tokens": description.get("max_new_tokens")})
     pretrained = load_pretrained(config, path)
-    model = pretrained.coconut().eval().to("cuda" if torch.cuda.is_available() else "cpu")
-    opened = Opened(path, pretrained, model, config, description["stage"])
-    return opened if thoughts is None else opened.with_thoughts(thoughts)
+    check_model(pretrained.lm, pretrained.tokenizer.eos_token_id, "load_model_path")
+    model = Coconut.wrap(pretrained.lm, pretrained.tokenizer)
+    model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    checkpoint = OpenedCheckpoint(path, pretrained, model, config, description["stage"])
+    return checkpoint if thoughts is None else checkpoint.with_thoughts(thoughts)

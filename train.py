@@ -1,4 +1,4 @@
-"""The training loop: epochs, optimizer steps, and what is saved after them."""
+"""The Trainer: epochs, optimizer steps, and what is saved after them."""
 
 from __future__ import annotations
 
@@ -9,358 +9,369 @@ import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
 import yaml
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.nn import functional as F
 from tqdm import tqdm
 
-from build import Run, inputs
-from components.checkpoint import TrainState, describe, load_training_state, problems_per_step, save_checkpoint
+from coconut import Coconut
+from components.checkpoint import TrainState, load_training_state, save_checkpoint
 from components.checkpoint_manager import disk_report, prune, remove_partial, set_links
 from components.distributed import Processes, check_shared_filesystem
-from components.errors import Interrupted
+from components.errors import Interrupted, NotFiniteError
+from components.export import describe
 from components.files import make_private, saving, write_atomic
 from components.lora import parameter_groups
 from components.metrics import MetricLogger
-from components.parallelize import choose, distribute, is_sharded, reshard, sync_gradients, zero_grad
+from components.parallelize import choose_strategy, is_sharded, parallelize, reshard, sync_gradients, zero_grad
+from components.pretrained import Pretrained
+from config import Config
 from curriculum import schedule_table, stage_of
-from dataset import Lengths, epoch_order, get_cot_latent_dataset, step_batches
-from evaluate import Evaluation, validate, write_predictions
+from dataset import (
+    PlanningCollator,
+    epoch_order,
+    get_cot_latent_dataset,
+    model_args,
+    prefetch_batches,
+    step_batches,
+)
+from evaluate import Evaluation, Validator, write_predictions
+from utils import StopRequest
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 SHOWN = 8  # training sequences and predictions that wandb or tensorboard show as texts
 
 
-class NotFiniteError(Exception):
-    """The loss or the gradient is not a finite number."""
+@dataclass(frozen=True)
+class StepSpec:
+    """The examples of an optimizer step: how many over all ranks, their stage, and this rank's micro-batches.
+
+    filler: an example for micro-batches that have none, whose loss does not count.
+    """
+
+    count: int
+    stage: int
+    micro_batches: list[list[int]]
+    filler: int
 
 
 @dataclass(frozen=True)
-class Work:
-    """An optimizer step to come: the supervised tokens and all tokens of all processes, the passes of one at most."""
+class StepTotals:
+    """What all ranks know of a computed optimizer step and of the next one.
 
-    supervised: float
-    tokens: float
-    passes: int
-
-
-@dataclass(frozen=True)
-class Agreed:
-    """What all processes know of a step: its loss and gradient norm, a signal or 0, and the work that comes next."""
+    loss, norm: of the computed step; signal: one that a rank received, or 0; supervised, tokens: the numbers of
+    supervised and of all real tokens of the next step, over all ranks.
+    """
 
     loss: float
     norm: float
     signal: int
-    work: Work
+    supervised: float
+    tokens: float
 
 
 class Trainer:
-    """A run in training: its model as shared among the processes, its optimizer, where it stands, and its log."""
+    """Trains a model: its parallelized module, its optimizer, where the run is, and its log.
 
-    def __init__(self, run: Run):
-        self.run = run
-        if run.config.compile:
-            run.model.compile()
-        if run.config.gradient_checkpointing:
-            run.model.recompute(run.config.gradient_checkpointing)
-        strategy, run.keep_weights = choose(run.model, run.config, largest_batches(run), run.processes)
-        self.model = distribute(run.model, strategy, run.config.bf16, run.keep_weights, run.processes)
+    Args:
+        model: the Coconut module around pretrained.lm, with weights on rank 0, on the meta device elsewhere.
+        data: the tokenized training problems.
+        validator: runs after every epoch.
+        checkpoint: what the run resumes from, None for a fresh start.
+    """
+
+    def __init__(
+        self,
+        model: Coconut,
+        pretrained: Pretrained,
+        data: Dataset,
+        validator: Validator,
+        config: Config,
+        processes: Processes,
+        stop: StopRequest,
+        checkpoint: Path | None,
+    ):
+        self.model, self.pretrained, self.data, self.validator = model, pretrained, data, validator
+        self.config, self.processes, self.stop, self.checkpoint = config, processes, stop, checkpoint
+        self.directory = config.run_directory
+        self.collate = PlanningCollator(pretrained.tokenizer, model.latent_token_id)
+        if config.compile:
+            model.compile()
+        if config.gradient_checkpointing:
+            model.checkpoint_activations(config.gradient_checkpointing)
+        strategy = choose_strategy(model, config, processes)
+        self.parallel_model = parallelize(model, model.blocks, strategy, config.bf16, processes)
         self.new_optimizer()
         self.state = self.restore()
-        self.log = MetricLogger(None, run.config, "")
+        self.log = MetricLogger(None, config, "")
 
     def new_optimizer(self) -> None:
-        """Starts with a fresh AdamW over all parameters that are trained."""
-        config = self.run.config
-        groups = parameter_groups(self.run.pretrained.lm, config.weight_decay)
-        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=True)  # measured on a CPU: five times as fast
+        """Start with a fresh AdamW over all trainable parameters."""
+        groups = parameter_groups(self.pretrained.lm, self.config.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=self.config.lr, fused=True)  # five times as fast on a CPU
 
     def restore(self) -> TrainState:
-        """Where the run starts: after the checkpoint it goes on from, else at the epoch that `resume` names."""
-        run, processes = self.run, self.run.processes
-        if run.checkpoint is None:
-            return TrainState(processes.gather(secrets.token_hex(4))[0], epoch=run.config.resume)
-        if run.config.resume:
-            processes.print("resume is ignored: the run's directory holds a checkpoint to continue from")
-        state = load_training_state(run.checkpoint, run.model, self.optimizer, processes)
-        if processes.is_rank0:  # the run may have died before it set the links, or a newer checkpoint is damaged
-            set_links(run.checkpoint, state.best_epoch)
-        processes.print(f"continuing {run.directory} after epoch {state.epoch}, step {state.step}")
+        """Return where the run starts: after its checkpoint, or at the epoch that `resume` names."""
+        if self.checkpoint is None:
+            run_id = self.processes.all_gather_object(secrets.token_hex(4))[0]
+            return TrainState(run_id, epoch=self.config.resume)
+        if self.config.resume:
+            self.processes.print("resume is ignored: the run's directory has a checkpoint to resume from")
+        state = load_training_state(self.checkpoint, self.model, self.pretrained.lm, self.optimizer, self.processes)
+        if self.processes.is_rank0:  # the run may have died before it set the links, or a newer checkpoint is damaged
+            set_links(self.checkpoint, state.best_epoch)
+        self.processes.print(f"resuming {self.directory} after epoch {state.epoch}, step {state.step}")
         return state
 
+    # --- epochs -------------------------------------------------------------------------------------------------------
+
     def fit(self) -> None:
-        """Trains epoch after epoch, with validation and a checkpoint after each."""
-        run, config, state = self.run, self.run.config, self.state
-        run.processes.run_on_rank0(self.open_log)
+        """Train epoch after epoch, with validation and a checkpoint after each; a finished run is left as it is."""
+        config, state, processes = self.config, self.state, self.processes
+        if state.epoch >= config.num_epochs:
+            processes.print(f"{self.directory} has finished {state.epoch} epochs; raise num_epochs to train on")
+            return
+        processes.print(self.config_text() + "\n" + schedule_table(config))
+        if not config.debug:
+            processes.print(self.disk_report())
+        processes.run_on_rank0(self.open_log)
         try:
             if not config.debug:
-                check_shared_filesystem(run.directory / "config.yaml", run.processes)
+                check_shared_filesystem(self.directory / "config.yaml", processes)
             for epoch in range(state.epoch, config.num_epochs):
                 self.train_epoch(epoch)
-                self.end_epoch(epoch, validate(run, state.stage))
-            run.processes.run_on_rank0(self.log.flush)
+                self.end_epoch(epoch, self.validator.validate(state.stage))
+            processes.run_on_rank0(self.log.flush)
         except Interrupted:
             self.save()
-            run.processes.print("stopped by a signal; the same command continues this run")
+            processes.print("stopped by a signal; the same command resumes this run")
             raise
         finally:
             self.log.close()
 
     def open_log(self) -> None:
-        """Opens the log where the checkpoint left off, in the run's directory with its config.yaml."""
-        run = self.run
-        if run.config.debug:
+        """Create the run's directory with its config.yaml and open the log where the checkpoint left off."""
+        if self.config.debug:
             return
-        with saving(run.directory):
-            make_private(run.directory)
-        self.log = MetricLogger(run.directory, run.config, self.state.run_id, self.state.metrics_bytes, self.state.step)
-        with saving(run.directory):
-            remove_partial(run.directory)
-            # With the run's id no other folder has the same text, which tells whether all nodes see this one.
-            write_atomic(run.directory / "config.yaml", f"{resolved_text(run)}# run {self.state.run_id}\n")
+        with saving(self.directory):
+            make_private(self.directory)
+        state = self.state
+        self.log = MetricLogger(self.directory, self.config, state.run_id, state.metrics_bytes, state.step)
+        with saving(self.directory):
+            remove_partial(self.directory)
+            # The run id makes the text unique, which `check_shared_filesystem` relies on.
+            write_atomic(self.directory / "config.yaml", f"{self.config_text()}# run {state.run_id}\n")
 
     def train_epoch(self, epoch: int) -> None:
-        """The optimizer steps of an epoch, or those that are left of it."""
-        run, config, state = self.run, self.run.config, self.state
-        run.model.train()
-        steps = steps_left(run, epoch, state.examples)
-        made = run.ahead(lambda step: make_batches(run, epoch, step), steps)
-        step = next(made, None)
-        agreed = self.agree(None, step)
-        progress = tqdm(steps, unit="step", disable=not run.processes.is_rank0)
+        """Take the optimizer steps of an epoch, or those that are left of it."""
+        config, state = self.config, self.state
+        self.model.train()
+        specs = self.remaining_steps(epoch, state.examples)
+        prepared = prefetch_batches(lambda spec: self.make_batches(epoch, spec), specs, config, self.processes.device)
+        batches = next(prepared, [])
+        totals = self.all_gather_totals(None, batches)
+        progress = tqdm(specs, unit="step", disable=not self.processes.is_rank0)
         started = time.perf_counter()
-        for _ in progress:
-            self.enter_stage(epoch)
+        for spec in progress:
+            self.enter_stage(spec.stage, epoch)
             progress.set_description(f"epoch {epoch + 1}/{config.num_epochs} stage {state.stage}", refresh=False)
-            count, batches = step
-            loss, work = self.backward(batches, agreed.work), agreed.work
-            step = next(made, None)  # a GPU computes meanwhile
-            agreed = self.agree(loss, step)
-            lr = self.update(agreed, batches, f"epoch {epoch + 1}, step {state.step + 1}")
-            state.step, state.examples = state.step + 1, state.examples + count
-            speed = work.tokens / (time.perf_counter() - started)
-            progress.set_postfix_str(f"loss {agreed.loss:.4f}, {speed:.0f} tokens/s")
-            metrics = {"epoch": epoch + 1, "step": state.step, "stage": state.stage, "loss": agreed.loss}
-            metrics |= {"grad_norm": agreed.norm, "lr": lr, "tokens_per_second": speed}
+            loss, tokens, computed = self.backward(batches, totals.supervised), totals.tokens, batches
+            batches = next(prepared, [])  # while a GPU computes
+            totals = self.all_gather_totals(loss, batches)
+            lr = self.optimizer_step(totals, computed, f"epoch {epoch + 1}, step {state.step + 1}")
+            state.step, state.examples = state.step + 1, state.examples + spec.count
+            speed = tokens / (time.perf_counter() - started)
+            progress.set_postfix_str(f"loss {totals.loss:.4f}, {speed:.0f} tokens/s")
+            metrics = {"epoch": epoch + 1, "step": state.step, "stage": state.stage, "loss": totals.loss}
+            metrics |= {"grad_norm": totals.norm, "lr": lr, "tokens_per_second": speed}
             self.log.write({f"train/{name}": value for name, value in metrics.items()}, state.step)
-            if agreed.signal:
-                raise Interrupted(agreed.signal)
-            left = state.examples < len(run.train_examples)
-            if config.save_every_steps and state.step % config.save_every_steps == 0 and left:
+            if totals.signal:
+                raise Interrupted(totals.signal)
+            unfinished = state.examples < len(self.data)
+            if config.save_every_steps and state.step % config.save_every_steps == 0 and unfinished:
                 self.save()
             started = time.perf_counter()
 
-    def enter_stage(self, epoch: int) -> None:
-        """Sets the stage of the next step, with a fresh optimizer where reset_optimizer asks for one."""
-        config, state = self.run.config, self.state
-        stage = stage_within(self.run, epoch, state.examples)
+    def enter_stage(self, stage: int, epoch: int) -> None:
+        """Set the stage of the next step, with a fresh optimizer if reset_optimizer asks for one."""
+        config, state = self.config, self.state
         switched, entered, state.stage = state.stage not in (-1, stage), state.stage != stage, stage
         if entered and self.log.backend:
-            self.log.show("train/sequences", first_sequences(self.run, stage, epoch), state.step)
+            self.log.show("train/sequences", self.first_sequences(stage, epoch), state.step)
         if (config.reset_optimizer is True and switched) or (
             config.reset_optimizer == "every_epoch" and state.examples == 0
         ):
             self.new_optimizer()
 
-    def backward(self, batches: list[dict], work: Work) -> Tensor:
-        """The forward and backward passes of an optimizer step; returns this process's share of the loss, a scalar.
+    def end_epoch(self, epoch: int, evaluation: Evaluation) -> None:
+        """Record a finished epoch: its metrics, predictions and checkpoint, and the links best and last."""
+        state = self.state
+        state.epoch, state.examples = epoch + 1, 0
+        self.log.write({"eval/epoch": state.epoch, "eval/stage": state.stage, **evaluation.metrics()}, state.step)
+        self.log.show("eval/predictions", evaluation.predictions[:SHOWN], state.step)
+        # Early stages still write steps and score higher, so the best starts anew at every stage.
+        improved = state.stage != state.best_stage or evaluation.accuracy > state.best_accuracy
+        if improved:
+            state.best_stage, state.best_accuracy, state.best_epoch = state.stage, evaluation.accuracy, state.epoch
+        if not self.config.debug:
+            path = self.directory / f"predictions_{state.epoch}.jsonl"
+            self.processes.run_on_rank0(lambda: write_predictions(evaluation.predictions, path))
+        self.save(best=improved)
 
-        The loss is the sum over all supervised tokens of all batches of all processes, divided by their number, so any
-        division of the same problems makes the same step.
+    # --- an optimizer step --------------------------------------------------------------------------------------------
+
+    def backward(self, batches: list[dict], supervised: float) -> Tensor:
+        """Run the forward and backward passes of an optimizer step; returns this rank's share of the loss, a scalar.
+
+        The loss is the sum over all supervised tokens of all micro-batches of all ranks, divided by their number, so
+        any division of the same problems makes the same step.
         """
-        total = torch.zeros((), device=self.run.processes.device)
+        total = torch.zeros((), device=self.processes.device)
         for number, batch in enumerate(batches, 1):
-            with sync_gradients(self.model, last=number == len(batches)):
-                with self.run.autocast():
-                    loss = self.model(**self.equal_passes(inputs(batch), work.passes)).loss
-                loss = loss * (len(batch["plan"].targets) / work.supervised)
-                (loss * self.run.processes.world_size).backward()  # gradients are averaged over processes
+            with sync_gradients(self.parallel_model, last=number == len(batches)):
+                with self.validator.autocast():
+                    loss = self.parallel_model(**model_args(batch)).loss
+                loss = loss * (len(batch["plan"].targets) / supervised)
+                (loss * self.processes.world_size).backward()  # gradients are averaged over ranks
             total += loss.detach()
-        reshard(self.model)
+        reshard(self.parallel_model)
         return total
 
-    def agree(self, loss: Tensor | None, step: tuple[int, list[dict]] | None) -> Agreed:
-        """What all processes must know of the step that they have computed (None: none yet) and of the next one.
+    def all_gather_totals(self, loss: Tensor | None, batches: list[dict]) -> StepTotals:
+        """Gather what all ranks must know: the loss and gradient norm of this step, and the tokens of the next one.
 
-        This is the one small reduction of a step, and the one time that it waits for a GPU.
+        The one small collective of a step, and the one time that it waits for a GPU. loss: None before the first step.
         """
-        processes, batches = self.run.processes, step[1] if step else []
-        supervised = sum(len(batch["plan"].targets) for batch in batches)
-        tokens = sum(batch["attention_mask"].sum().item() for batch in batches if batch["idx"][0] >= 0)
-        passes = max((1 + len(batch["plan"].cuts) for batch in batches), default=0)
-        done = torch.zeros(2, device=processes.device) if loss is None else torch.stack([loss, self.gradient_norm()])
-        losses, norms, signals, *works = processes.table(done, [self.run.stop.signal, supervised, tokens, passes])
-        norm = math.hypot(*norms) if is_sharded(self.model) else norms[0]
+        zero = torch.zeros((), device=self.processes.device)
+        gathered = self.processes.all_gather_scalars(
+            {
+                "loss": zero if loss is None else loss,
+                "norm": zero if loss is None else torch.nn.utils.get_total_norm(self.local_gradients()),
+                "signal": self.stop.signal,
+                "supervised": sum(len(batch["plan"].targets) for batch in batches),
+                "tokens": sum(batch["attention_mask"].sum().item() for batch in batches if batch["idx"][0] >= 0),
+            }
+        )
+        norms = gathered["norm"]
+        norm = math.hypot(*norms) if is_sharded(self.parallel_model) else norms[0]
         if not math.isfinite(sum(norms)):  # one device alone may miscalculate
             norm = sum(norms)
-        work = Work(sum(works[0]), sum(works[1]), int(max(works[2])))
-        return Agreed(sum(losses), norm, int(max(signals)), work)
+        return StepTotals(
+            loss=sum(gathered["loss"]),
+            norm=norm,
+            signal=int(max(gathered["signal"])),
+            supervised=sum(gathered["supervised"]),
+            tokens=sum(gathered["tokens"]),
+        )
 
-    def gradient_norm(self) -> Tensor:
-        """The norm of the gradient, or of this process's shards of it, a scalar."""
-        return torch.nn.utils.get_total_norm(self.gradients())
-
-    def gradients(self) -> list[Tensor]:
-        """This process's gradients, or its shards of them."""
-        gradients = [p.grad for p in self.run.model.parameters() if p.grad is not None]
+    def local_gradients(self) -> list[Tensor]:
+        """Return this rank's gradients, or its shards of them."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         return [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
 
-    def update(self, agreed: Agreed, batches: list[dict], place: str) -> float:
-        """Takes the optimizer step and frees the gradients; returns the learning rate.
+    def optimizer_step(self, totals: StepTotals, batches: list[dict], place: str) -> float:
+        """Clip, step and free the gradients; returns the learning rate.
 
-        Raises NotFiniteError in all processes before the weights change.
+        Raises NotFiniteError on all ranks before the weights change.
         """
-        config = self.run.config
-        if not math.isfinite(agreed.loss + agreed.norm):
-            idx = self.run.processes.gather([i for batch in batches for i in batch["idx"].tolist() if i >= 0])
-            found = f"loss {agreed.loss}, gradient norm {agreed.norm}, on the training problems {idx}"
-            raise NotFiniteError(f"{place}: {found}")
-        if config.max_grad_norm is not None and agreed.norm > config.max_grad_norm:
-            for gradient in self.gradients():
-                gradient.mul_(config.max_grad_norm / agreed.norm)
+        config = self.config
+        if not math.isfinite(totals.loss + totals.norm):
+            idx = self.processes.all_gather_object([i for b in batches for i in b["idx"].tolist() if i >= 0])
+            raise NotFiniteError(
+                f"{place}: loss {totals.loss}, gradient norm {totals.norm}, on the training problems {idx}"
+            )
+        if config.max_grad_norm is not None and totals.norm > config.max_grad_norm:
+            for gradient in self.local_gradients():
+                gradient.mul_(config.max_grad_norm / totals.norm)
         lr = config.lr * min(1, (self.state.step + 1) / max(config.warmup_steps, 1))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        zero_grad(self.model)  # now, so that validation has the room
+        zero_grad(self.parallel_model)  # now, so that validation has the memory
         return lr
 
-    def equal_passes(self, batch: dict[str, Tensor], most: int) -> dict:
-        """The batch with as many passes as any process needs, padded where it has fewer columns than that.
+    # --- data ---------------------------------------------------------------------------------------------------------
 
-        Where sharded weights are gathered anew for every pass, all processes must make equally many.
-        """
-        if not is_sharded(self.model) or self.run.keep_weights:
-            return batch
-        pad = self.run.pretrained.tokenizer.pad_token_id
-        padding = {"input_ids": pad, "attention_mask": 0, "position_ids": 0, "labels": -100}
-        missing = max(most - batch["input_ids"].shape[1], 0)
-        padded = {key: F.pad(batch[key], (0, missing), value=value) for key, value in padding.items()}
-        return {**padded, "plan": batch["plan"], "min_passes": most}
+    def remaining_steps(self, epoch: int, done: int) -> list[StepSpec]:
+        """List the optimizer steps of an epoch that are left after `done` of its examples."""
+        config, processes, specs = self.config, self.processes, []
+        accumulation = config.accumulation_steps(processes.world_size)
+        order = epoch_order(self.data, config, epoch, config.problems_per_step(processes.world_size))
+        shape = (config.batch_size_training, accumulation, processes.rank, processes.world_size)
+        for count, micro_batches in step_batches(order[done:], *shape):
+            stage = stage_of(epoch + done / len(self.data), config)
+            specs.append(StepSpec(count, stage, micro_batches, filler=order[0]))
+            done += count
+        return specs
 
-    def end_epoch(self, epoch: int, evaluation: Evaluation) -> None:
-        """Writes down a finished epoch: its metrics, predictions and checkpoint, and the links best and last."""
-        run, config, state = self.run, self.run.config, self.state
-        state.epoch, state.examples = epoch + 1, 0
-        self.log.write({"eval/epoch": state.epoch, "eval/stage": state.stage, **evaluation.metrics()}, state.step)
-        self.log.show("eval/predictions", evaluation.predictions[:SHOWN], state.step)
-        # Early stages still write steps and score higher, so the best starts afresh at every stage.
-        improved = state.stage != state.best_stage or evaluation.accuracy > state.best_accuracy
-        if improved:
-            state.best_stage, state.best_accuracy, state.best_epoch = state.stage, evaluation.accuracy, state.epoch
-        if not config.debug:
-            path = run.directory / f"predictions_{state.epoch}.jsonl"
-            run.processes.run_on_rank0(lambda: write_predictions(evaluation.predictions, path))
-        self.save(best=improved)
+    def make_batches(self, epoch: int, spec: StepSpec) -> list[dict[str, Tensor]]:
+        """Make this rank's micro-batches of a step; one without examples has a loss of 0 (its idx is -1)."""
+        sequences, batches = self.sequences(spec.stage, epoch), []
+        for indices in spec.micro_batches:
+            features = sequences.__getitems__(indices or [spec.filler])
+            if not indices:
+                features = [{**feature, "labels": [-100] * len(feature["labels"]), "idx": -1} for feature in features]
+            batches.append(self.collate(features))
+        return batches
+
+    def sequences(self, stage: int, epoch: int):
+        """Return the training sequences of an epoch at a stage, unshuffled."""
+        tokens = self.pretrained.sequence_tokens(self.config.method)
+        return get_cot_latent_dataset(stage, self.data, self.config, **tokens, epoch=epoch)
+
+    def first_sequences(self, stage: int, epoch: int) -> list[dict]:
+        """Return the first training sequences of a stage as texts: whole, and their supervised part."""
+        sequences, decode = self.sequences(stage, epoch), self.pretrained.tokenizer.decode
+        return [
+            {
+                "stage": stage,
+                "sequence": decode(item["input_ids"]),
+                "supervised": decode([label for label in item["labels"] if label != -100]),
+            }
+            for item in sequences.__getitems__(range(min(SHOWN, len(sequences))))
+        ]
+
+    # --- saving -------------------------------------------------------------------------------------------------------
 
     def save(self, best: bool = False) -> None:
-        """Saves a checkpoint of the present state, and removes those that need not be kept."""
-        run, state = self.run, self.state
-        if run.config.debug:
+        """Save a checkpoint of the current state and apply the retention rules."""
+        config, state, processes = self.config, self.state, self.processes
+        if config.debug:
             return
-        state.metrics_bytes = run.processes.run_on_rank0(self.log.flush)
+        state.metrics_bytes = processes.run_on_rank0(self.log.flush)
         name = f"checkpoint_{state.epoch}" + (f"_step_{state.step}" if state.examples else "")
-        description = describe(run.config, state, run.pretrained, improved=best)
-        description["problems_per_step"] = problems_per_step(run.config, run.processes)
-        checkpoint = run.directory / name
-        save_checkpoint(checkpoint, run.pretrained, run.model, self.optimizer, state, description, run.processes)
-        if run.processes.is_rank0:
-            prune(checkpoint, run.config.keep_checkpoints, run.config.save_only_improve)
+        checkpoint = self.directory / name
+        facts = {"epoch": state.epoch, "improved": best}
+        facts["problems_per_step"] = config.problems_per_step(processes.world_size)
+        description = describe(config, self.pretrained.tokenizer, state.stage, **facts)
+        save_checkpoint(checkpoint, self.pretrained, self.model, self.optimizer, state, description, processes)
+        if processes.is_rank0:
+            prune(checkpoint, config.keep_checkpoints, config.save_only_improve)
             print(f"saved {checkpoint}" + (", the best of this stage so far" if best else ""), flush=True)
 
     def disk_report(self) -> str:
-        """What the checkpoints to come need of the disk, and what it has."""
-        weights = sum(4 * p.numel() for p in self.run.model.parameters())  # float32 in the file
-        moments = sum(2 * p.nbytes for group in self.optimizer.param_groups for p in group["params"])
-        return disk_report(self.run.config, self.run.directory, self.state.epoch, weights, moments)
+        """Return a line about the disk space that the checkpoints to come need."""
+        weights = sum(4 * p.numel() for p in self.model.parameters())  # float32 in the file
+        optimizer_state = sum(2 * p.nbytes for group in self.optimizer.param_groups for p in group["params"])
+        return disk_report(self.config, self.directory, self.state.epoch, weights, optimizer_state)
 
-
-def train(run: Run) -> None:
-    """Trains a run to its end; a finished run is left as it is."""
-    trainer = Trainer(run)
-    if trainer.state.epoch >= run.config.num_epochs:
-        run.processes.print(f"{run.directory} is trained for {trainer.state.epoch} epochs; raise num_epochs to go on")
-        return
-    run.processes.print(resolved_text(run) + "\n" + schedule_table(run.config))
-    if not run.config.debug:
-        run.processes.print(trainer.disk_report())
-    trainer.fit()
-
-
-@dataclass(frozen=True)
-class Step:
-    """An optimizer step to come: its number of problems, its stage, and the problems of each of this process's passes.
-
-    filler: a problem for a pass that has none.
-    """
-
-    count: int
-    stage: int
-    passes: list[list[int]]
-    filler: int
-
-
-def steps_left(run: Run, epoch: int, done: int) -> list[Step]:
-    """The optimizer steps of an epoch that are left when so many of its problems are done."""
-    config, processes, steps = run.config, run.processes, []
-    order = epoch_order(run.train_examples, config, epoch, problems_per_step(config, processes))
-    shape = (config.batch_size_training, config.gradient_accumulation_steps, processes.rank, processes.world_size)
-    for count, passes in step_batches(order[done:], *shape):
-        steps.append(Step(count, stage_within(run, epoch, done), passes, filler=order[0]))
-        done += count
-    return steps
-
-
-def largest_batches(run: Run) -> list[dict[str, int]]:
-    """The shape of a batch at each stage: rows, most columns, and the most thoughts and supervised tokens of a row."""
-    lengths, config = Lengths(run.train_examples), run.config
-    stages = {stage_of(epoch, config) for epoch in range(run.config.num_epochs)}
-    return [{"rows": config.batch_size_training, **lengths.most(stage, config)} for stage in sorted(stages)]
-
-
-def first_sequences(run: Run, stage: int, epoch: int) -> list[dict]:
-    """The first training sequences of a stage as texts: whole, and what is supervised of them."""
-    sequences = run.sequences(get_cot_latent_dataset, stage, run.train_examples, epoch=epoch)
-    items, decode = sequences.__getitems__(range(min(SHOWN, len(sequences)))), run.pretrained.tokenizer.decode
-    supervised = [[label for label in item["labels"] if label != -100] for item in items]
-    return [
-        {"stage": stage, "sequence": decode(item["input_ids"]), "supervised": decode(labels)}
-        for item, labels in zip(items, supervised, strict=True)
-    ]
-
-
-def stage_within(run: Run, epoch: int, done: int) -> int:
-    """The stage that is trained when so many problems of an epoch are done."""
-    return stage_of(epoch + done / len(run.train_examples), run.config)
-
-
-def make_batches(run: Run, epoch: int, step: Step) -> tuple[int, list[dict[str, Tensor]]]:
-    """The number of problems of a step, and the batches of this process's passes.
-
-    A pass for which no problem is left has a batch that counts for nothing (its idx is -1).
-    """
-    sequences, batches = run.sequences(get_cot_latent_dataset, step.stage, run.train_examples, epoch=epoch), []
-    for indices in step.passes:
-        features = sequences.__getitems__(indices or [step.filler])
-        if not indices:
-            features = [{**feature, "labels": [-100] * len(feature["labels"]), "idx": -1} for feature in features]
-        batches.append(run.collate(features))
-    return step.count, batches
-
-
-def resolved_text(run: Run) -> str:
-    """The resolved config as YAML, with the versions and devices that a result depends on as comments."""
-    names = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-    names |= {"commit": git_commit(), "device": devices(run.processes)}
-    comments = "".join(f"# {name} {version}\n" for name, version in names.items())
-    return comments + yaml.safe_dump(run.config.resolved(), sort_keys=False)
+    def config_text(self) -> str:
+        """Return the resolved config as YAML, with versions and devices as comments."""
+        names = {"python": platform.python_version(), "torch": torch.__version__}
+        names |= {"transformers": transformers.__version__, "commit": git_commit(), "device": devices(self.processes)}
+        comments = "".join(f"# {name} {version}\n" for name, version in names.items())
+        accumulation = {"gradient_accumulation_steps": self.config.accumulation_steps(self.processes.world_size)}
+        return comments + yaml.safe_dump(self.config.resolved() | accumulation, sort_keys=False)
 
 
 def devices(processes: Processes) -> str:
-    """How many processes compute, and on what; all have the main one's kind of device."""
+    """Return how many processes compute on what, by rank 0's kind of device."""
     name = f"CPU ({platform.machine()}, threads: {torch.get_num_threads()})"
     if processes.device.type == "cuda":
         name = torch.cuda.get_device_name(processes.device)
@@ -368,7 +379,7 @@ def devices(processes: Processes) -> str:
 
 
 def git_commit() -> str:
-    """The commit of this code, as far as it can be told."""
+    """Return the commit of this code, or "unknown"."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"

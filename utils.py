@@ -9,13 +9,15 @@ import time
 
 import torch
 
+from components.distributed import Processes
+from components.errors import Interrupted
 from config import Config
 
 __all__ = ["Config", "StopRequest", "set_seed"]
 
 
 def set_seed(seed: int, rank: int | None = None) -> None:
-    """Seeds Python's and torch's generators, on the CPU and every GPU; with a rank, a stream of its own for each."""
+    """Seed Python's and torch's generators, on the CPU and every GPU; with a rank, differently on each."""
     if rank is not None:
         seed = random.Random(f"{seed} {rank}").getrandbits(32)
     random.seed(seed)
@@ -23,13 +25,13 @@ def set_seed(seed: int, rank: int | None = None) -> None:
 
 
 class StopRequest:
-    """SIGTERM and SIGINT as a wish, which the training loop grants at its next step.
+    """SIGTERM and SIGINT as a request that the training loop honors after its current step.
 
-    A second signal ends the process at once; but one that follows closely is the same wish, delivered by the
-    terminal and by torchrun. Used as a context manager, which restores the handlers that were there.
+    A second signal exits at once, unless it follows so closely that it is the same request, delivered by the terminal
+    and by torchrun. A context manager, which restores the previous handlers.
     """
 
-    SAME_WISH = 2.0  # seconds
+    SAME_REQUEST = 2.0  # seconds
 
     def __init__(self):
         self.signal, self.time = 0, 0.0
@@ -43,8 +45,14 @@ class StopRequest:
             signal.signal(number, handler)
 
     def receive(self, number: int, _frame) -> None:
-        """The signal handler."""
-        if self.signal and time.monotonic() - self.time > self.SAME_WISH:
+        """Handle a signal."""
+        if self.signal and time.monotonic() - self.time > self.SAME_REQUEST:
             os._exit(128 + number)
         if not self.signal:
             self.signal, self.time = number, time.monotonic()
+
+    def raise_on_all_ranks(self, processes: Processes) -> None:
+        """Raise Interrupted on every rank if any of them received a signal."""
+        [signal] = processes.all_reduce_max([self.signal])
+        if signal:
+            raise Interrupted(int(signal))

@@ -12,12 +12,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from analysis.graphs import Form, Graph, find_form
-from build import inputs
-from coconut import Coconut, without_head
+from coconut import Coconut, plan_batch, without_head
 from config import UserError
-from curriculum import METHODS, placeholders
-from dataset import MyCollator
-from evaluate import Opened, open_checkpoint, predict, until_eos
+from curriculum import METHODS, num_placeholders
+from dataset import MyCollator, model_args
+from evaluate import OpenedCheckpoint, open_checkpoint, predict, until_eos
 
 SEED = 0  # of all that is drawn
 NOISE = "noise of the thoughts' norm"  # how rows call the control that `noise` makes
@@ -57,7 +56,7 @@ class Subject:
     """
 
     name: str
-    opened: Opened
+    opened: OpenedCheckpoint
     problems: list[dict]
     forms: list[Form | None]
     graphs: list[Graph | None]
@@ -87,7 +86,7 @@ class Subject:
     @property
     def placeholder_id(self) -> int:
         """The id of a thought, or of a pause."""
-        return self.opened.pretrained.prompt_ids(self.opened.config.method)[1]
+        return self.opened.pretrained.sequence_tokens(self.opened.config.method)["latent_id"]
 
     @property
     def positions(self) -> int | None:
@@ -127,7 +126,7 @@ def open_subject(path: str, problems: list[dict], batch_size: int) -> Subject:
     own, config = opened.model, opened.config
     ids = (own.latent_token_id, own.start_latent_id, own.end_latent_id, own.eos_token_id)
     opened = replace(opened, model=Replaceable(own.base_causallm, *ids).eval())
-    thoughts = placeholders(opened.stage, 0, config, training=False)
+    thoughts = num_placeholders(opened.stage, 0, config, training=False)
     forms = [find_form(problem) for problem in problems]
     graphs = [form and form.graph(problem) for form, problem in zip(forms, problems, strict=True)]
     return Subject(config.method, opened, problems, forms, graphs, batch_size, thoughts)
@@ -140,10 +139,10 @@ def think(subject: Subject, batch: dict, values: Tensor | None = None, forced: S
     values: thoughts of its rows, (batch, thoughts, hidden); forced: which of them take the place of the model's own.
     """
     model = subject.model
-    cuts = model.plan(batch["input_ids"], batch["attention_mask"]).cuts
+    plan = plan_batch(batch["input_ids"], batch["attention_mask"], None, model.latent_token_id)
     with model.replacing(values, forced):
         cache = model.new_cache(batch["input_ids"].shape[1])
-        return model.think(batch["input_ids"], batch["attention_mask"], batch["position_ids"], cache, cuts)
+        return model.think(batch["input_ids"], batch["attention_mask"], batch["position_ids"], cache, plan.pass_starts)
 
 
 @torch.no_grad()
@@ -187,7 +186,7 @@ def write_answers(
     predictions = [None] * len(subject.problems)
     for part, batch in subject.batches([extended(item, begun) for item in subject.prompts], title):
         with subject.model.replacing(None if values is None else values[part], forced):
-            output = subject.model.generate(**inputs(batch), max_new_tokens=limit)  # (batch, length + new)
+            output = subject.model.generate(**model_args(batch), max_new_tokens=limit)  # (batch, length + new)
         for index, tokens in zip(part, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
             new = [*begun, *until_eos(tokens, eos, limit)]
             said = predict(subject.problems[index], index, new, 0, opened.pretrained.tokenizer, opened.config.method)

@@ -43,8 +43,8 @@ def work(project: Path, words: list[str], reports: Path) -> None:
     sys.path.insert(0, str(project))
     import torch
 
-    import build
     import dataset
+    import run
     import train
     from components.distributed import destroy_distributed, init_distributed
     from config import load_config
@@ -58,21 +58,19 @@ def work(project: Path, words: list[str], reports: Path) -> None:
         report.setdefault("first step, CPU", sum(os.times()[:4]))  # workers that have ended included
         return {"loss": 0.0, "grad_norm": 0.0, "lr": 0.0, "tokens": 1}
 
-    clock(build, "check_lengths", report)
+    clock(dataset, "check_lengths", report)
     clock(train if hasattr(train, "epoch_order") else dataset, "epoch_order", report)
-    train.Trainer.train_step = note
     train.Trainer.backward = lambda *_: note() and torch.zeros(())
-    train.Trainer.gradient_norm = lambda _: torch.zeros(())
-    train.Trainer.update = lambda *_: 0.0
+    train.Trainer.optimizer_step = lambda *_: 0.0
     config, processes = load_config(words[0], words[1:]), init_distributed()
-    trainer = train.Trainer(build.build(config, processes, StopRequest()))
+    trainer = run.set_up(config, processes, StopRequest())
     clock(trainer, "train_epoch", report)
     trainer.train_epoch(0)
-    processes.gather(None)
+    processes.all_gather_object(None)
     fields = dict(line.split(":") for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
     report |= {name: int(fields[name].split()[0]) / 1024 for name in ("Pss", "Private_Clean", "Private_Dirty")}  # MiB
     (reports / str(processes.rank)).write_text(json.dumps(report))
-    processes.gather(None)
+    processes.all_gather_object(None)
     destroy_distributed()
 
 

@@ -14,17 +14,18 @@ import tempfile
 import time
 from collections import defaultdict
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from train_step import ROOT, environment
 
 sys.path.insert(0, str(ROOT))
 
-from build import build, inputs
 from components.distributed import init_distributed
 from config import load_config
-from evaluate import validate
-from train import Trainer, make_batches, steps_left
+from dataset import model_args, prefetch_batches
+from run import set_up
+from train import Trainer
 from utils import StopRequest
 
 
@@ -42,29 +43,30 @@ def train_steps(trainer: Trainer, limit: int) -> tuple[dict[str, float], float, 
     """The seconds by piece of the epoch's first steps, the share of the epoch that these steps are, and the share of
     padding in their batches. The very first step is a warm-up that does not count. Data: the order of the whole epoch,
     in proportion, and the time for which a step waits for its batches."""
-    run, config, times = trainer.run, trainer.run.config, defaultdict(float)
+    config, device, times = trainer.config, trainer.processes.device, defaultdict(float)
     with clocked(times, "data"):
-        trainer.enter_stage(config.resume)
-        steps = steps_left(run, config.resume, 0)
+        steps = trainer.remaining_steps(config.resume, 0)
+        trainer.enter_stage(steps[0].stage, config.resume)
     limit = min(limit, len(steps) - 1)
     once = times.pop("data") * limit / len(steps)
-    made = run.ahead(lambda step: make_batches(run, config.resume, step), steps[: limit + 1])
-    run.model.train()
+    make = partial(trainer.make_batches, config.resume)
+    made = prefetch_batches(make, steps[: limit + 1], config, device)
+    trainer.model.train()
     tokens = columns = 0
     for number in range(limit + 1):
         if number == 1:
             times.clear()
             tokens = columns = 0
         with clocked(times, "data"):
-            _, batches = next(made)
+            batches = next(made)
         for batch in batches:
             tokens, columns = tokens + batch["attention_mask"].sum().item(), columns + batch["attention_mask"].numel()
-            with clocked(times, "forward"), run.autocast():
-                loss = trainer.model(**inputs(batch)).loss
+            with clocked(times, "forward"), trainer.validator.autocast():
+                loss = trainer.parallel_model(**model_args(batch)).loss
             with clocked(times, "backward"):
                 loss.backward()
         with clocked(times, "optimizer"):
-            trainer.gradient_norm()
+            torch.nn.utils.get_total_norm(trainer.local_gradients())
             trainer.optimizer.step()
             trainer.optimizer.zero_grad(set_to_none=True)
     times["data"] += once
@@ -82,17 +84,17 @@ def main() -> None:
         config = load_config(arguments.config, [*arguments.overrides, f"save_path={folder}", "logger=none"])
         times = defaultdict(float)
         with clocked(times, "reading, tokenizing, loading (once)"):
-            trainer = Trainer(build(config, init_distributed(), StopRequest()))
+            trainer = set_up(config, init_distributed(), StopRequest())
         steps, share, padding = train_steps(trainer, arguments.steps)
         epoch = {name: seconds / share for name, seconds in steps.items()}
         with clocked(epoch := defaultdict(float, epoch), "validation"):
-            validate(trainer.run, trainer.state.stage)
-        trainer.run.directory.mkdir(parents=True)
+            trainer.validator.validate(trainer.state.stage)
+        trainer.directory.mkdir(parents=True)
         with clocked(epoch, "saving"):
             trainer.save()
     total = sum(epoch.values())
     print(f"\n{arguments.config}, {share:.1%} of the steps measured, {padding:.1%} of their columns padding")
-    print(f"{environment(trainer.run.processes.device.type)}\n")
+    print(f"{environment(trainer.processes.device.type)}\n")
     print("| piece | seconds per epoch | share |\n|---|---|---|")
     for name, seconds in epoch.items():
         print(f"| {name} | {seconds:.1f} | {seconds / total:.1%} |")

@@ -4,10 +4,9 @@
     python benchmarks/memory.py --model FOLDER --gpus 4 --strategy ddp --bf16 --batch 32 --length 512 --thoughts 0 6
     python benchmarks/memory.py --model gpt2 --bf16 --device cuda      the simulation against a GPU that is here
 
-The training code runs as it is (Coconut, parallelize.distribute, AdamW), on tensors without content: torch's
+The training code runs as it is (Coconut, parallelize, AdamW), on tensors without content: torch's
 FakeTensorMode knows the shape and size of all that a step makes, its fake process group the size of all that processes
 exchange, and its memory trackers sum up what lives at the same time. Nothing large is allocated, so a CPU is enough.
-Printed beside it is the estimate by which `parallel: auto` chooses (footprint.py).
 
 Weights are what a GPU holds from step to step; gathered weights are copies for arithmetic, whole under fsdp, in
 bfloat16 under autocast; gradients include those that wait for the passes that are still to come; activations are the
@@ -17,10 +16,10 @@ rest. What the allocator loses between its blocks, and CUDA's own half gigabyte 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from unittest.mock import Mock, patch
 
@@ -36,9 +35,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConf
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from coconut import Coconut
+from coconut import Coconut, plan_batch
 from components import distributed, parallelize
-from footprint import Footprint, Step, estimate
 
 START, END, LATENT, EOS = 1, 2, 3, 0  # any tokens will do
 GIB = 2**30
@@ -53,6 +51,22 @@ MODELS = {
     "llama-3b": lambda: LlamaConfig(**LLAMA, **LLAMA_3B, tie_word_embeddings=True),  # Llama 3.2
     "llama-8b": lambda: LlamaConfig(**LLAMA, **LLAMA_8B, tie_word_embeddings=False),  # Llama 3
 }
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes on one GPU at the peak of a training step, by part; see the module's docstring."""
+
+    weights: int
+    gathered: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All parts together."""
+        return sum(astuple(self))
 
 
 @contextmanager
@@ -176,7 +190,7 @@ def fake_processes(world_size: int) -> Iterator[distributed.Processes]:
     ddp = "torch.nn.parallel.distributed."
     with ExitStack() as patches:
         patches.enter_context(patch.object(nn.Module, "to", lambda module, *_: module))
-        patches.enter_context(patch.multiple(parallelize, set_aside=Mock(), hand_out=Mock()))
+        patches.enter_context(patch.multiple(parallelize, to_meta=Mock(), load_from_rank0=Mock()))
         patches.enter_context(patch.object(parallelize, "DistributedDataParallel", Alone))
         patches.enter_context(patch.object(dist.Reducer, "_rebuild_buckets", lambda _: False))
         for name in ("_verify_param_shape_across_processes", "_sync_module_states"):
@@ -205,7 +219,7 @@ class Alone(nn.parallel.DistributedDataParallel):
 
 
 class Job:
-    """A model in training as parallelize.distribute shares it, and the steps that it makes."""
+    """A model in training as `parallelize` divides it, and the steps that it makes."""
 
     def __init__(self, config: PretrainedConfig, arguments, processes: distributed.Processes):
         self.bf16, self.processes = arguments.bf16, processes
@@ -213,9 +227,9 @@ class Job:
             lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         self.coconut = Coconut(lm, LATENT, START, END, EOS).train()
         if arguments.gradient_checkpointing:
-            self.coconut.recompute(arguments.gradient_checkpointing)
-        keep = arguments.keep_weights
-        self.model = parallelize.distribute(self.coconut, arguments.strategy, self.bf16, keep, processes)
+            self.coconut.checkpoint_activations(arguments.gradient_checkpointing)
+        blocks, strategy = self.coconut.blocks, arguments.strategy
+        self.model = parallelize.parallelize(self.coconut, blocks, strategy, self.bf16, processes)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
 
     def make_batch(self, rows: int, columns: int, thoughts: int, answer: int) -> dict:
@@ -227,7 +241,7 @@ class Job:
             attention_mask, labels = torch.ones_like(input_ids), torch.full_like(input_ids, -100)
             labels[:, end:] = START
             batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-            return {**batch, "plan": self.coconut.plan(**batch)}
+            return {**batch, "plan": plan_batch(**batch, latent_token_id=LATENT)}
 
     def step(self, batch: dict[str, Tensor]) -> None:
         """An optimizer step, as `Trainer` makes it."""
@@ -272,7 +286,6 @@ def parse(words: list[str] | None = None):
     parser.add_argument("--layers", type=int, help="as many layers as this, instead of the model's")
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--strategy", choices=("ddp", "fsdp"), default="ddp", help="for several GPUs")
-    parser.add_argument("--keep-weights", action="store_true", help="fsdp gathers weights once in a step")
     parser.add_argument("--thoughts", type=int, nargs="+", default=[0, 6])
     parser.add_argument("--batch", type=int, default=8, help="sequences on each GPU")
     parser.add_argument("--length", type=int, default=160, help="tokens of a sequence")
@@ -297,36 +310,17 @@ def model_config(arguments) -> PretrainedConfig:
 
 
 def main() -> None:
-    """Simulates, estimates, and measures where a device is given; prints a Markdown table in GiB."""
+    """Simulates, and measures where a device is given; prints a Markdown table in GiB."""
     arguments = parse()
-    config, names = model_config(arguments), [field.name for field in dataclasses.fields(Footprint)]
+    config, names = model_config(arguments), [field.name for field in fields(Footprint)]
     print(f"{' '.join(sys.argv[1:])}\n")
-    print(f"| thoughts | {' | '.join(names)} | peak | estimate | {arguments.device or ''} |")
-    print("|---" * (len(names) + 4) + "|")
+    print(f"| thoughts | {' | '.join(names)} | peak | {arguments.device or ''} |")
+    print("|---" * (len(names) + 3) + "|")
     for thoughts in arguments.thoughts:
-        found, expected = simulate(config, arguments, thoughts), estimated(config, arguments, thoughts)
+        found = simulate(config, arguments, thoughts)
         measured = f"{measure(config, arguments, thoughts) / GIB:.2f}" if arguments.device else ""
         parts = " | ".join(f"{getattr(found, name) / GIB:.2f}" for name in names)
-        total = f"**{found.total / GIB:.2f}** | {expected.total / GIB:.2f}"
-        print(f"| {thoughts} | {parts} | {total} | {measured} |", flush=True)
-
-
-def estimated(config: PretrainedConfig, arguments, thoughts: int) -> Footprint:
-    """The estimate for the same step."""
-    with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    step = Step(
-        strategy=arguments.strategy,
-        world_size=arguments.gpus,
-        rows=arguments.batch,
-        columns=arguments.length,
-        thoughts=thoughts,
-        supervised=arguments.answer,
-        bf16=arguments.bf16,
-        gradient_checkpointing=arguments.gradient_checkpointing,
-        keep_weights=arguments.keep_weights,
-    )
-    return estimate(Coconut(lm, LATENT, START, END, EOS), step)
+        print(f"| {thoughts} | {parts} | **{found.total / GIB:.2f}** | {measured} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -74,19 +74,18 @@ def work(phase: str, words: list[str]) -> dict[str, int]:
     import torch
     from transformers.models.llama import modeling_llama  # noqa: F401
 
-    from build import build
     from components.distributed import init_distributed
     from config import load_config
-    from train import Trainer
+    from run import set_up
     from utils import StopRequest
 
     processes, config = init_distributed(), load_config(words[0], words[1:])
-    processes.gather(None)  # the connections are there
+    processes.all_gather_object(None)  # the connections are there
     measured = Peak()
-    trainer = Trainer(build(config, processes, StopRequest()))
+    trainer = set_up(config, processes, StopRequest())
     touch(trainer)
     if phase == "save":
-        for parameter in trainer.run.model.parameters():
+        for parameter in trainer.model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         trainer.optimizer.step()
         trainer.optimizer.zero_grad(set_to_none=True)
@@ -95,7 +94,7 @@ def work(phase: str, words: list[str]) -> dict[str, int]:
         measured = Peak()
         measured.before = before
         trainer.state.epoch = 1
-        trainer.run.processes.run_on_rank0(trainer.open_log)
+        trainer.processes.run_on_rank0(trainer.open_log)
         trainer.save()
     elif phase == "resume":
         assert trainer.state.epoch == 1 and trainer.optimizer.state
@@ -104,7 +103,7 @@ def work(phase: str, words: list[str]) -> dict[str, int]:
 
 def touch(trainer) -> None:
     """Writes to all weights and moments, as the first optimizer step does, so that none lies in a file any more."""
-    tensors = list(trainer.run.model.parameters())
+    tensors = list(trainer.model.parameters())
     tensors += [value for state in trainer.optimizer.state.values() for value in state.values()]
     for tensor in tensors:
         local = tensor.detach()

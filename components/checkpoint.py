@@ -1,36 +1,33 @@
-"""What a run saves of itself, and how it comes back and goes on."""
+"""The state of a training run: what a checkpoint holds, and how a run resumes from it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
-from coconut import Coconut
-from components.checkpoint_manager import OPTIMIZER_STATES_KEPT, set_links
-from components.distributed import Processes
-from components.export import export
+from components.checkpoint_manager import OPTIMIZER_STATE, OPTIMIZER_STATES_KEPT, latest_checkpoint, set_links
+from components.distributed import Processes, check_shared_filesystem
+from components.export import export, read_description
 from components.files import MANIFEST, atomic_directory, read_manifest, saving, verify_manifest
-from components.lora import check_frozen, frozen_checksum, merged, rows_of_tables, trained_weights
-from components.moments import MOMENTS, TensorFile, load_moments, named_moments, write_tensors
-from components.pretrained import Pretrained, read_description, read_tensors
-from components.spread import while_collecting
-from config import FREE_KEYS, Config, UserError
-from curriculum import ALL, METHODS, placeholders
+from components.lora import check_frozen, frozen_checksum, merge_adapters, trainable_weights
+from components.parallelize import full_tensors, tensor_from_rank0
+from components.pretrained import Pretrained, read_tensors
+from config import FREE_KEYS, Config, UserError, read_yaml
 
-STATE = "training_state.pt"
+TRAINING_STATE = "training_state.pt"
 
 
 @dataclass
 class TrainState:
-    """Where a run stands, besides weights, optimizer and random streams.
+    """Where a run is, besides weights, optimizer state and random states.
 
-    run_id: the logger's name for the run, kept when it is continued; epoch: finished epochs; examples: those done of
-    the epoch in progress; step: finished optimizer steps of the whole run; stage: that of the last step (-1: none);
-    best_accuracy: that of the stage best_stage, reached after best_epoch; metrics_bytes: the size of metrics.jsonl.
+    run_id: the logger's id of the run, kept on resume; epoch: finished epochs; examples: finished ones of the current
+    epoch; step: finished optimizer steps of the run; stage: that of the last step (-1: none); best_accuracy: that of
+    stage best_stage, reached after best_epoch; metrics_bytes: size of metrics.jsonl.
     """
 
     run_id: str
@@ -44,191 +41,181 @@ class TrainState:
     metrics_bytes: int = 0
 
 
+# --- saving -----------------------------------------------------------------------------------------------------------
+
+
 def save_checkpoint(
     directory: Path,
     pretrained: Pretrained,
-    model: Coconut,
+    model: nn.Module,
     optimizer: torch.optim.Optimizer,
     state: TrainState,
     description: dict,
     processes: Processes,
 ) -> None:
-    """Saves everything that the run needs to go on as if it had never stopped; every process calls it.
+    """Save everything that an exact resume needs, atomically, and update best and last; called by every rank.
 
-    The files are written beside their place and synced; a manifest with their sizes and checksums comes last, then the
-    directory is renamed. So a directory that is there is complete, unless the disk fails. Raises SaveError in every
-    process if the main one cannot write.
+    description: the checkpoint's coconut.json. Raises SaveError on every rank if rank 0 cannot write.
     """
-    weights, moments = lm_weights(pretrained.lm), named_moments(model, optimizer)
-    training = {"state": asdict(state), "random_states": processes.gather(random_state(processes.device))}
+    if processes.run_on_rank0(lambda: verify_manifest(directory)) is not None:  # else saved before an interruption
+        weights = full_tensors(unique_weights(pretrained.lm), processes)
+        optimizer_state = full_tensors(optimizer_tensors(model, optimizer), processes)
+        training = {"state": asdict(state)}
+        training["random_states"] = processes.all_gather_object(random_state(processes.device))
 
-    def write(collected: Iterator[Tensor]) -> None:
-        with saving(directory), atomic_directory(directory) as partial:
-            write_files(partial, pretrained, {name: next(collected) for name in weights}, description, training)
-            write_tensors(partial / MOMENTS, moments, collected)
+        def write() -> None:
+            with saving(directory), atomic_directory(directory) as partial:
+                if any(".lora_" in name for name in weights):  # model.safetensors has them merged, which rounds
+                    training["weights"] = trainable_weights(pretrained.lm, weights)
+                    training["frozen"] = frozen_checksum(pretrained.lm)
+                export(pretrained.lm, partial, description, merge_adapters(pretrained.lm, weights))
+                pretrained.tokenizer.save_pretrained(partial)
+                torch.save(training, partial / TRAINING_STATE)
+                save_file(optimizer_state, partial / OPTIMIZER_STATE)
 
-    if (
-        processes.run_on_rank0(lambda: verify_manifest(directory)) is not None
-    ):  # or a run was stopped before it went on from there
-        while_collecting([*weights.values(), *moments.values()], write, processes)
-    processes.run_on_rank0(lambda: link_saved(directory, state.best_epoch))
+        processes.run_on_rank0(write)
 
+    def link() -> None:
+        with saving(directory):
+            set_links(directory, state.best_epoch)
 
-def link_saved(directory: Path, best_epoch: int) -> None:
-    """`set_links`, as a part of saving."""
-    with saving(directory):
-        set_links(directory, best_epoch)
-
-
-def write_files(partial: Path, pretrained: Pretrained, weights: dict, description: dict, training: dict) -> None:
-    """Writes the files of a checkpoint, but for the optimizer's state, into a new directory."""
-    if any(".lora_" in name for name in weights):  # the model's file holds them merged, which rounds
-        training["weights"] = trained_weights(pretrained.lm, weights)
-        training["frozen"] = frozen_checksum(pretrained.lm)
-    export(pretrained.lm, partial, description, merged(pretrained.lm, weights))
-    pretrained.tokenizer.save_pretrained(partial)
-    torch.save(training, partial / STATE)
+    processes.run_on_rank0(link)
 
 
-def lm_weights(lm: torch.nn.Module) -> dict[str, Tensor]:
-    """This process's part of the language model's weights, each tied one once."""
+def unique_weights(lm: nn.Module) -> dict[str, Tensor]:
+    """Return a language model's state dict with each tied weight once."""
     own = {name for name, _ in lm.named_parameters()}
     tied = {name for name, _ in lm.named_parameters(remove_duplicate=False)} - own
     return {name: value for name, value in lm.state_dict().items() if name not in tied}
 
 
-def problems_per_step(config: Config, processes: Processes) -> int:
-    """The number of problems in an optimizer step, over all processes."""
-    return config.batch_size_training * config.gradient_accumulation_steps * processes.world_size
-
-
-def describe(config: Config, state: TrainState, pretrained: Pretrained, improved: bool) -> dict:
-    """What coconut.json says of a checkpoint: how to prompt the model, and which added tokens it has rows for.
-
-    thoughts (pauses) are those of a problem with as many steps as there are stages.
-    """
-    ids = {token: pretrained.token_id(token) for token in METHODS[config.method].tokens}
-    keys = ("method", "c_thought", "max_latent_stage", "pad_latent_to_max")
-    return {key: getattr(config, key) for key in keys} | {
-        "stage": state.stage,
-        "thoughts": placeholders(state.stage, ALL, config, training=False),
-        "max_new_tokens": config.answer_limit,
-        "epoch": state.epoch,
-        "improved": improved,
-        "token_ids": ids,
-        "eos_token_id": pretrained.tokenizer.eos_token_id,
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return this rank's optimizer state as PARAMETER.KEY -> tensor, in the same order on every rank."""
+    return {
+        f"{name}.{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 
 def random_state(device: torch.device) -> dict:
-    """The state of this process's random streams."""
+    """Return the states of this rank's random generators."""
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
-def load_training_state(
-    checkpoint: Path, model: Coconut, optimizer: torch.optim.Optimizer, processes: Processes
-) -> TrainState:
-    """Brings the optimizer and this process's random streams back, and returns where the run stands.
+# --- resuming ---------------------------------------------------------------------------------------------------------
 
-    With another number of processes than the checkpoint was written by, all streams stay as they were seeded.
+
+def find_checkpoint(config: Config, processes: Processes) -> Path | None:
+    """Return the checkpoint from which the same command resumes its run, None for a fresh start; rank 0 decides.
+
+    Raises UserError for a config that would train differently.
     """
-    training = processes.run_on_rank0(lambda: read_state(checkpoint))
-    if "weights" in training:
-        load_adapters(training, model.base_causallm, checkpoint, processes)
-    saved = open_moments(checkpoint, model) if processes.is_rank0 else None
-    if processes.run_on_rank0(lambda: saved is None):
-        kept = f"(only the newest {OPTIMIZER_STATES_KEPT} do)"
-        processes.print(f"warning: {checkpoint} keeps no optimizer state {kept}, so AdamW's moments start afresh")
-    else:
-        load_moments(saved, model, optimizer, processes)
-    streams = training["random_states"]
-    if len(streams) == processes.world_size:
-        torch.set_rng_state(streams[processes.rank]["cpu"])
-        if processes.device.type == "cuda" and streams[processes.rank]["cuda"] is not None:
-            torch.cuda.set_rng_state(streams[processes.rank]["cuda"], processes.device)
-    else:
-        processes.print(f"{checkpoint}: written by {len(streams)} processes, so random streams are seeded afresh")
-    return TrainState(**training["state"])
-
-
-def load_adapters(training: dict, lm: torch.nn.Module, checkpoint: Path, processes: Processes) -> None:
-    """Brings back what `lora_rank` trains; an earlier version kept the frozen weights too, in place of a checksum."""
-    frozen = processes.run_on_rank0(lambda: training.get("frozen") or frozen_checksum(lm))
-    lm.load_state_dict(rows_of_tables(lm, training["weights"]), strict=False)
-    processes.run_on_rank0(lambda: check_frozen(lm, frozen, checkpoint))
-
-
-def read_state(checkpoint: Path) -> dict:
-    """The training state of a checkpoint without the optimizer's, which an earlier version kept in the same file."""
-    training = read_training(checkpoint)
-    return {key: value for key, value in training.items() if key != "optimizer"}
-
-
-def read_training(checkpoint: Path) -> dict:
-    """The training_state.pt of a checkpoint, its tensors mapped. Raises UserError for one that we did not write."""
-    advice = "remove that checkpoint to go on from the one before"
-    try:
-        training = read_tensors(checkpoint / STATE, mmap=True)
-        TrainState(**training["state"])
-        len(training["random_states"])
-    except (ValueError, TypeError, LookupError) as error:
-        raise UserError(f"name: {str(checkpoint)!r} cannot be continued: {error}; {advice}") from error
-    return training
-
-
-def open_moments(checkpoint: Path, model: Coconut) -> TensorFile | dict | None:
-    """The optimizer's state in a checkpoint, PARAMETER.KEY -> tensor, none of it read yet; None if it has none."""
-    if MOMENTS in read_manifest(checkpoint):
-        return TensorFile(checkpoint / MOMENTS)
-    training = read_training(checkpoint)
-    if "optimizer" not in training:
-        return None
-    states = training["optimizer"]["state"].items()
-    named = {f"{name}.{key}": value for name, state in states for key, value in state.items()}
-    return rows_of_tables(model, named)
-
-
-def check_intact(config: Config, path: str | Path | None) -> None:
-    """Raises UserError where a checkpoint that is evaluated or started from is not as its manifest says.
-
-    What has no manifest, since it was not saved by a run, is taken with a word.
-    """
-    key = "load_model_path" if path else "model_id"
-    where = Path(path or config.model_id)
-    if not config.verify or not where.exists() or (config.from_scratch and not path):
-        return  # a hub name, or no weights
-    if not (where / MANIFEST).exists():
-        print(f"{key}: {where} has no {MANIFEST}, so it is taken as it is", flush=True)
-    elif complaint := verify_manifest(where, unread={STATE, MOMENTS}):
-        advice = "copy it anew, or take another one; verify: False takes it as it is"
-        raise UserError(f"{key}: {str(where)!r} is damaged ({complaint}); {advice}")
+    directory = config.run_directory
+    checkpoint = processes.run_on_rank0(lambda: latest_checkpoint(directory))
+    if checkpoint is not None:
+        check_shared_filesystem(checkpoint / MANIFEST, processes)
+        check_same_training(read_yaml(directory / "config.yaml"), config, checkpoint, processes)
+    return checkpoint
 
 
 def check_same_training(saved: dict, config: Config, checkpoint: Path, processes: Processes) -> None:
-    """Raises UserError for keys of the config that would alter the training that a run's checkpoint continues.
+    """Raise UserError for keys that would alter the training that a checkpoint resumes.
 
-    Batch and accumulation may change with the number of processes while a step takes as many problems as before. With
-    other processes alone it takes another number, which is worth a warning, or an error within an epoch whose order
-    depends on it.
+    Micro-batch and accumulation may change with the world size while a step takes as many problems as before. If only
+    the world size changes that number, it is a warning, or an error within an epoch whose order depends on it.
     """
-    saved = Config().resolved() | saved  # a key that is newer than the run had its default there
+    saved = Config().resolved() | saved  # a key that the run did not know had its default
     changed = {
         key: f"  - {key}: {saved[key]!r} there, {value!r} now"
         for key, value in config.resolved().items()
         if key not in FREE_KEYS and saved[key] != value
     }
-    before = read_description(str(checkpoint)).get("problems_per_step")
-    now = problems_per_step(config, processes)
+    before = read_description(checkpoint).get("problems_per_step")
+    now = config.problems_per_step(processes.world_size)
     if before == now:
         for key in ("batch_size_training", "gradient_accumulation_steps", "global_batch_size"):
             changed.pop(key, None)
     elif before and config.group_by_length and "_step_" in checkpoint.name:
-        changed["group_by_length"] = f"  - group_by_length ties the order to {before} problems for each step, now {now}"
+        changed["group_by_length"] = f"  - group_by_length ties the order to {before} problems per step, now {now}"
     elif before:
-        processes.print(f"warning: an optimizer step took {before} problems so far, and takes {now} from now on")
+        processes.print(f"warning: the effective batch was {before} problems so far, and is {now} from now on")
     if changed:
         raise UserError(
             f"{checkpoint.parent} holds a run that was trained differently:\n" + "\n".join(changed.values()) + "\n"
-            "set them back to continue it, or choose another name for a new run"
+            "change them back to resume it, or choose another name for a new run"
         )
+
+
+def load_training_state(
+    checkpoint: Path, model: nn.Module, lm: nn.Module, optimizer: torch.optim.Optimizer, processes: Processes
+) -> TrainState:
+    """Restore the optimizer state and this rank's random states, and with LoRA its weights; returns the TrainState.
+
+    With another world size than the checkpoint's, all ranks keep the random states that they were seeded with.
+    """
+    training = processes.run_on_rank0(lambda: read_training_state(checkpoint))
+    if "weights" in training:
+        lm.load_state_dict(training["weights"], strict=False)
+        processes.run_on_rank0(lambda: check_frozen(lm, training["frozen"], checkpoint))
+    if processes.run_on_rank0(lambda: OPTIMIZER_STATE in read_manifest(checkpoint)):
+        load_optimizer_state(checkpoint / OPTIMIZER_STATE, model, optimizer, processes)
+    else:
+        reason = f"{checkpoint} has no optimizer state (only the newest {OPTIMIZER_STATES_KEPT} do)"
+        processes.print(f"warning: {reason}, so AdamW starts with a fresh one")
+    states = training["random_states"]
+    if len(states) == processes.world_size:
+        torch.set_rng_state(states[processes.rank]["cpu"])
+        if processes.device.type == "cuda" and states[processes.rank]["cuda"] is not None:
+            torch.cuda.set_rng_state(states[processes.rank]["cuda"], processes.device)
+    else:
+        processes.print(f"{checkpoint}: saved by {len(states)} processes, so the random streams are seeded anew")
+    return TrainState(**training["state"])
+
+
+def load_optimizer_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, processes: Processes) -> None:
+    """Read an optimizer state on rank 0 and send every rank its part, tensor by tensor."""
+    saved = load_file(path) if processes.is_rank0 else {}
+    shapes = processes.run_on_rank0(lambda: {name: (value.shape, value.dtype) for name, value in saved.items()})
+    parameters, state = dict(model.named_parameters()), {}
+    for name, (shape, dtype) in shapes.items():
+        owner, _, key = name.rpartition(".")
+        parameter = parameters[owner]
+        like = parameter.detach() if parameter.shape == shape else torch.empty(shape, dtype=dtype)
+        value = saved.pop(name).clone() if processes.is_rank0 else None  # a copy, since the file may be deleted
+        state.setdefault(parameter, {})[key] = tensor_from_rank0(value, like, processes)
+    order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    numbered = {number: state[parameter] for number, parameter in enumerate(order) if parameter in state}
+    optimizer.load_state_dict({"state": numbered, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def read_training_state(checkpoint: Path) -> dict:
+    """Read the training_state.pt of a checkpoint. Raises UserError for one that this program did not write."""
+    try:
+        training = read_tensors(checkpoint / TRAINING_STATE)
+        TrainState(**training["state"])
+        len(training["random_states"])
+    except (ValueError, TypeError, LookupError) as error:
+        advice = "remove that checkpoint to resume from the one before"
+        raise UserError(f"name: {str(checkpoint)!r} cannot be resumed: {error}; {advice}") from error
+    return training
+
+
+# --- evaluating, or starting from it ----------------------------------------------------------------------------------
+
+
+def check_intact(config: Config, path: str | Path | None) -> None:
+    """Raise UserError if the checkpoint that a run evaluates or starts from does not match its manifest.
+
+    One without a manifest, which no run has saved, is loaded with a note.
+    """
+    key = "load_model_path" if path else "model_id"
+    folder = Path(path or config.model_id)
+    if not config.verify or not folder.exists() or (config.from_scratch and not path):
+        return  # a hub name, or no weights are read
+    if not (folder / MANIFEST).exists():
+        print(f"{key}: {folder} has no {MANIFEST}, so it is loaded unverified", flush=True)
+    elif complaint := verify_manifest(folder, skip={TRAINING_STATE, OPTIMIZER_STATE}):
+        advice = "copy it again, or use another one; verify: False loads it unchecked"
+        raise UserError(f"{key}: {str(folder)!r} is damaged: {complaint}; {advice}")

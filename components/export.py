@@ -1,25 +1,31 @@
-"""The folder of a model that thinks wherever transformers opens it."""
+"""Folders that transformers opens: a model, the coconut.json that describes it, and the code that lets it think."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from components.files import make_private
+from config import Config, UserError, abbreviated
+from curriculum import ALL, METHODS, num_placeholders
 
-DESCRIPTION = "coconut.json"  # beside the weights: method, c_thought, stage, thoughts, token_ids, ...
-GENERATE = Path("custom_generate") / "generate.py"  # transformers looks for it there
+DESCRIPTION = "coconut.json"
+GENERATE = Path("custom_generate") / "generate.py"  # where transformers looks for it
 
 
 def export(lm: PreTrainedModel, folder: Path, description: dict, weights: dict[str, Tensor] | None = None) -> None:
-    """Writes a model, what coconut.json says of it, and the code that lets it think with trust_remote_code.
+    """Write a model, its coconut.json, and the code that lets it think under trust_remote_code.
 
-    description: at least token_ids, thoughts, eos_token_id and max_new_tokens; weights: in place of the model's own.
-    Answers are greedy and end as here, whatever the model that the training began with was set to.
+    Decoding is greedy with the description's eos and length, whatever the original model was configured to do.
+
+    Args:
+        description: coconut.json; at least token_ids, thoughts, eos_token_id and max_new_tokens.
+        weights: written instead of the model's own.
     """
     lm.save_pretrained(folder, state_dict=weights)
     eos = description["eos_token_id"]
@@ -28,3 +34,39 @@ def export(lm: PreTrainedModel, folder: Path, description: dict, weights: dict[s
     make_private((folder / GENERATE).parent)
     shutil.copyfile(Path(__file__).with_name("custom_generate.py"), folder / GENERATE)
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+
+
+def describe(config: Config, tokenizer: PreTrainedTokenizerBase, stage: int, **training) -> dict:
+    """Return the coconut.json of a checkpoint: how to prompt it, and which added tokens it has rows for.
+
+    thoughts is the number of thoughts (or pauses) of a problem with as many steps as there are stages.
+    training: what else the file says, such as epoch and improved.
+    """
+    keys = ("method", "c_thought", "max_latent_stage", "pad_latent_to_max")
+    return {key: getattr(config, key) for key in keys} | {
+        "stage": stage,
+        "thoughts": num_placeholders(stage, ALL, config, training=False),
+        "max_new_tokens": config.answer_limit,
+        **training,
+        "token_ids": {token: tokenizer.convert_tokens_to_ids(token) for token in METHODS[config.method].tokens},
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+
+
+def read_description(folder: str | Path) -> dict:
+    """Read the coconut.json of a folder, {} if it has none. Raises UserError if it is not such a file."""
+    path = Path(folder, DESCRIPTION)
+    if not os.path.isfile(path):  # False, not an error, for a name that no file can have
+        return {}
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(description, dict):
+            raise ValueError(f"expected a mapping, got {abbreviated(description)}")
+        for key, kind in {"token_ids": dict, "stage": int, "improved": bool}.items():
+            if key in description and type(description[key]) is not kind:
+                raise ValueError(f"{key}: expected a {kind.__name__}, got {abbreviated(description[key])}")
+        if description.get("stage", 0) < -1:  # -1: saved before the first step
+            raise ValueError(f"stage: expected at least -1, got {description['stage']}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"load_model_path: {str(path)!r} cannot be read: {error}") from error
+    return description

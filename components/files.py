@@ -1,4 +1,4 @@
-"""Files and directories that are complete or not there at all."""
+"""Files and directories that are complete or absent: atomic writes, and manifests with sizes and checksums."""
 
 from __future__ import annotations
 
@@ -20,67 +20,66 @@ MANIFEST = "manifest.json"
 
 @contextmanager
 def saving(path: Path) -> Iterator[None]:
-    """Turns what goes wrong while something is written (a full, read-only or failing disk) into a SaveError."""
+    """Turn whatever fails while `path` is written (a full, read-only or failing disk) into a SaveError."""
     try:
         yield
     except (UserError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # besides OSError, the libraries have errors of their own for a full disk
-        advice = "earlier checkpoints are as they were; make room, and the same command continues the run"
+    except Exception as error:  # not OSError alone: libraries raise errors of their own for a full disk
+        advice = "earlier checkpoints are intact; free some space, and the same command resumes the run"
         raise SaveError(f"{path} could not be written: {error}; {advice}") from error
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Writes a small text file in one atomic step: a reader, or a crash, finds the old text or the new one."""
+    """Write a small text file atomically: a reader, or a crash, sees the old text or the new one."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
-    sync(partial)
+    fsync(partial)
     os.replace(partial, path)
 
 
 @contextmanager
 def atomic_directory(directory: Path) -> Iterator[Path]:
-    """Yields an empty directory beside `directory`, which takes its place when the block has filled it.
+    """Yield an empty directory that replaces `directory` once the block has filled it.
 
-    A manifest with the sizes and checksums of the files comes last, and all is synced before the directory is renamed.
-    So a directory that is there is complete, unless the disk fails. After an error nothing is left of the new one.
+    A manifest is written last, everything is fsynced, then the directory is renamed. So a directory that exists is
+    complete, unless the disk fails. If the block raises, nothing is left behind.
     """
     partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # a crash left it
+    shutil.rmtree(partial, ignore_errors=True)  # left by a crash
     try:
         make_private(partial.parent)
         partial.mkdir(mode=0o700)
         yield partial
         files = sorted(path for path in partial.rglob("*") if path.is_file())
-        manifest = {path.relative_to(partial).as_posix(): file_digest(path) for path in files}
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        write_manifest(partial, {path.relative_to(partial).as_posix(): file_digest(path) for path in files})
         for path in (*partial.rglob("*"), partial):
-            sync(path)
+            fsync(path)
         shutil.rmtree(directory, ignore_errors=True)  # a damaged one
         os.replace(partial, directory)
-        sync(directory.parent)
+        fsync(directory.parent)
     except Exception:
-        shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room
+        shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the space
         raise
 
 
 def make_private(directory: Path) -> None:
-    """Makes a directory and its missing parents for this user alone; what is there stays as it is."""
+    """Create a directory and its missing parents with mode 0700; existing ones keep their mode."""
     for path in (*reversed(directory.parents), directory):
         path.mkdir(mode=0o700, exist_ok=True)
 
 
-def verify_manifest(directory: Path, unread: set[str] = frozenset()) -> str | None:
-    """What is wrong with the files of a directory, but for `unread` ones, measured against its manifest, or None."""
+def verify_manifest(directory: Path, skip: set[str] = frozenset()) -> str | None:
+    """Check a directory's files, except those to skip, against its manifest; return what is wrong, or None."""
     try:
         manifest = read_manifest(directory)
     except (OSError, ValueError):
         return f"{MANIFEST} is missing or unreadable"
     for name, expected in manifest.items():
-        if name in unread:
+        if name in skip:
             continue
         path = directory / name
-        if not os.path.isfile(path):  # False, and no error, for a name that no file can have
+        if not os.path.isfile(path):  # False, not an error, for a name that no file can have
             return f"{name} is missing"
         if file_digest(path) != expected:
             return f"{name} differs from its manifest"
@@ -88,24 +87,29 @@ def verify_manifest(directory: Path, unread: set[str] = frozenset()) -> str | No
 
 
 def read_manifest(directory: Path) -> dict[str, dict]:
-    """The size and checksum of every file that belongs to a directory. Raises OSError or ValueError."""
+    """Return the size and checksum of each file of a directory. Raises OSError or ValueError."""
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
     except RecursionError as error:
-        raise ValueError(f"{directory / MANIFEST}: {error}") from error
+        raise ValueError("nested too deeply") from error
     if not isinstance(manifest, dict):
-        raise ValueError(f"{directory / MANIFEST} holds no mapping")
+        raise ValueError(f"{directory / MANIFEST} is not a mapping")
     return manifest
 
 
+def write_manifest(directory: Path, manifest: dict[str, dict]) -> None:
+    """Write the manifest of a directory atomically."""
+    write_atomic(directory / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+
+
 def file_digest(path: Path) -> dict:
-    """The size and checksum of a file."""
+    """Return the size and SHA-256 of a file."""
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def sync(path: Path) -> None:
-    """Waits until a file or directory is on the disk."""
+def fsync(path: Path) -> None:
+    """Wait until a file or directory is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""The KV cache of thoughts: buffers that every pass appends to, and the mask of a pass over them."""
+"""A KV cache for training in several passes: buffers that every pass appends to, and the attention mask of a pass."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import DynamicLayer
 
-ALIGNMENT = 8  # elements: attention kernels on a GPU copy a mask whose rows begin elsewhere
+ALIGNMENT = 8  # elements: GPU attention kernels copy a mask whose rows begin elsewhere
 
 
 class Append(torch.autograd.Function):
-    """Writes new columns behind the past ones in a shared buffer, and returns all columns as a view of it.
+    """Write new columns after the past ones into a shared buffer and return all columns as a view of it.
 
     buffer (..., capacity, size), past (..., columns, size) or None, new (..., n, size) -> (..., columns + n, size).
-    Earlier views stay valid for the backward pass, since the columns that they show are never written again, but with
-    the same values where a block is recomputed; so the write may go past autograd's check for changed values (`.data`).
+    Earlier views stay valid for the backward pass, since their columns are never written again, except with the same
+    values where a block is recomputed; so the write may bypass autograd's version check (`.data`).
     """
 
     @staticmethod
@@ -31,9 +31,9 @@ class Append(torch.autograd.Function):
 
 
 class BufferedLayer(DynamicLayer):
-    """A cache layer that holds all keys and values once, in buffers for `capacity` columns.
+    """A cache layer that stores keys and values once, in buffers for `capacity` columns.
 
-    transformers' own layer concatenates, so that every pass keeps a copy of all that came before it.
+    transformers' own layer concatenates, so every pass keeps a copy of all columns before it for the backward pass.
     """
 
     def __init__(self, capacity: int):
@@ -42,10 +42,10 @@ class BufferedLayer(DynamicLayer):
         self.buffers: list[Tensor] = []  # of keys and values, (batch, heads, capacity, size) each
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Appends (batch, heads, n, size) keys and values, and returns those of all columns.
+        """Append (batch, heads, n, size) keys and values and return those of all columns.
 
-        Rotary embeddings make float32 keys under autocast. They are stored in the values' type, as attention takes
-        them: otherwise it would cast and save all of them in every pass.
+        Under autocast, rotary embeddings make float32 keys. They are stored in the values' dtype, which attention uses:
+        otherwise it would cast and save all of them in every pass.
         """
         key_states = key_states.to(value_states.dtype)
         if not self.is_initialized:
@@ -59,22 +59,22 @@ class BufferedLayer(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps the given rows of the batch alone."""
+        """Keep only the given rows of the batch."""
         columns = self.keys.shape[-2]
         self.buffers = [buffer[indices] for buffer in self.buffers]
         self.keys, self.values = (buffer[..., :columns, :] for buffer in self.buffers)
 
 
 def causal_mask(attention_mask: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-    """Where the last columns may look: (batch, all columns) real tokens -> (batch, 1, columns, all columns) of `dtype`.
+    """Build the additive mask of the last columns: (batch, all columns) -> (batch, 1, columns, all columns) of `dtype`.
 
-    0 where they may and -inf where not: what attention adds to its scores, made once for all layers, in rows that begin
-    where kernels want them. Every column sees itself, padding too: attention over nothing is not a number.
+    0 where attention is allowed, -inf elsewhere; made once for all layers, with rows aligned as kernels want them.
+    Every column sees itself, padding too: attention over nothing is NaN.
     """
     size = attention_mask.shape[1]
     keys = torch.arange(size, device=attention_mask.device)  # (all columns,)
     queries = keys[-columns:, None]  # (columns, 1)
     visible = (attention_mask[:, None, None].bool() & (keys < queries)) | (keys == queries)  # (batch, 1, columns, all)
     mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)
-    # Never without padding: a mask that is contiguous at some lengths alone would be compiled for as another kind.
+    # Always padded: a mask that is contiguous at some lengths only would be compiled for twice.
     return F.pad(mask, (0, ALIGNMENT - size % ALIGNMENT))[..., :size]

@@ -81,7 +81,7 @@ def parameter_groups(lm: nn.Module, weight_decay: float) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
-def merged(lm: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def merge_adapters(lm: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights of the model without adapters that computes the same; `weights` itself and the model stay.
 
     They are float32, also where the frozen ones are bfloat16, which would round small updates away.
@@ -102,7 +102,7 @@ def merged(lm: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return plain
 
 
-def trained_weights(lm: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def trainable_weights(lm: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Those of the model's weights that are trained: adapters and new rows."""
     return {name: weights[name] for name, p in lm.named_parameters() if p.requires_grad}
 
@@ -125,17 +125,3 @@ def check_frozen(lm: nn.Module, checksum: str, checkpoint: Path) -> None:
             "put back what they brought when the run began, or start a new run from its model: another name, "
             f"load_model_path={checkpoint}"
         )
-
-
-def rows_of_tables(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a checkpoint with new_rows in the place of each table, all of which an earlier version trained.
-
-    tensors: the model's parameters by their names, or the optimizer's state of them as NAME.KEY.
-    """
-    rows = dict(tensors)
-    for name, module in model.named_modules():
-        if hasattr(module, "new_rows"):
-            for key in [key for key in tensors if key.startswith(f"{name}.weight")]:
-                value = rows.pop(key)  # (vocabulary, hidden), or a number of steps
-                rows[key.replace(".weight", ".new_rows")] = value[module.new_ids.cpu()] if value.ndim else value
-    return rows

@@ -1,68 +1,53 @@
-"""DDP and FSDP2: how a model's training is shared among processes."""
+"""DDP and FSDP2: how the training of a model is divided among ranks, and how its weights get there from rank 0."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from components.distributed import Processes
-from components.spread import hand_out, set_aside
 from config import Config, UserError
-from footprint import Step, estimate
-
-ROOM = 0.9  # of a GPU's memory that a step may take by its estimate; the rest is for what the allocator loses
 
 HAS_FSDP2 = hasattr(FSDPModule, "set_reshard_after_forward")  # torch 2.8
+BYTES_PER_PARAMETER = 16  # weight, gradient and Adam's two moments, in float32
 
 
-def choose(model: nn.Module, config: Config, shapes: list[dict[str, int]], processes: Processes) -> tuple[str, bool]:
-    """How the training is shared (ddp or fsdp), and whether fsdp keeps gathered weights: the first that fits.
+def choose_strategy(model: nn.Module, config: Config, processes: Processes) -> str:
+    """Return "ddp" or "fsdp", as `parallel` asks for.
 
-    shapes: those of the largest batches, as `footprint.Step` takes them. All processes decide by the smallest GPU; on a
-    CPU the first is taken. Raises UserError where torch is too old for fsdp.
+    auto: ddp where weights, gradients and optimizer state take less than half of the smallest GPU, and on a CPU.
+    Raises UserError where torch is too old for fsdp.
     """
-    asked = "ddp" if config.lora_rank or config.compile else config.parallel
-    known = (("ddp", True), ("fsdp", True), ("fsdp", False)) if HAS_FSDP2 else (("ddp", True),)
-    choices = [choice for choice in known if asked in ("auto", choice[0])]
-    if not choices:
-        raise UserError(f"parallel: fsdp needs torch 2.8 or newer, this is {torch.__version__}: update it, or take ddp")
-    [room] = processes.max([-gpu_memory(processes.device)])
-    if processes.world_size == 1 or room == -math.inf:
-        return choices[0]
-    options = {"world_size": processes.world_size, "accumulate": config.gradient_accumulation_steps > 1}
-    options |= {"bf16": config.bf16, "gradient_checkpointing": config.gradient_checkpointing}
-    for strategy, keep in choices:
-        steps = [Step(strategy, keep_weights=keep, **options, **shape) for shape in shapes]
-        footprint = max((estimate(model, step) for step in steps), key=lambda footprint: footprint.total)
-        if footprint.total < ROOM * -room:
-            break
-    gathered = f", weights gathered {'once in a step' if keep else 'in every pass'}" if strategy == "fsdp" else ""
-    processes.print(f"parallel: {strategy}{gathered}; a step takes about {footprint} of each GPU")
-    if footprint.total >= ROOM * -room:
-        advice = "lower batch_size_training, or set bf16 and gradient_checkpointing"
-        processes.print(f"warning: the smallest GPU has {-room / 2**30:.1f} GiB, which may be too little; {advice}")
-    return strategy, keep
+    strategy = "ddp" if config.lora_rank or config.compile else config.parallel
+    if strategy == "fsdp" and not HAS_FSDP2:
+        raise UserError(f"parallel: fsdp needs torch 2.8 or newer, this is {torch.__version__}; update it, or set ddp")
+    if strategy != "auto":
+        return strategy
+    [smallest] = processes.all_reduce_max([-gpu_memory(processes.device)])
+    size = BYTES_PER_PARAMETER * sum(p.numel() for p in model.parameters())
+    return "fsdp" if HAS_FSDP2 and size >= -smallest / 2 else "ddp"
 
 
 def gpu_memory(device: torch.device) -> float:
-    """The bytes of memory that a GPU has; more than any on a CPU."""
+    """Return the bytes of memory of a GPU, infinity for a CPU."""
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
 
 
-def distribute(model: nn.Module, strategy: str, bf16: bool, keep: bool, processes: Processes) -> nn.Module:
-    """Shares the training of a Coconut module among the processes, and returns the module to call.
+def parallelize(model: nn.Module, blocks: nn.ModuleList, strategy: str, bf16: bool, processes: Processes) -> nn.Module:
+    """Divide the training of a model among ranks and return the module to call.
 
-    model: whole in the main process, in the others on the meta device, where no memory is spent on it.
-    ddp: a copy of the model in every process. fsdp: weights, gradients and optimizer state sharded, a unit for each
-    transformer block (FSDP2). One process needs neither.
-    keep: whether sharded weights are gathered once in a step, and stay until `reshard`, or anew for every pass.
+    model: with its weights on rank 0, on the meta device elsewhere. blocks: its transformer blocks.
+    ddp: a replica on every rank. fsdp: weights, gradients and optimizer state are sharded, one FSDP2 unit per block
+    and one for the rest; gathered weights are kept until `reshard`, at the end of an optimizer step, since every
+    thought is a pass of its own. One process needs neither.
     """
     if processes.world_size == 1:
         return model.to(processes.device)
@@ -71,43 +56,123 @@ def distribute(model: nn.Module, strategy: str, bf16: bool, keep: bool, processe
         return freeze_buckets(DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     options = {"mesh": dist.init_device_mesh(processes.device.type, (processes.world_size,))}
-    values = set_aside(model)  # sharded first, then filled: no process has the whole model on its device
-    for block in model.blocks:
+    weights = to_meta(model)  # sharded first, then filled: no rank has the whole model on its device
+    for block in blocks:
         fully_shard(block, **options, **({"mp_policy": policy} if bf16 else {}))
     fully_shard(model, **options)  # the head computes in float32
-    hand_out(model, values, processes)
-    for unit in units(model):
-        unit.set_reshard_after_forward(unit is not model and not keep, recurse=False)
-        unit.set_reshard_after_backward(not keep, recurse=False)
-        # Sums that are divided afterwards: the mean that gloo of torch 2.8 makes is a sum.
+    load_from_rank0(model, weights, processes)
+    for unit in fsdp_units(model):
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.set_reshard_after_backward(False, recurse=False)
+        # Sum, then divide: on the CPU, torch 2.8's gloo computes a sum where FSDP asks for a mean.
         unit.set_force_sum_reduction_for_comms(processes.device.type == "cpu")
     return model
 
 
 def replicate(model: nn.Module, processes: Processes) -> None:
-    """Puts a copy of the main process's model on every process's device."""
+    """Put a copy of rank 0's model on every rank's device."""
     if processes.world_size == 1:
         model.to(processes.device)
     else:
-        hand_out(model, set_aside(model), processes)
+        load_from_rank0(model, to_meta(model), processes)
 
 
-def units(model: nn.Module) -> list[FSDPModule]:
-    """The parts of a model that are sharded as one; none if it is not sharded."""
+# --- tensors between ranks --------------------------------------------------------------------------------------------
+
+
+def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """List all parameters and buffers; a shared one comes once."""
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+def replace_tensors(model: nn.Module, make: Callable[[str, Tensor], Tensor]) -> None:
+    """Replace every parameter and buffer by make(name, tensor); shared ones stay shared."""
+    replaced = {}
+    for name, old in named_tensors(model):
+        new = make(name, old.detach())
+        replaced[old] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            tensors.update({name: replaced[old] for name, old in tensors.items() if old is not None})
+
+
+def to_meta(model: nn.Module) -> dict[str, Tensor]:
+    """Move a model to the meta device and return the values it had, {} if it was there already."""
+    values = {name: tensor.detach() for name, tensor in named_tensors(model) if not tensor.is_meta}
+    replace_tensors(model, lambda _, tensor: tensor.to("meta"))
+    return values
+
+
+def load_from_rank0(model: nn.Module, values: dict[str, Tensor], processes: Processes) -> None:
+    """Fill a model on the meta device, sharded or not, with the values that `to_meta` returned on rank 0."""
+    shapes = [(name, tensor.shape, tensor.dtype) for name, tensor in named_tensors(model)]
+    if processes.run_on_rank0(lambda: shapes) != shapes:
+        raise RuntimeError("the ranks have built different models; are all packages the same versions on every node?")
+    replace_tensors(model, lambda name, tensor: tensor_from_rank0(values.pop(name, None), tensor, processes))
+
+
+def tensor_from_rank0(value: Tensor | None, like: Tensor, processes: Processes) -> Tensor:
+    """Return this rank's part, on its device, of a tensor that rank 0 has (others pass None).
+
+    like: a tensor of that shape and dtype; if it is a DTensor, the value is scattered alike, else broadcast.
+    """
+    if processes.is_rank0:
+        value = value.to(processes.device, like.dtype).contiguous()
+    else:
+        value = torch.empty(like.shape, dtype=like.dtype, device=processes.device)
+    if isinstance(like, DTensor):
+        return distribute_tensor(value, like.device_mesh, like.placements)
+    if processes.world_size > 1:
+        dist.broadcast(value.view(-1).view(torch.uint8), src=0)  # as bytes: gloo does not send every dtype
+    return value
+
+
+def full_tensors(tensors: dict[str, Tensor], processes: Processes) -> dict[str, Tensor]:
+    """Gather sharded tensors one by one; returns the full ones in host memory on rank 0, {} elsewhere."""
+    full = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach()
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if processes.is_rank0:
+            full[name] = tensor.cpu()
+    return full
+
+
+# --- an optimizer step ------------------------------------------------------------------------------------------------
+
+
+def fsdp_units(model: nn.Module) -> list[FSDPModule]:
+    """List the modules whose parameters are gathered together; none if the model is not sharded."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether a model is sharded by FSDP2."""
+    return isinstance(model, FSDPModule)
+
+
 def reshard(model: nn.Module) -> None:
-    """Frees what is gathered of a sharded model's weights, but for this process's shards."""
-    for unit in units(model):
+    """Free the gathered weights of a sharded model."""
+    for unit in fsdp_units(model):
         unit.reshard()
 
 
-def freeze_buckets(model: DistributedDataParallel) -> DistributedDataParallel:
-    """Makes a first backward pass, for nothing, after which DDP keeps its buckets of gradients as they are.
+@contextmanager
+def unsharded(model: nn.Module) -> Iterator[None]:
+    """Hold a sharded model's full weights on every rank, which may then run passes independently."""
+    for unit in fsdp_units(model):
+        unit.unshard()
+    try:
+        yield
+    finally:
+        reshard(model)
 
-    DDP orders the buckets anew after the first pass, and sums in other buckets differ in their last bits. Without this
-    a continued run would not compute what an undisturbed one does.
+
+def freeze_buckets(model: DistributedDataParallel) -> DistributedDataParallel:
+    """Run a first backward pass over all parameters, after which DDP keeps the order of its gradient buckets.
+
+    DDP reorders its buckets after the first pass, and sums over other buckets differ in their last bits: a resumed run
+    would not compute what an uninterrupted one does.
     """
     model.reducer.prepare_for_backward([])
     sum(p.sum() for p in model.parameters() if p.requires_grad).backward()
@@ -116,35 +181,13 @@ def freeze_buckets(model: DistributedDataParallel) -> DistributedDataParallel:
 
 
 def zero_grad(model: nn.Module) -> None:
-    """Frees the gradients, or sets them to 0 where they lie in the buckets of DDP, which would else hold them twice."""
+    """Free the gradients; those in DDP's buckets are set to zero instead, since a freed one would be held twice."""
     model.zero_grad(set_to_none=not isinstance(model, DistributedDataParallel))
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Whether the module's weights are sharded, so that all processes must make the same passes."""
-    return isinstance(model, FSDPModule)
-
-
 def sync_gradients(model: nn.Module, last: bool):
-    """A context for a backward pass: copies of a model exchange their gradients in the last one of a step alone.
+    """Return the context of a micro-batch: DDP all_reduces in the last one of a step only.
 
-    Shards always do: otherwise every process would hold the whole gradient in between.
+    FSDP reduce_scatters in each; otherwise every rank would accumulate a full gradient.
     """
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
-
-
-@contextmanager
-def unsharded(model: nn.Module, keep: bool) -> Iterator[None]:
-    """Holds the whole weights of a sharded model in every process, which may then make passes on its own account.
-
-    keep: as in `distribute`.
-    """
-    for unit in units(model):
-        unit.unshard()
-        unit.set_reshard_after_forward(False, recurse=False)
-    try:
-        yield
-    finally:
-        for unit in units(model):
-            unit.set_reshard_after_forward(unit is not model and not keep, recurse=False)
-        reshard(model)

@@ -44,7 +44,7 @@ def load_tokenized(
     with ExitStack() as temporary:
         files = processes.run_on_each_node(lambda: prepare(sources, tokenizer, folder, temporary))
         opened = [Dataset.from_file(str(file)) for file in files]
-        processes.gather(None)  # all have opened them: what lies in a temporary folder may lose its name
+        processes.all_gather_object(None)  # all have opened them: what lies in a temporary folder may lose its name
     return opened
 
 

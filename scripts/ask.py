@@ -25,18 +25,17 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from build import inputs  # noqa: E402
 from config import UserError  # noqa: E402
-from dataset import MyCollator  # noqa: E402
-from evaluate import Opened, open_checkpoint, predict, until_eos  # noqa: E402  # noqa: E402
+from dataset import MyCollator, model_args  # noqa: E402
+from evaluate import OpenedCheckpoint, open_checkpoint, predict, until_eos  # noqa: E402  # noqa: E402
 
 TOP = 5  # tokens that are shown of each thought
 
 
-def ask(opened: Opened, question: str, show_thoughts: bool = False) -> dict:
+def ask(opened: OpenedCheckpoint, question: str, show_thoughts: bool = False) -> dict:
     """What the model says: question, generated, answer, new_tokens, seconds, and with show_thoughts their tokens."""
     started, model, limit = time.perf_counter(), opened.model, opened.config.answer_limit
-    batch = inputs(MyCollator(opened.pretrained.tokenizer, model.latent_token_id)(opened.prompts([question])))
+    batch = model_args(MyCollator(opened.pretrained.tokenizer, model.latent_token_id)(opened.prompts([question])))
     [output] = model.generate(**batch, max_new_tokens=limit).tolist()
     seconds = time.perf_counter() - started
     new = until_eos(output[batch["input_ids"].shape[1] :], model.eos_token_id, limit)
@@ -48,7 +47,7 @@ def ask(opened: Opened, question: str, show_thoughts: bool = False) -> dict:
 
 
 @torch.no_grad()
-def closest_tokens(opened: Opened, input_ids: torch.Tensor) -> list[list[tuple[str, float]]]:
+def closest_tokens(opened: OpenedCheckpoint, input_ids: torch.Tensor) -> list[list[tuple[str, float]]]:
     """For each thought of a prompt (columns,), its most probable tokens by the vocabulary projection."""
     states = opened.model.inputs_embeds(input_ids)[input_ids == opened.model.latent_token_id]  # (thoughts, hidden)
     top = opened.model.logits(states).softmax(-1).topk(TOP)  # (thoughts, TOP)
@@ -76,7 +75,7 @@ def questions() -> Iterator[str]:
                 yield line
 
 
-def respond(opened: Opened, question: str, arguments: argparse.Namespace) -> int:
+def respond(opened: OpenedCheckpoint, question: str, arguments: argparse.Namespace) -> int:
     """Prints what the model says, or why it cannot be asked this; returns the exit code."""
     try:
         said = ask(opened, question, arguments.show_thoughts)

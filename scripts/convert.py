@@ -19,11 +19,10 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from components.checkpoint import TrainState, describe  # noqa: E402
 from components.errors import SaveError  # noqa: E402
-from components.export import DESCRIPTION, export  # noqa: E402
+from components.export import DESCRIPTION, describe, export, read_description  # noqa: E402
 from components.files import atomic_directory, saving  # noqa: E402
-from components.pretrained import PREFIX, load_pretrained, load_state_file, read_description  # noqa: E402
+from components.pretrained import PREFIX, load_pretrained, load_state_file  # noqa: E402
 from config import Config, UserError  # noqa: E402
 from curriculum import END, LATENT, METHODS, PAUSE, START, last_stage  # noqa: E402
 
@@ -38,9 +37,9 @@ def from_official(file: Path, folder: Path, config: Config, stage: int | None) -
     if has_markers and not config.max_latent_stage:
         raise UserError("--max-latent-stage: missing; give it and --c-thought as in the config of that training")
     pretrained = load_pretrained(config, file)
-    state = TrainState(run_id="", stage=last_stage(config) if stage is None else stage)
+    stage = last_stage(config) if stage is None else stage
     with saving(folder), atomic_directory(folder) as partial:
-        export(pretrained.lm, partial, describe(config, state, pretrained, improved=False))
+        export(pretrained.lm, partial, describe(config, pretrained.tokenizer, stage, improved=False))
         pretrained.tokenizer.save_pretrained(partial)
 
 
@@ -49,7 +48,7 @@ def to_official(folder: Path, file: Path) -> None:
     check_free(file)
     if (folder / "adapter_config.json").exists():
         raise UserError(f"{folder} holds LoRA adapters; merge them into their model first")
-    description = read_description(str(folder))
+    description = read_description(folder)
     if not description:
         raise UserError(f"{folder} holds no {DESCRIPTION}, so it is no checkpoint of ours")
     method = METHODS[description["method"]]

@@ -24,12 +24,11 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from runs import Finished, UserError, read_run, shown
 
-from components.export import DESCRIPTION
+from components.checkpoint_manager import OPTIMIZER_STATE
+from components.export import DESCRIPTION, read_description
 from components.files import MANIFEST
-from components.moments import MOMENTS
-from components.pretrained import read_description
 
-LEFT_OUT = ("training_state.pt", MOMENTS, MANIFEST)  # what only continuing the run needs
+LEFT_OUT = ("training_state.pt", OPTIMIZER_STATE, MANIFEST)  # what only continuing the run needs
 PLACES = ("save_path", "data_cache", "name", "project", "logger")  # of one machine or account
 LOADING = """\
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -26,9 +26,9 @@ except ModuleNotFoundError as missing:
 import torch
 from tqdm import tqdm
 
-from build import inputs
+from coconut import plan_batch
 from config import UserError
-from dataset import MyCollator, model_inputs
+from dataset import MyCollator, make_feature, model_args
 from evaluate import open_checkpoint
 
 
@@ -75,14 +75,15 @@ class CoconutLM(TemplateLM):
         for part in self.batches(requests, lambda r: len(r[1]) + len(r[2]), "log probabilities", disable_tqdm):
             pairs = [requests[index][1:] for index in part]
             batch = self.collate(
-                [model_inputs(ids + new, 0) | {"labels": [-100] * len(ids) + new} for ids, new in pairs]
+                [make_feature(ids + new, 0) | {"labels": [-100] * len(ids) + new} for ids, new in pairs]
             )
-            plan = self.model.plan(batch["input_ids"], batch["attention_mask"], batch["labels"]).to(self.device)
+            tokens = (batch[key] for key in ("input_ids", "attention_mask", "labels"))
+            plan = plan_batch(*tokens, self.model.latent_token_id).to(self.device)
             cache = self.model.new_cache(batch["input_ids"].shape[1])
             ids, mask, positions = (
                 batch[key].to(self.device) for key in ("input_ids", "attention_mask", "position_ids")
             )
-            hidden, _ = self.model.think(ids, mask, positions, cache, plan.cuts)
+            hidden, _ = self.model.think(ids, mask, positions, cache, plan.pass_starts)
             scores = self.model.logits(hidden[plan.rows, plan.columns]).log_softmax(-1)  # (supervised, vocabulary)
             own = scores.gather(1, plan.targets[:, None])[:, 0].split([len(new) for _, new in pairs])  # of each row
             greedy = (scores.argmax(1) == plan.targets).split([len(new) for _, new in pairs])
@@ -98,7 +99,7 @@ class CoconutLM(TemplateLM):
         contexts = [request.args[0] for request in requests]
         found = {}
         for part in self.batches(contexts, len, "answers", disable_tqdm):
-            batch = inputs(self.collate([self.prompt(contexts[index]) for index in part]))
+            batch = model_args(self.collate([self.prompt(contexts[index]) for index in part]))
             options = [requests[index].args[1] for index in part]
             limit = max(o.get("max_gen_toks", self.opened.config.answer_limit) for o in options)
             output = self.model.generate(**batch, max_new_tokens=limit)[:, batch["input_ids"].shape[1] :]

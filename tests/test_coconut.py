@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from coconut import plan_batch
 from helpers import exact_model
 from helpers.batches import BATCHES, END, EOS, LATENT, START, align, batch_of, make_labels, make_row, pad, wrap
 
@@ -106,9 +107,12 @@ def test_more_passes_than_needed_change_nothing(rows):
     with torch.no_grad():
         expected = wrap(lm)(pad(rows, align(rows)), mask).logits
         needed = len(passes)
-        given = wrap(lm)(pad(rows, align(rows)), mask, min_passes=needed + 2).logits
+        plan = plan_batch(pad(rows, align(rows)), mask, None, LATENT)
+        others = sorted({*range(1, mask.shape[1])} - {*plan.pass_starts})[-needed - 2 :]
+        plan.pass_starts = sorted([*plan.pass_starts, *others])
+        given = wrap(lm)(pad(rows, align(rows)), mask, plan=plan).logits
     close(given[mask == 1], expected[mask == 1])
-    assert len(passes) == needed + needed + 2
+    assert len(passes) == needed + needed + len(others)
 
 
 def test_what_stands_in_padded_columns_changes_nothing():
@@ -174,9 +178,9 @@ def test_a_batch_without_supervision_has_loss_zero():
 def test_a_thought_at_a_rows_first_token_is_refused(rows):
     model = wrap(exact_model("gpt2"))
     ids, mask = pad(rows, align(rows)), pad([[1] * len(row) for row in rows], align(rows))
-    with pytest.raises(ValueError, match="row's first"):
+    with pytest.raises(ValueError, match="a row begins with a latent token"):
         model(ids, mask)
-    with pytest.raises(ValueError, match="row's first"):
+    with pytest.raises(ValueError, match="a row begins with a latent token"):
         model.generate(ids, mask)
 
 
@@ -314,7 +318,7 @@ def test_a_training_pass_reads_no_value_back_from_the_gpu(offsets):
     loss.backward()
     assert loss.device.type == "meta"
     # FSDP moves a batch to the GPU ahead of the model, so what must be known of it has to be there by then.
-    plan = model.plan(**batch)
+    plan = plan_batch(**batch, latent_token_id=LATENT)
     moved = {name: tensor.to("meta") for name, tensor in batch.items()}
     model(**moved, plan=plan).loss.backward()
     with pytest.raises((NotImplementedError, RuntimeError)):

@@ -4,12 +4,12 @@ import pytest
 import torch
 import yaml
 
-from build import build
 from components.distributed import Processes
 from config import load_config
 from dataset import get_cot_latent_dataset
-from evaluate import extract_answer, predict, until_eos, validate, write_predictions
+from evaluate import Validator, extract_answer, predict, until_eos, write_predictions
 from helpers import make_problems, read_lines, save_model, write_json
+from run import set_up
 from utils import StopRequest
 
 
@@ -128,40 +128,40 @@ def place(tmp_path_factory):
     return place
 
 
-def prepare(place, *words):
+def prepare(place, *words) -> Validator:
     command = ["method=coconut", "max_latent_stage=3", "pad_latent_to_max=False", *words]
-    run = build(load_config(str(place / "config.yaml"), command), Processes(), StopRequest())
+    validator = set_up(load_config(str(place / "config.yaml"), command), Processes(), StopRequest()).validator
     with torch.no_grad():  # the markers' new rows equal that of "<<", and a tie has no greedy token
-        run.model.base_causallm.get_output_embeddings().weight[-3:].zero_()
-    return run
+        validator.model.base_causallm.get_output_embeddings().weight[-3:].zero_()
+    return validator
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 50])
 @pytest.mark.parametrize("stage", [0, 2, 4])
 def test_validation_counts_every_problem_once_in_batches_of_any_size(place, size, stage):
-    run = prepare(place, f"batch_size_eval={size}")
-    evaluation = validate(run, stage)
+    validator = prepare(place, f"batch_size_eval={size}")
+    evaluation = validator.validate(stage)
     assert [p["idx"] for p in evaluation.predictions] == list(range(7))
-    assert [p["question"] for p in evaluation.predictions] == [p["question"] for p in run.valid_problems]
-    alone = validate(prepare(place, "batch_size_eval=1"), stage)
+    assert [p["question"] for p in evaluation.predictions] == [p["question"] for p in validator.problems]
+    alone = prepare(place, "batch_size_eval=1").validate(stage)
     assert evaluation.predictions == alone.predictions
     assert evaluation.loss == pytest.approx(alone.loss, rel=1e-6)
 
 
 def test_the_loss_is_the_mean_over_supervised_tokens_not_over_batches(place):
-    run = prepare(place, "batch_size_eval=3")
+    validator = prepare(place, "batch_size_eval=3")
     total = count = 0
-    for item in run.sequences(get_cot_latent_dataset, 1, run.valid_examples):
-        batch = run.collate([item])
+    for item in get_cot_latent_dataset(1, validator.examples, validator.config, **validator.sequence_tokens):
+        batch = validator.collate([item])
         n = (batch["labels"] != -100).sum().item()
         inputs = {key: value for key, value in batch.items() if key != "idx"}
-        total, count = total + run.model(**inputs).loss.item() * n, count + n
-    assert validate(run, 1).loss == pytest.approx(total / count, rel=1e-6)
+        total, count = total + validator.model(**inputs).loss.item() * n, count + n
+    assert validator.validate(1).loss == pytest.approx(total / count, rel=1e-6)
 
 
 def test_accuracy_and_cot_match_are_fractions_of_all_problems(place, monkeypatch):
-    run = prepare(place, "method=cot", "batch_size_eval=2")
-    tokenizer, problems = run.pretrained.tokenizer, run.valid_problems
+    validator = prepare(place, "method=cot", "batch_size_eval=2")
+    tokenizer, problems = validator.pretrained.tokenizer, validator.problems
     texts = {problem["question"]: "\n".join([*problem["steps"], "### " + problem["answer"]]) for problem in problems}
     texts[problems[0]["question"]] = "### " + problems[0]["answer"]  # right without steps
     texts[problems[3]["question"]] += "1"  # wrong after the right steps
@@ -174,8 +174,8 @@ def test_accuracy_and_cot_match_are_fractions_of_all_problems(place, monkeypatch
         new = torch.tensor([row + [tokenizer.eos_token_id] * (length - len(row)) for row in rows])
         return torch.cat([input_ids, new], dim=1)
 
-    monkeypatch.setattr(run.model, "generate", generate)
-    evaluation = validate(run, 0)
+    monkeypatch.setattr(validator.model, "generate", generate)
+    evaluation = validator.validate(0)
     assert evaluation.accuracy == pytest.approx(5 / 7)
     assert evaluation.cot_match == pytest.approx(5 / 7)
     assert [p["correct"] for p in evaluation.predictions] == [True, True, True, False, False, True, True]
@@ -186,22 +186,22 @@ def test_accuracy_and_cot_match_are_fractions_of_all_problems(place, monkeypatch
 
 
 def test_validation_leaves_the_model_without_dropout_and_gradients(place):
-    run = prepare(place)
-    run.model.train()
-    validate(run, 2)
-    assert not run.model.training
-    assert all(p.grad is None for p in run.model.parameters())
+    validator = prepare(place)
+    validator.model.train()
+    validator.validate(2)
+    assert not validator.model.training
+    assert all(p.grad is None for p in validator.model.parameters())
 
 
 def test_no_thoughts_print_no_thoughts(place):
-    evaluation = validate(prepare(place), 0)
+    evaluation = prepare(place).validate(0)
     assert not any("thought" in p["generated"] for p in evaluation.predictions)
-    evaluation = validate(prepare(place), 2)
+    evaluation = prepare(place).validate(2)
     starts = [p["generated"].split("]")[0] for p in evaluation.predictions]
     assert starts == ["[2 thoughts"] * 6 + ["[1 thought"]
 
 
 def test_predictions_of_real_runs_are_lines_of_json(place, tmp_path):
-    evaluation = validate(prepare(place), 0)
+    evaluation = prepare(place).validate(0)
     write_predictions(evaluation.predictions, tmp_path / "p.jsonl")
     assert read_lines(tmp_path / "p.jsonl") == evaluation.predictions

@@ -26,7 +26,7 @@ from types import ModuleType
 import pytest
 
 import run
-from components.checkpoint_manager import checkpoints
+from components.checkpoint_manager import list_checkpoints
 from components.files import verify_manifest
 from dataset import step_batches
 from helpers import run_script, snapshot
@@ -141,7 +141,7 @@ CODES = {"sigterm": 143, "sigint": 130}
 def test_a_signal_saves_and_the_same_command_goes_on(setting, name, fault):
     outcome = setting.run(name, fault=fault)
     assert outcome.codes == [CODES[fault.action]]
-    assert "the same command continues this run" in outcome.output
+    assert "the same command resumes this run" in outcome.output
     last = flat_state(setting.directory / name / "last")["/state/step"]
     assert last == fault.step + (fault.place in ("state", "renamed"))  # the step in progress is finished
     again = setting.run(name)
@@ -179,7 +179,7 @@ def test_a_run_that_is_stopped_in_the_same_validation_twice(setting, name):
 def test_a_second_signal_ends_the_run_at_once(setting, name):
     outcome = setting.run(name, fault=Fault("impatient", "step", 6))
     assert outcome.codes == [143]
-    assert "continues this run" not in outcome.output
+    assert "resumes this run" not in outcome.output
     assert os.readlink(setting.directory / name / "last") == "checkpoint_1"  # after step 4; nothing was saved since
     assert setting.run(name).codes == [0]
     assert_same(setting.directory / name, setting.reference())
@@ -198,7 +198,7 @@ def test_a_nan_stops_all_processes_before_the_weights_change(setting, name, rank
     assert f"epoch {epoch}, step 4: loss nan" in message
     idx = [int(number) for number in re.findall(r"\d+", message.split("training problems")[1])]
     assert idx == step_indices(setting, epoch - 1, range(12, 14) if ranks == 1 else range(8, 14), ranks)
-    assert all(verify_manifest(path) is None for path in checkpoints(run))
+    assert all(verify_manifest(path) is None for path in list_checkpoints(run))
     assert os.readlink(run / "last") == ("checkpoint_0_step_3" if ranks == 1 else "checkpoint_1_step_3")
     assert setting.run(name, ranks, parallel=parallel).codes == [0] * ranks
     assert_same(run, setting.reference(ranks, parallel=parallel))
@@ -252,7 +252,7 @@ def empty(path: Path) -> None:
 )
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(setting, name, harm, file):
     run = stopped(setting, name)
-    newest, before = checkpoints(run)[:2]
+    newest, before = list_checkpoints(run)[:2]
     assert [newest.name, before.name] == ["checkpoint_2_step_11", "checkpoint_2_step_9"]
     harm(newest / file)
     again = setting.run(name)
@@ -265,13 +265,13 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(setting
 
 def test_a_checkpoint_without_optimizer_state_is_gone_on_from_with_a_warning(setting, name):
     run = stopped(setting, name, reset_optimizer=False)
-    *newest, slim = checkpoints(run)[:3]
+    *newest, slim = list_checkpoints(run)[:3]
     assert not (slim / "optimizer.safetensors").exists() and verify_manifest(slim) is None
     for checkpoint in newest:
         flip(checkpoint / "optimizer.safetensors")
     again = setting.run(name, reset_optimizer=False)
     assert again.codes == [0], again.output
-    assert f"warning: {slim} keeps no optimizer state (only the newest 2 do)" in again.output
+    assert f"warning: {slim} has no optimizer state (only the newest 2 do)" in again.output
     assert ", step 8" in again.output
     finished, reference = metrics(run), metrics(setting.reference(reset_optimizer=False))
     assert [line["step"] for line in finished] == [line["step"] for line in reference]
@@ -281,19 +281,19 @@ def test_a_checkpoint_without_optimizer_state_is_gone_on_from_with_a_warning(set
 @pytest.mark.slow
 def test_damaged_checkpoints_all_around_are_a_fresh_start(setting, name):
     run = stopped(setting, name, 5)
-    for checkpoint in checkpoints(run):
+    for checkpoint in list_checkpoints(run):
         flip(checkpoint / "model.safetensors")
     again = setting.run(name)
     assert again.codes == [0]
-    assert "no complete checkpoint left, so the run starts afresh" in again.output
+    assert "no complete checkpoint left; training starts from scratch" in again.output
     assert_same(run, setting.reference())
 
 
 def test_damaged_checkpoints_do_not_count_among_those_to_keep(setting, name):
     run = stopped(setting, name)
-    flip(checkpoints(run)[0] / "model.safetensors")
+    flip(list_checkpoints(run)[0] / "model.safetensors")
     assert setting.run(name, fault=Fault("sigterm", "step", 10), keep_checkpoints=2).codes == [143]
-    sound = [path.name for path in checkpoints(run) if verify_manifest(path) is None]
+    sound = [path.name for path in list_checkpoints(run) if verify_manifest(path) is None]
     assert sound == ["checkpoint_2_step_10", "checkpoint_2_step_9", "checkpoint_1"]  # the last one is best
 
 
@@ -379,7 +379,7 @@ def test_a_full_disk_is_a_clear_error_and_harms_no_checkpoint(setting, name, fau
     assert str(run) in message and ("No space left" in message or "File too large" in message)
     assert "Traceback" not in outcome.output
     assert not list(run.glob("*.partial"))  # the room is given back
-    assert checkpoints(run) and all(verify_manifest(path) is None for path in checkpoints(run))
+    assert list_checkpoints(run) and all(verify_manifest(path) is None for path in list_checkpoints(run))
     assert setting.run(name, ranks).codes == [0] * ranks
     assert_same(run, setting.reference(ranks))
 
@@ -413,7 +413,7 @@ def test_another_number_of_processes_takes_up_the_problems_that_are_left(setting
     stopped(setting, name, 6)  # two steps of the second epoch: 8 of 14 problems
     outcome = setting.run(name, 2, Fault("nan", "forward", 7))
     assert outcome.codes == [3, 3]
-    assert "written by 1 processes, so random streams are seeded afresh" in outcome.output
+    assert "saved by 1 processes, so the random streams are seeded anew" in outcome.output
     [listed] = re.findall(r"training problems (.*)", outcome.output)
     idx = [int(number) for number in re.findall(r"\d+", listed)]
     assert idx == step_indices(setting, 1, range(8, 14), 2)
@@ -461,7 +461,7 @@ def signal_when_struck(setting: Setting, name: str, number: int, *torchrun: str)
 def test_the_exit_code_that_a_scheduler_sees(setting, name, number, code):
     returned, output = signal_when_struck(setting, name, number)
     assert returned == code, output
-    assert "stopped by a signal; the same command continues this run" in output
+    assert "stopped by a signal; the same command resumes this run" in output
     finished = run_script(setting.config, *setting.words(name)[1:])
     assert finished.returncode == 0, finished.stderr
     assert_same(setting.directory / name, setting.reference())
@@ -472,7 +472,7 @@ def test_the_exit_code_that_a_scheduler_sees(setting, name, number, code):
 def test_torchrun_hands_the_signal_on(setting, name):
     returned, output = signal_when_struck(setting, name, signal.SIGTERM, "--nproc_per_node", "2")
     assert returned != 0
-    assert "stopped by a signal; the same command continues this run" in output
+    assert "stopped by a signal; the same command resumes this run" in output
     assert flat_state(setting.directory / name / "last")["/state/step"] == 6
     finished = run_script(setting.config, *setting.words(name)[1:], processes=2)
     assert finished.returncode == 0, finished.stderr
@@ -489,7 +489,7 @@ def test_torchrun_restarts_a_worker_that_died(setting, name):
         finally:
             process.kill()
     assert process.returncode == 0, output
-    assert Path(fault.once).exists() and "continuing" in output
+    assert Path(fault.once).exists() and "resuming" in output
     assert_same(setting.directory / name, setting.reference(2))
 
 
@@ -523,9 +523,9 @@ def test_a_full_gpu_names_the_keys_to_lower_and_harms_no_checkpoint(setting, nam
     assert outcome.codes == [5 if rank == fault.rank else 6 for rank in range(ranks)], outcome.output
     [message] = re.findall(r"error: out of GPU memory: (.*)", outcome.output)
     assert message.startswith(f"rank {fault.rank} on ") and all(key in message for key in keys)
-    assert "Earlier checkpoints are as they were" in message and "Traceback" not in outcome.output
+    assert "Earlier checkpoints are intact" in message and "Traceback" not in outcome.output
     run = setting.directory / name
-    assert checkpoints(run) and all(verify_manifest(path) is None for path in checkpoints(run))
+    assert list_checkpoints(run) and all(verify_manifest(path) is None for path in list_checkpoints(run))
     assert setting.run(name, ranks).codes == [0] * ranks
     assert_same(run, setting.reference(ranks))
 
@@ -537,7 +537,7 @@ def test_a_process_that_hangs_is_told_of_by_all(setting, name, parallel):
     assert outcome.codes == [6, 6], outcome.output
     stands = r"warning: rank {} on \S+ has exchanged nothing for 1 s; it stands in main > train > fit > train_epoch"
     assert all(re.search(stands.format(rank), outcome.output) for rank in range(2)), outcome.output
-    [first, *_] = re.findall(r"error: lost another process, look at what that one says: (.*)", outcome.output)
+    [first, *_] = re.findall(r"error: lost another rank, see its own message: (.*)", outcome.output)
     assert first.startswith("rank 0 on ") and "train_epoch" in first
     assert "Traceback" not in outcome.output
     assert setting.run(name, 2, parallel=parallel).codes == [0, 0]
@@ -553,7 +553,7 @@ def test_a_process_that_never_sees_the_runs_directory_stops_all(setting, name, s
     assert outcome.codes == [2, 2], outcome.output
     file = run / ("last/manifest.json" if started else "config.yaml")
     messages = re.findall(r"error: (save_path: rank 1 on \S+ waited 3 s for .*)", outcome.output)
-    assert messages and f"{file.resolve()} as rank 0 has it, but there it is not there" in messages[0]
+    assert messages and f"{file.resolve()}, which is missing there" in messages[0]
     assert "step/s" not in outcome.output  # no step was trained
     assert setting.run(name, 2).codes == [0, 0]
     assert_same(run, setting.reference(2))
@@ -569,7 +569,7 @@ def test_a_process_that_sees_late_what_was_written_is_waited_for(setting, name):
 def test_clocks_that_differ_change_nothing(setting, name):
     """The newest checkpoint has the oldest times, as after a node whose clock is ahead has written the others."""
     run = stopped(setting, name)
-    for age, checkpoint in enumerate(checkpoints(run)):
+    for age, checkpoint in enumerate(list_checkpoints(run)):
         for path in (*checkpoint.iterdir(), checkpoint):
             os.utime(path, (4e9 * (age + 1) / 10,) * 2)  # from 1982 on; some lie in the future
     os.utime(run / "metrics.jsonl", (0, 0))

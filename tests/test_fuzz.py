@@ -14,8 +14,9 @@ import yaml
 import run
 from components import checkpoint
 from components.data_sources import read_problems
+from components.export import read_description
 from components.files import MANIFEST, atomic_directory, make_private, verify_manifest
-from components.pretrained import load_pretrained, read_description
+from components.pretrained import load_pretrained
 from config import Config, UserError, load_config
 from helpers import byte_tokenizer, make_problems, save_model, write_json
 from stress.fuzz import Place, fuzz
@@ -123,13 +124,14 @@ class Harmful:
 
 
 def test_a_training_state_with_code_is_refused_and_does_not_run(tmp_path):
-    torch.save({"state": {"run_id": Harmful(tmp_path / "ran")}, "random_states": []}, tmp_path / checkpoint.STATE)
+    torch.save(
+        {"state": {"run_id": Harmful(tmp_path / "ran")}, "random_states": []}, tmp_path / checkpoint.TRAINING_STATE
+    )
     (tmp_path / MANIFEST).write_text("{}")
-    for read in (checkpoint.read_state, lambda path: checkpoint.open_moments(path, model=None)):
-        with pytest.raises(UserError, match=r"cannot be continued: .*can run code"):
-            read(tmp_path)
+    with pytest.raises(UserError, match=r"cannot be resumed: .*can execute code"):
+        checkpoint.read_training_state(tmp_path)
     assert not (tmp_path / "ran").exists()
-    torch.load(tmp_path / checkpoint.STATE, weights_only=False)
+    torch.load(tmp_path / checkpoint.TRAINING_STATE, weights_only=False)
     assert (tmp_path / "ran").exists()  # it would have
 
 

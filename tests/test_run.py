@@ -16,18 +16,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import run
 import train
-from build import build
 from components import checkpoint_manager, files
 from components.checkpoint import check_same_training
-from components.checkpoint_manager import checkpoints
+from components.checkpoint_manager import list_checkpoints
 from components.distributed import Processes
 from components.files import file_digest, verify_manifest
 from config import UserError, load_config
-from evaluate import Evaluation
+from evaluate import Evaluation, Validator
 from helpers import (
     REPOSITORY,
     byte_tokenizer,
-    make_earlier,
     make_problems,
     read_lines,
     run_script,
@@ -301,8 +299,9 @@ def test_debug_writes_nothing_and_takes_few_problems(world, tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
     many = write_json(tmp_path / "many.json", make_problems(5100))
     paths = [f"train_path={many}", f"val_path={many}"]
-    built = build(load_config(world / "config.yaml", ["name=d", "debug=True", *paths]), Processes(), StopRequest())
-    assert (len(built.train_examples), len(built.valid_examples)) == (5000, 32)
+    config = load_config(world / "config.yaml", ["name=d", "debug=True", *paths])
+    trainer = run.set_up(config, Processes(), StopRequest())
+    assert (len(trainer.data), len(trainer.validator.examples)) == (5000, 32)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_it_harms_the_weights(world, capsys):
@@ -328,7 +327,7 @@ def test_a_run_in_parts_ends_bit_for_bit_like_an_uninterrupted_one(world, whole)
     """Two real processes, with dropout: weights, optimizer, random streams, log and predictions are the same."""
     for epochs in (1, 3):
         directory, printed = start_real(world, name="parts", num_epochs=epochs)
-        assert ("continuing" in printed) == (epochs > 1)
+        assert ("resuming" in printed) == (epochs > 1)
     assert_same_run(directory, whole, 3)
 
 
@@ -394,7 +393,7 @@ def test_a_damaged_checkpoint_is_passed_over(world, whole, file, capsys):
     path = directory / "checkpoint_3" / file
     path.write_bytes(path.read_bytes()[:-9])
     start(world, name=directory.name, num_epochs=3)
-    assert "checkpoint_3 is damaged" in capsys.readouterr().out
+    assert "skipping damaged checkpoint" in capsys.readouterr().out
     assert_same_run(directory, whole, 3)
 
 
@@ -462,17 +461,6 @@ def test_loggers_show_the_sequences_of_each_stage_and_predictions(world, whole, 
     assert sum("eval/predictions" in metrics for _, metrics in shown) == 3
 
 
-def test_a_checkpoint_of_an_earlier_version_continues_bit_for_bit(world, whole):
-    """One file held the whole training state."""
-    directory = world / "runs" / "earlier"
-    shutil.copytree(whole, directory, symlinks=True)
-    path = directory / "checkpoint_2"
-    make_earlier(path, training_state(path))
-    shutil.rmtree(directory / "checkpoint_3")
-    start(world, name="earlier", num_epochs=3)
-    assert_same_run(directory, whole, 3)
-
-
 # --- the disk ---------------------------------------------------------------------------------------------------------
 
 
@@ -522,7 +510,8 @@ def scripted(monkeypatch):
     def arrange(accuracies):
         accuracies = iter(accuracies)
         evaluation = {"loss": 1.0, "cot_match": None, "new_tokens": 1.0, "seconds": 0.1, "predictions": [{"idx": 0}]}
-        monkeypatch.setattr(train, "validate", lambda run, stage: Evaluation(accuracy=next(accuracies), **evaluation))
+        scripted = lambda validator, stage: Evaluation(accuracy=next(accuracies), **evaluation)  # noqa: E731
+        monkeypatch.setattr(Validator, "validate", scripted)
 
     return arrange
 
@@ -568,9 +557,9 @@ def test_the_newest_two_of_them_keep_the_optimizers_state(world, scripted, monke
     monkeypatch.setattr(files, "file_digest", lambda path: hashed.append(path) or file_digest(path))
     directory = start(world, name="states_" + "_".join(options), num_epochs=6, **options)
     monkeypatch.undo()
-    found = [path for path in checkpoints(directory) if (path / "optimizer.safetensors").exists()]
+    found = [path for path in list_checkpoints(directory) if (path / "optimizer.safetensors").exists()]
     assert found == [directory / f"checkpoint_{i}" for i in reversed(states)]
-    assert all(verify_manifest(path) is None for path in checkpoints(directory))
+    assert all(verify_manifest(path) is None for path in list_checkpoints(directory))
     hashed = [path for path in hashed if directory in path.parents]
     assert len(hashed) == 6 * len(CHECKPOINT_FILES - {"manifest.json"})  # what is there already is not read again
 
@@ -652,7 +641,7 @@ def test_a_flipped_bit_is_no_wrong_accuracy(world, whole, capsys, key):
     start(world, name="flipped", code=2, **values)
     found = capsys.readouterr()
     assert "has no manifest" not in found.out
-    assert f"error: {key}: '{damaged}' is damaged (model.safetensors differs from its manifest)" in found.err
+    assert f"error: {key}: '{damaged}' is damaged: model.safetensors differs from its manifest" in found.err
     assert "verify: False" in found.err
     assert snapshot(world) == before
     start(world, name="flipped", verify=False, **values)
@@ -665,7 +654,7 @@ def test_a_model_without_a_manifest_is_taken_with_a_word(world, whole, capsys):
     torch.save(load_file(copy / "model.safetensors"), world / "official.pt")
     for model in (copy, world / "official.pt"):
         start(world, name="without", only_eval=True, load_model_path=model, debug=True)
-        assert f"load_model_path: {model} has no manifest.json, so it is taken as it is" in capsys.readouterr().out
+        assert f"load_model_path: {model} has no manifest.json, so it is loaded unverified" in capsys.readouterr().out
 
 
 # --- several processes ------------------------------------------------------------------------------------------------
@@ -711,7 +700,7 @@ def test_the_global_batch_size_sets_the_accumulation(world, single, capsys):
     start(world, batch_size_training=2, **values | {"num_epochs": 4})  # as many problems for a step: it continues
     start(world, batch_size_training=3, **values | {"name": "no_multiple"}, code=2)
     message = capsys.readouterr().err
-    assert "global_batch_size: 8 is no multiple of batch_size_training 3 x 1 processes" in message
+    assert "global_batch_size: 8 is not a multiple of batch_size_training 3 x 1 processes" in message
 
 
 def test_grouping_by_length_is_tied_to_the_problems_of_a_step(world):
@@ -727,7 +716,7 @@ def test_grouping_by_length_is_tied_to_the_problems_of_a_step(world):
     start(world, name="grouped_4", **values | {"num_epochs": 2, "save_every_steps": 3})
     config, processes = load_config(one / "config.yaml"), Processes(world_size=2)
     check_same_training(config.resolved(), config, one / "checkpoint_1", processes)  # an epoch of its own
-    with pytest.raises(UserError, match="group_by_length ties the order to 4 problems for each step, now 8"):
+    with pytest.raises(UserError, match="group_by_length ties the order to 4 problems per step, now 8"):
         check_same_training(config.resolved(), config, one / "checkpoint_1_step_9", processes)
 
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import train
-from build import build
 from components.distributed import Processes
 from config import load_config
 from helpers import make_problems, save_model, write_json
+from run import set_up
 from utils import StopRequest
 
 
@@ -33,20 +33,7 @@ def words(tmp_path) -> list[str]:
 def test_tf32_is_asked_for(words, tf32):
     before = torch.get_float32_matmul_precision()
     try:
-        build(load_config(words[0], [*words[1:], f"tf32={tf32}"]), Processes(), StopRequest())
+        set_up(load_config(words[0], [*words[1:], f"tf32={tf32}"]), Processes(), StopRequest())
         assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-@pytest.mark.parametrize(("method", "thoughts"), [("coconut", [0, 2, 4, 4]), ("pause_as_thought", [0, 0, 0, 0])])
-def test_the_largest_batches_of_all_stages_are_those_that_are_made(words, method, thoughts):
-    options = ["max_latent_stage=2", "c_thought=2", "num_epochs=6", f"method={method}", "batch_size_training=8"]
-    run = build(load_config(words[0], [*words[1:], *options]), Processes(), StopRequest())
-    shapes = train.largest_batches(run)
-    assert [shape["thoughts"] for shape in shapes] == thoughts
-    for epoch, shape in enumerate(shapes):
-        [step] = train.steps_left(run, epoch, 0)
-        _, [batch] = train.make_batches(run, epoch, step)
-        assert (batch["labels"] != -100).sum(1).max() == shape["supervised"]
-        assert batch["input_ids"].shape == (shape["rows"], shape["columns"])

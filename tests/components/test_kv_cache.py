@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from coconut import Coconut
+from coconut import Coconut, plan_batch
 from components import activation_checkpointing, kv_cache
 from helpers import MODELS, saved_bytes, tiny_gpt2, tiny_llama
 from helpers.batches import BATCHES, END, LATENT, START, batch_of, wrap
@@ -38,7 +38,7 @@ def test_gradients_are_the_same_bit_for_bit(kind, mode, columns, bf16, monkeypat
     torch.manual_seed(0)
     model, batch, calls = wrap(MODELS[kind](**options)).train(), batch_of(rows, offsets), []
     expected = gradients(model, batch, bf16)
-    model.recompute(mode)
+    model.checkpoint_activations(mode)
     model.blocks[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     found = gradients(model, batch, bf16)
     assert {name for name, gradient in expected.items() if not torch.equal(gradient, found[name])} == set()
@@ -50,8 +50,8 @@ def test_gradients_are_the_same_bit_for_bit(kind, mode, columns, bf16, monkeypat
 
 def passes(model: Coconut, batch: dict) -> list[tuple[int, int]]:
     """The first and last column of each pass."""
-    bounds = [0, *model.plan(batch["input_ids"], batch["attention_mask"]).cuts, batch["input_ids"].shape[1]]
-    return list(pairwise(bounds))
+    plan = plan_batch(batch["input_ids"], batch["attention_mask"], None, LATENT)
+    return list(pairwise([0, *plan.pass_starts, batch["input_ids"].shape[1]]))
 
 
 def test_the_peak_of_a_step_falls():
@@ -62,8 +62,8 @@ def test_the_peak_of_a_step_falls():
         with FakeTensorMode(allow_non_fake_inputs=True):
             model = wrap(tiny_gpt2(positions=320, n_embd=512, n_layer=4, n_head=8)).train()
         if mode:
-            model.recompute(mode)
-        peaks[mode] = activation_peak(model, batch | {"plan": model.plan(**batch)})
+            model.checkpoint_activations(mode)
+        peaks[mode] = activation_peak(model, batch | {"plan": plan_batch(**batch, latent_token_id=LATENT)})
     assert peaks["block"] <= 0.45 * peaks[None] and peaks["mlp"] <= 0.7 * peaks[None], peaks
 
 

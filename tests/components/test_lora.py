@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 import yaml
@@ -20,12 +18,11 @@ from transformers.pytorch_utils import Conv1D
 
 import run
 from coconut import Coconut
-from components.lora import add_lora, merged, parameter_groups
+from components.lora import add_lora, merge_adapters, parameter_groups
 from helpers import (
     byte_tokenizer,
     exact_model,
     llama_sizes,
-    make_earlier,
     make_problems,
     save_model,
     tiny_gemma3,
@@ -117,7 +114,7 @@ def test_new_rows_train_as_whole_tables_do_whose_other_rows_get_no_gradient(kind
             table, new = getattr(simple, get)().weight, getattr(ours, get)().new_rows
             torch.testing.assert_close(new.grad, table.grad[NEW_IDS], rtol=1e-9, atol=1e-12)
             assert new.grad.abs().max() > 1e-4
-    theirs, mine = merged(simple, simple.state_dict()), merged(ours, ours.state_dict())
+    theirs, mine = merge_adapters(simple, simple.state_dict()), merge_adapters(ours, ours.state_dict())
     assert mine.keys() == theirs.keys()
     for name, value in theirs.items():
         torch.testing.assert_close(mine[name], value, rtol=1e-7, atol=1e-9, msg=name)
@@ -129,7 +126,7 @@ def test_adapters_and_new_rows_are_trained_and_merge_into_the_weights(make, bf16
     lm = make()
     before = {name: value.clone() for name, value in lm.state_dict().items()}
     lm = trained(lm, bf16)
-    after = merged(lm, lm.state_dict())
+    after = merge_adapters(lm, lm.state_dict())
     assert after.keys() == before.keys()
     assert {value.dtype for value in after.values()} == {torch.float32}
     for name in (name for name in before if name.endswith(TABLES)):
@@ -305,43 +302,6 @@ def test_another_model_under_the_same_name_is_refused(place, capsys):
     assert [part for part in ("model_id", "load_model_path=", "checkpoint_1") if part not in message] == []
     assert sorted(path.name for path in (place / "runs/a").glob("checkpoint_*")) == ["checkpoint_1"]
     assert all(torch.equal(value, before[name]) for name, value in last_weights(place, "a").items())
-
-
-def earlier_state(place, checkpoint) -> dict:
-    """The training state of an earlier version, which held all weights, the frozen ones too, and trained whole tables,
-    of which but some rows ever got a gradient."""
-    state = training_state(checkpoint)
-    ids = list(json.loads((checkpoint / "coconut.json").read_text())["token_ids"].values())
-    lm = AutoModelForCausalLM.from_pretrained(place / "model")
-    lm.resize_token_embeddings(lm.config.vocab_size + len(ids))
-    add_lora(lm, 2, ids)
-    lm.load_state_dict(state["weights"], strict=False)
-    weights = {name: value for name, value in lm.state_dict().items() if not name.startswith("lm_head")}  # tied
-    weights["transformer.wte.weight"][ids] = weights.pop("transformer.wte.new_rows")
-    moments = state["optimizer"].pop("base_causallm.transformer.wte.new_rows")
-    for key in ("exp_avg", "exp_avg_sq"):
-        rows, moments[key] = moments[key], torch.zeros_like(weights["transformer.wte.weight"])
-        moments[key][ids] = rows
-    state["optimizer"]["base_causallm.transformer.wte.weight"] = moments
-    del state["frozen"]
-    return state | {"weights": weights}
-
-
-@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
-def test_a_checkpoint_of_an_earlier_version_continues_bit_for_bit(place, bf16, capsys):
-    assert start(place, "name=a", f"bf16={bf16}") == start(place, "name=b", f"bf16={bf16}", "num_epochs=2") == 0
-    checkpoint = place / "runs/a/checkpoint_1"
-    state = earlier_state(place, checkpoint)
-    other = {name: value + value.abs() * ("c_fc.base_layer" in name) for name, value in state["weights"].items()}
-    make_earlier(checkpoint, state | {"weights": other})
-    assert start(place, "name=a", f"bf16={bf16}", "num_epochs=2") == 2
-    assert "other frozen weights" in capsys.readouterr().err
-    make_earlier(checkpoint, state)
-    for epochs in (2, 3):  # what it saves now continues, too
-        for name in "ab":
-            assert start(place, f"name={name}", f"bf16={bf16}", f"num_epochs={epochs}") == 0
-        converted, whole = (last_weights(place, name) for name in "ab")
-        assert all(torch.equal(converted[name], whole[name]) for name in whole)
 
 
 @pytest.mark.parametrize("method", ["cot", "pause_token"])

@@ -19,10 +19,9 @@ from torch.distributed import HashStore
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from coconut import Coconut
 from components import activation_checkpointing, distributed, parallelize
+from components.parallelize import choose_strategy
 from config import Config, UserError
-from footprint import Step, estimate
 from helpers import make_problems, read_lines, tiny_gpt2, write_json
 from helpers.faults import ROOT, Fault, free_port, wrap
 from helpers.setting import Setting, assert_same, metrics
@@ -167,27 +166,23 @@ class Collectives(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@dataclass(frozen=True)
 class Count:
     """Prints the collectives of the first process's steps, and checks where gradients are held."""
-
-    keep: bool
 
     def inject(self):
         import train
 
-        choose = train.choose
-        train.choose = lambda *arguments: (choose(*arguments)[0], self.keep)
-        wrap(train.Trainer, "equal_passes", lambda trainer, *_: self.check(trainer.model))
-        wrap(train.Trainer, "gradient_norm", lambda trainer: self.check(trainer.model))
+        wrap(train, "model_args", lambda _: self.trainer and self.check(self.trainer.parallel_model))
+        wrap(train.Trainer, "all_gather_totals", lambda trainer, *_: self.check(trainer.parallel_model))
         epoch = train.Trainer.train_epoch
 
         def counted(trainer, number):
+            self.trainer = trainer
             with Collectives() as mode:
                 epoch(trainer, number)
-            if parallelize.is_sharded(trainer.model):
+            if parallelize.is_sharded(trainer.parallel_model):
                 assert [p for p in trainer.model.parameters() if p.grad is not None] == []  # validation has the room
-            trainer.run.processes.print(json.dumps(mode.counts))
+            trainer.processes.print(json.dumps(mode.counts))
 
         train.Trainer.train_epoch = counted
 
@@ -197,7 +192,7 @@ class Count:
         if isinstance(model, DistributedDataParallel):
             storages = {p.grad.untyped_storage().data_ptr() for p in model.parameters() if p.grad is not None}
             assert len(storages) == 1
-        for unit in parallelize.units(model):
+        for unit in parallelize.fsdp_units(model):
             for part in unit._get_fsdp_state()._fsdp_param_group.fsdp_params:
                 assert part.unsharded_accumulated_grad is None
                 assert not hasattr(part, "_unsharded_param") or part._unsharded_param.grad is None
@@ -210,62 +205,47 @@ class Eight(distributed.Processes):
     world_size: int = 8
     smallest: int = 0
 
-    def max(self, values):
+    def all_reduce_max(self, values):
         return [max(value, -self.smallest) for value in values]
 
 
-def test_the_first_strategy_that_fits_into_the_smallest_gpu_is_chosen(monkeypatch, capsys):
+def test_auto_chooses_ddp_below_half_of_the_smallest_gpu_and_fsdp_above(monkeypatch):
     monkeypatch.setattr(parallelize, "gpu_memory", lambda device: 2**60)
-    with torch.device("meta"):
-        model = Coconut(tiny_gpt2(vocabulary=5000, n_embd=256, n_layer=8, n_head=4), 49, 47, 48, 0)
-    shape, config = {"rows": 1, "columns": 16, "thoughts": 2, "supervised": 4}, Config()
-    choices = [("ddp", True), ("fsdp", True), ("fsdp", False)]
-    totals = [estimate(model, Step(s, 8, keep_weights=k, **shape)).total for s, k in choices]
-    assert totals == sorted(totals, reverse=True)
-    for choice, total in zip(choices, totals, strict=True):
-        enough = int(total / parallelize.ROOM) + 1
-        assert parallelize.choose(model, config, [shape], Eight(smallest=enough)) == choice
-        assert f"{total / 2**30:.1f} GiB" in capsys.readouterr().out
-    assert parallelize.choose(model, Config({"parallel": "ddp"}), [shape], Eight(smallest=enough)) == ("ddp", True)
-    assert "warning" in capsys.readouterr().out
-    assert parallelize.choose(model, Config({"parallel": "fsdp"}), [shape], Eight(smallest=2**60)) == ("fsdp", True)
-    larger = {**shape, "rows": 10**6}
-    assert parallelize.choose(model, config, [shape, larger, shape], Eight(smallest=enough)) == ("fsdp", False)
-    assert "gathered in every pass" in capsys.readouterr().out
+    model = tiny_gpt2()
+    half = 16 * sum(p.numel() for p in model.parameters())
+    assert choose_strategy(model, Config(), Eight(smallest=2 * half + 1)) == "ddp"
+    assert choose_strategy(model, Config(), Eight(smallest=2 * half)) == "fsdp"
+    assert choose_strategy(model, Config({"parallel": "ddp"}), Eight(smallest=1)) == "ddp"
+    assert choose_strategy(model, Config({"parallel": "fsdp"}), Eight(smallest=2**60)) == "fsdp"
+    for key in ({"lora_rank": 2}, {"compile": True}):
+        assert choose_strategy(model, Config(key), Eight(smallest=1)) == "ddp"
 
 
-def test_nothing_is_sharded_by_a_torch_that_is_too_old(monkeypatch):
+def test_auto_is_ddp_on_a_cpu():
+    assert choose_strategy(tiny_gpt2(), Config(), distributed.Processes(world_size=1)) == "ddp"
+
+
+def test_fsdp_is_refused_by_an_older_torch(monkeypatch):
     monkeypatch.setattr(parallelize, "HAS_FSDP2", False)
     monkeypatch.setattr(parallelize, "gpu_memory", lambda device: 2**60)
-    model, shape = Coconut(tiny_gpt2(), 49, 47, 48, 0), {"rows": 1, "columns": 16, "thoughts": 2, "supervised": 4}
-    assert parallelize.choose(model, Config(), [shape], Eight(smallest=1)) == ("ddp", True)
+    assert choose_strategy(tiny_gpt2(), Config(), Eight(smallest=1)) == "ddp"
     with pytest.raises(UserError, match="parallel: fsdp needs torch"):
-        parallelize.choose(model, Config({"parallel": "fsdp"}), [shape], Eight(smallest=2**60))
+        choose_strategy(tiny_gpt2(), Config({"parallel": "fsdp"}), Eight(smallest=2**60))
 
 
-@pytest.mark.parametrize(("strategy", "keep"), [("ddp", True), ("fsdp", True), ("fsdp", False)])
-def test_a_step_makes_so_many_collectives(setting, strategy, keep):
-    """A small one for each step and one at the start of an epoch. Weights are gathered once in a step, if they are
-    kept: in 3 units, two blocks and the rest. 3 steps of two, two and one forward passes have three thoughts each."""
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_step_makes_so_many_collectives(setting, strategy):
+    """A small one for each step and one at the start of an epoch. Weights are gathered once in a step, in 3
+    units: two blocks and the rest. 3 steps of two, two and one micro-batches have three thoughts each."""
     shape = {"num_epochs": 2, "resume": 1, "max_latent_stage": 1, "c_thought": 3, "parallel": strategy}
     shape |= {"batch_size_training": 4, "gradient_accumulation_steps": 2, "uniform_prob": 0}
-    outcome = setting.run(f"counted-{strategy}-{keep}", 2, Count(keep), **shape)
+    outcome = setting.run(f"counted-{strategy}", 2, Count(), **shape)
     assert outcome.codes == [0, 0], outcome.output
     counts = Counter(json.loads(re.search(r"^{.*}$", outcome.output, re.MULTILINE)[0]))
-    steps, passes, thoughts = 3, 2 + 2 + 1, 3
-    gathers = 3 * steps if keep else passes * (1 + 2 * (1 + thoughts) + 2 * (1 + thoughts))
-    expected = {"allreduce_": steps} if strategy == "ddp" else {"_allgather_base_": gathers}
+    steps, passes = 3, 2 + 2 + 1
+    expected = {"allreduce_": steps} if strategy == "ddp" else {"_allgather_base_": 3 * steps}
     expected |= {"allgather_": steps + 1, "_reduce_scatter_base_": 0 if strategy == "ddp" else 3 * passes}
     assert {name: counts[name] for name in expected} == expected
-
-
-def test_where_weights_are_gathered_changes_no_bit(setting):
-    """Gathered once in a step, or anew in every pass."""
-    for keep in (True, False):
-        shape = {"batch_size_training": 8, "parallel": "fsdp", "uniform_prob": 0}
-        outcome = setting.run(f"keep-{keep}", 2, Count(keep), **shape)
-        assert outcome.codes == [0, 0], outcome.output
-    assert_same(setting.directory / "keep-False", setting.directory / "keep-True")
 
 
 # --- continued by others ----------------------------------------------------------------------------------------------
@@ -296,7 +276,7 @@ def test_a_checkpoint_continues_with_another_number_of_processes(setting, before
         assert outcome.codes == [143] * before
     outcome = setting.run(name, after, parallel=strategy, **shape)
     assert outcome.codes == [0] * after
-    assert f"written by {before} processes, so random streams are seeded afresh" in outcome.output
+    assert f"saved by {before} processes, so the random streams are seeded anew" in outcome.output
     alone = setting.directory / f"{name}-alone"
     config = yaml.safe_load((alone / "config.yaml").read_text()) | {"batch_size_training": 4 * after}
     (alone / "config.yaml").write_text(yaml.safe_dump(config))  # or the change would be refused
@@ -377,7 +357,7 @@ def test_two_nodes_restart_when_a_worker_dies(setting, single):
         *setting.words("restarted", **SHAPE),
     ]
     outputs = two_nodes(launcher, [program, program], TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
-    assert Path(fault.once).exists() and "continuing" in "".join(outputs)
+    assert Path(fault.once).exists() and "resuming" in "".join(outputs)
     assert_close(setting.directory / "restarted", single)
 
 

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
 import run
-from components.pretrained import check_model, load_pretrained
+from coconut import check_model
+from components.pretrained import load_pretrained
 from config import Config, UserError
 from curriculum import END, LATENT, PAUSE, START
 from helpers import byte_tokenizer, make_problems, save_model, tiny_gpt2, tiny_llama, words, write_json
@@ -227,7 +228,7 @@ class Harmful:
 
 def test_a_pickle_with_code_is_refused_and_does_not_run(folders, tmp_path):
     torch.save({"transformer.wpe.weight": Harmful(tmp_path / "ran")}, tmp_path / "file")
-    with pytest.raises(UserError, match="no file of plain weights"):
+    with pytest.raises(UserError, match="not a file of plain weights"):
         load(folders["gpt2"], tmp_path / "file")
     assert not (tmp_path / "ran").exists()
     torch.load(tmp_path / "file", weights_only=False)
@@ -246,7 +247,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(folders, tmp_path, content):
 )
 def test_a_file_that_holds_no_state_dict_is_refused(folders, tmp_path, value):
     torch.save(value, tmp_path / "file")
-    with pytest.raises(UserError, match="no state dict"):
+    with pytest.raises(UserError, match="not a state dict"):
         load(folders["gpt2"], tmp_path / "file")
 
 
@@ -386,8 +387,8 @@ SIZES |= {"intermediate_size": 48, "initializer_range": 0.3, "max_position_embed
 )
 def test_a_model_that_cannot_take_thoughts_is_refused(kind, options):
     lm = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**SIZES | options))
-    with pytest.raises(UserError, match="cannot take thoughts"):
-        check_model(lm, byte_tokenizer())
+    with pytest.raises(UserError, match="cannot be trained with thoughts"):
+        check_model(lm, byte_tokenizer().eos_token_id, "model_id")
 
 
 def test_a_model_whose_code_fails_is_refused(folders, monkeypatch):
@@ -395,8 +396,8 @@ def test_a_model_whose_code_fails_is_refused(folders, monkeypatch):
         raise AssertionError
 
     monkeypatch.setattr(GPT2LMHeadModel, "forward", fail)
-    with pytest.raises(UserError, match="model_id: GPT2LMHeadModel cannot take thoughts: AssertionError"):
-        load(folders["gpt2"])
+    with pytest.raises(UserError, match="model_id: GPT2LMHeadModel cannot be trained with thoughts: AssertionError"):
+        check_model(load(folders["gpt2"]).lm, 0, "model_id")
 
 
 @pytest.mark.parametrize(
@@ -410,5 +411,5 @@ def test_a_model_whose_code_fails_is_refused(folders, monkeypatch):
 )
 def test_other_models_are_taken_as_they_are(kind, options):
     lm = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**SIZES | options)).train()
-    check_model(lm, byte_tokenizer())
+    check_model(lm, byte_tokenizer().eos_token_id, "model_id")
     assert lm.training

@@ -26,8 +26,6 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from components.files import MANIFEST, file_digest, read_manifest
-from components.moments import MOMENTS
 from curriculum import END, LATENT, PAUSE, START
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -213,12 +211,3 @@ def training_state(checkpoint: Path) -> dict:
             parameter, _, key = name.rpartition(".")
             state["optimizer"].setdefault(parameter, {})[key] = value
     return state
-
-
-def make_earlier(checkpoint: Path, state: dict) -> None:
-    """Turns a checkpoint into one of an earlier version, which kept the whole of this `training_state` in one file."""
-    optimizer = {"state": state["optimizer"], "param_groups": [{"lr": 1.0, "params": []}]}
-    torch.save(state | {"optimizer": optimizer}, checkpoint / "training_state.pt")
-    (checkpoint / MOMENTS).unlink(missing_ok=True)
-    manifest = {name: file_digest(checkpoint / name) for name in read_manifest(checkpoint) if name != MOMENTS}
-    (checkpoint / MANIFEST).write_text(json.dumps(manifest))

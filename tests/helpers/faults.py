@@ -71,7 +71,7 @@ class Fault:
             return self.hide(time.monotonic())
         {
             "step": lambda: wrap(train.Trainer, "backward", lambda *_: self.strike(self.step - 1)),
-            "backward": lambda: wrap(train.Trainer, "gradient_norm", lambda *_: self.strike(self.step - 1)),
+            "backward": lambda: wrap(train.Trainer, "all_gather_totals", self.at_gradients),
             "optimizer": lambda: wrap(torch.optim.AdamW, "step", lambda *_: self.strike(self.step - 1)),
             "validation": self.at_validation,
             "state": self.at_state,
@@ -97,6 +97,11 @@ class Fault:
         """Keeps hold of the trainer, which knows the step."""
         wrap(trainer_class, "fit", lambda trainer, *_: object.__setattr__(self, "trainer", trainer))
 
+    def at_gradients(self, trainer, loss, *_) -> None:
+        """Strikes where the gradients of a step are there."""
+        if loss is not None:
+            self.strike(self.step - 1)
+
     def at_validation(self) -> None:
         """Strikes where the first answer of a validation is there."""
         wrap(__import__("evaluate"), "predict", lambda *_: self.strike(self.step))
@@ -114,23 +119,25 @@ class Fault:
     def at_moments(self) -> None:
         """Strikes where a save writes the optimizer's state."""
 
-        def before(path, *_):
+        def before(_, path):
             path.write_bytes(b"torn")
             self.strike(self.step)
 
-        wrap(__import__("components.checkpoint").checkpoint, "write_tensors", before)
+        from components import checkpoint
+
+        wrap(checkpoint, "save_file", before)
 
     def at_slim(self) -> None:
         """Strikes where the manifest of an older checkpoint is rewritten and the file is still there."""
         from components import checkpoint_manager
 
-        write = checkpoint_manager.write_atomic
+        write = checkpoint_manager.write_manifest
 
         def patched(*arguments):
             write(*arguments)
             self.strike(self.step)
 
-        checkpoint_manager.write_atomic = patched
+        checkpoint_manager.write_manifest = patched
 
     def at_rename(self, after: bool) -> None:
         """Strikes before or after a save moves its directory to its place."""
@@ -186,14 +193,14 @@ class Fault:
         elif self.action == "impatient":
             import utils
 
-            utils.StopRequest.SAME_WISH = -1  # no need to wait
+            utils.StopRequest.SAME_REQUEST = -1  # no need to wait
             signal.raise_signal(signal.SIGTERM)
             signal.raise_signal(signal.SIGTERM)
         elif self.action == "inf":
             for parameter in self.trainer.model.parameters():
                 parameter.grad.mul_(float("inf"))
         elif self.action == "wait":
-            while not self.trainer.run.stop.signal:
+            while not self.trainer.stop.signal:
                 time.sleep(0.01)
         elif self.action == "oom":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore lines of advice")

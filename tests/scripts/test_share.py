@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from build import inputs
 from huggingface_hub import ModelCard
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
@@ -22,7 +23,6 @@ from runs import read_run
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 import run
-from build import inputs
 from coconut import Coconut
 from components.files import verify_manifest
 from config import Config, UserError

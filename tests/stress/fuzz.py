@@ -35,15 +35,16 @@ from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from pyarrow import parquet  # noqa: E402
 
-from build import evaluation_stage  # noqa: E402
 from components import checkpoint  # noqa: E402
 from components.checkpoint_manager import drop_optimizer_state, latest_checkpoint  # noqa: E402
 from components.data_sources import read_problems  # noqa: E402
+from components.export import read_description  # noqa: E402
 from components.files import verify_manifest  # noqa: E402
 from components.metrics import MetricLogger  # noqa: E402
-from components.pretrained import Pretrained, load_pretrained, read_description  # noqa: E402
+from components.pretrained import load_pretrained  # noqa: E402
 from components.tokenization import tokenize_problems  # noqa: E402
 from config import Config, UserError, load_config  # noqa: E402
+from curriculum import evaluation_stage  # noqa: E402
 from helpers import make_problems, save_model, write_json  # noqa: E402
 
 # --- what is put in ---------------------------------------------------------------------------------------------------
@@ -202,7 +203,7 @@ class Place:
     def description(self, content: bytes) -> None:
         (self.checkpoint / "coconut.json").write_bytes(content)
         description = must_name("coconut.json", read_description, str(self.checkpoint))
-        evaluation_stage(self.config, Pretrained(None, None, description))
+        evaluation_stage(self.config, description)
         {token for token in ("<|latent|>",) if token in set(description.get("token_ids", ()))}
 
     def manifest(self, content: bytes) -> None:
@@ -220,8 +221,8 @@ class Place:
         must_name("load_model_path", load_pretrained, self.config, path)
 
     def training_state(self, content: bytes) -> None:
-        (self.checkpoint / checkpoint.STATE).write_bytes(content)
-        must_name("checkpoint_1", checkpoint.read_state, self.checkpoint)
+        (self.checkpoint / checkpoint.TRAINING_STATE).write_bytes(content)
+        must_name("checkpoint_1", checkpoint.read_training_state, self.checkpoint)
 
     def tokenizer_file(self, name: str) -> tuple[st.SearchStrategy, Callable]:
         sound = (self.model / name).read_bytes()
@@ -258,14 +259,14 @@ def fuzz(strategy: st.SearchStrategy, read: Callable, examples: int) -> Counter:
 
     @settings(max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=HealthCheck)
     @given(strategy)
-    def store_prefix(example):
+    def attempt(example):
         try:
             read(example)
             tried["accepted"] += 1
         except UserError:
             tried["refused"] += 1
 
-    store_prefix()
+    attempt()
     return tried
 
 

@@ -41,8 +41,8 @@ KINDS = {
 }
 PHASES = {  # what the program calls in them
     "caching": ("components.tokenization", "make_entry"),
-    "training": ("train.Trainer", "train_epoch"),
-    "validation": ("train", "validate"),
+    "training": ("train:Trainer", "train_epoch"),
+    "validation": ("evaluate:Validator", "validate"),
     "saving": ("train", "save_checkpoint"),
     "pruning": ("train", "prune"),
 }
@@ -68,8 +68,9 @@ def watched(log: Path, words: list[str]) -> None:
 
 def watch(owner: str, name: str, phase: str, stack: list[str], enter) -> None:
     """Calls enter(phase) whenever a function is entered, and enter(the phase around it) when it is left."""
-    module, _, classes = owner.partition(":")
-    owner = functools.reduce(getattr, classes, importlib.import_module(module))
+    module, _, name_of_class = owner.partition(":")
+    owner = importlib.import_module(module)
+    owner = getattr(owner, name_of_class) if name_of_class else owner
     function = getattr(owner, name)
 
     @functools.wraps(function)

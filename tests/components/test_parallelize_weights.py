@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from components.files import verify_manifest
+from components.parallelize import full_tensors, named_tensors, tensor_from_rank0
 from components.pretrained import build_on_meta, load_pretrained
-from components.spread import collect, named_tensors, spread
 from config import Config, load_config
 from helpers import byte_tokenizer, make_problems, save_model, tiny_gpt2, tiny_llama, words, write_json
 from helpers.faults import free_port, server
@@ -53,7 +53,7 @@ def member(function, environment: dict[str, str], result: str, arguments: tuple)
 
 
 def there_and_back(processes) -> list[str]:
-    """The shapes and dtypes of tensors that did not come out of `spread` and `collect` as they went in."""
+    """The shapes and dtypes of tensors that `tensor_from_rank0` and `full_tensors` do not return as they were."""
     mesh = torch.distributed.init_device_mesh("cpu", (processes.world_size,))
     wrong = []
     for shape in [(6, 2), (7, 3), (4,), (1, 5), (2, 0), ()]:
@@ -63,8 +63,8 @@ def there_and_back(processes) -> list[str]:
             if shape:
                 likes.append(distribute_tensor(torch.zeros(shape, dtype=dtype), mesh, [Shard(0)]))
             for like in likes:
-                part = spread(whole.clone() if processes.is_rank0 else None, like, processes)
-                back = collect(part, processes)
+                part = tensor_from_rank0(whole.clone() if processes.is_rank0 else None, like, processes)
+                back = full_tensors({"tensor": part}, processes).get("tensor")
                 expected = distribute_tensor(whole, mesh, [Shard(0)]).to_local() if isinstance(like, DTensor) else whole
                 local = part.to_local() if isinstance(part, DTensor) else part
                 right = torch.equal(local, expected) and part.dtype == dtype and part.shape == whole.shape
@@ -131,9 +131,8 @@ def start_and_save(processes, command: list[str]) -> dict:
     import safetensors
     import transformers.modeling_utils
 
-    import train
-    from build import build
-    from components import moments
+    import run
+    from components import checkpoint
     from utils import StopRequest
 
     opened = []
@@ -146,30 +145,37 @@ def start_and_save(processes, command: list[str]) -> dict:
 
         return patched
 
-    moments.safe_open = transformers.modeling_utils.safe_open = watched(safetensors.safe_open)
+    transformers.modeling_utils.safe_open = watched(safetensors.safe_open)
+    checkpoint.load_file = watched(checkpoint.load_file)
     torch.load = watched(torch.load)
-    run = build(load_config(command[0], command[1:]), processes, StopRequest())
-    real = [name for name, tensor in named_tensors(run.model) if not tensor.is_meta]
+    real, load = [], run.load
+
+    def watched_load(*arguments):
+        pretrained = load(*arguments)
+        real.extend(name for name, tensor in named_tensors(pretrained.lm) if not tensor.is_meta)
+        return pretrained
+
+    run.load = watched_load
     with Largest() as largest:
-        trainer = train.Trainer(run)
+        trainer = run.set_up(load_config(command[0], command[1:]), processes, StopRequest())
     if not trainer.state.epoch:
-        for parameter in run.model.parameters():
+        for parameter in trainer.model.parameters():
             parameter.grad = torch.full_like(parameter, 0.01)
         trainer.optimizer.step()
     trainer.state.epoch += 1
     processes.run_on_rank0(trainer.open_log)
     with largest:
         trainer.save()
-    tensors = [*run.model.parameters(), *(v for s in trainer.optimizer.state.values() for v in s.values())]
+    tensors = [*trainer.model.parameters(), *(v for s in trainer.optimizer.state.values() for v in s.values())]
     local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
-    head, embedding = run.pretrained.lm.get_output_embeddings(), run.pretrained.lm.get_input_embeddings()
+    head, embedding = trainer.pretrained.lm.get_output_embeddings(), trainer.pretrained.lm.get_input_embeddings()
     return {
         "real": len(real),
         "largest": largest.bytes,
         "held": sum(tensor.nbytes for tensor in local if tensor.ndim),
         "opened": sorted(set(opened)),
         "tied": head.weight is embedding.weight,
-        "buffers": [buffer.double().sum().item() for buffer in run.model.buffers()],
+        "buffers": [buffer.double().sum().item() for buffer in trainer.model.buffers()],
     }
 
 
@@ -182,7 +188,7 @@ def test_only_the_main_process_reads_files_and_holds_whole_tensors(tmp_path, str
     (tmp_path / "config.yaml").write_text("method: coconut\n")
     command = [str(tmp_path / "config.yaml"), *words(values)]
     lm.resize_token_embeddings(V + 3)
-    largest = max(p.nbytes // len(p) * -(-len(p) // 3) for p in lm.parameters())  # a third of the rows of one tensor
+    largest = max(p.nbytes for p in lm.parameters())
     whole = 3 * sum(p.nbytes for p in lm.parameters())  # and two moments
     for checkpoint in (None, "checkpoint_1"):
         main, *others = on_ranks(start_and_save, 3, tmp_path, command)
@@ -203,15 +209,15 @@ def test_only_the_main_process_reads_files_and_holds_whole_tensors(tmp_path, str
 
 def fail(processes, command: list[str]) -> str:
     """The error of a run whose tokenizer one process alone cannot read."""
-    from build import build
     from components import pretrained
     from config import UserError
+    from run import set_up
     from utils import StopRequest
 
     if processes.rank == 1:
         pretrained.AutoTokenizer.from_pretrained = None
     try:
-        build(load_config(command[0], command[1:]), processes, StopRequest())
+        set_up(load_config(command[0], command[1:]), processes, StopRequest())
     except UserError as error:
         return str(error)
     return ""
