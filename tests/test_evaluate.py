@@ -29,7 +29,7 @@ from utils import StopRequest
         ("", None),
     ],
 )
-def test_the_answer_is_what_follows_the_last_mark(text, answer):
+def test_extract_answer_returns_text_after_last_hash(text, answer):
     assert extract_answer(text) == answer
 
 
@@ -62,7 +62,7 @@ def judge(text, expected="7", steps=("1+2=3", "3+4=7"), method="cot", thoughts=0
         ("None", "no mark", False),
     ],
 )
-def test_an_answer_is_compared_without_commas_and_blanks(expected, text, correct):
+def test_answer_comparison_ignores_commas_and_whitespace(expected, text, correct):
     assert judge(text, expected)["correct"] is correct
 
 
@@ -77,28 +77,28 @@ def test_an_answer_is_compared_without_commas_and_blanks(expected, text, correct
         ("### 7", False),
     ],
 )
-def test_a_cot_matches_if_all_steps_stand_before_the_first_mark(text, match):
+def test_cot_match_requires_all_steps_before_first_hash(text, match):
     assert judge(text)["cot_match"] is match
 
 
 @pytest.mark.parametrize("steps", [[], [""]])
-def test_a_problem_without_steps_matches_an_answer_at_once(steps):
+def test_cot_match_of_problem_without_steps(steps):
     assert judge("### 7", steps=steps)["cot_match"] is True
 
 
 @pytest.mark.parametrize("method", ["coconut", "no_cot", "no_thoughts", "icot"])
-def test_methods_that_do_not_write_steps_have_no_cot_match(method):
+def test_no_cot_match_for_methods_without_written_steps(method):
     assert "cot_match" not in judge("### 7", method=method)
 
 
-def test_a_prediction_tells_all_about_its_problem():
+def test_prediction_fields():
     expected = {"idx": 5, "question": "1+2+4", "expected": "7", "answer": "8", "correct": False, "new_tokens": 12}
     assert judge("### 8", method="coconut", thoughts=6) == expected | {"generated": "[6 thoughts]### 8"}
     assert judge("", method="coconut", thoughts=1)["generated"] == "[1 thought]"
     assert judge("### 8", method="no_cot")["generated"] == "### 8"
 
 
-def test_tokens_are_counted_up_to_the_first_eos():
+def test_until_eos_cuts_after_first_eos():
     assert until_eos([5, 6, 0, 0], 0, 4) == [5, 6, 0]
     assert until_eos([0, 0], 0, 4) == [0]
     assert until_eos([5, 6, 7, 8], 0, 4) == [5, 6, 7, 8]  # the limit ended it
@@ -106,7 +106,7 @@ def test_tokens_are_counted_up_to_the_first_eos():
     assert until_eos([], 0, 4) == [0]
 
 
-def test_predictions_are_written_a_line_each(tmp_path):
+def test_write_predictions_writes_utf8_json_lines(tmp_path):
     predictions = [{"idx": 0, "question": "é\n\u2028 “quoted”"}, {"idx": 1, "answer": None}]
     write_predictions(predictions, tmp_path / "p.jsonl")
     text = (tmp_path / "p.jsonl").read_text(encoding="utf-8")
@@ -138,7 +138,7 @@ def prepare(place, *words):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 50])
 @pytest.mark.parametrize("stage", [0, 2, 4])
-def test_validation_counts_every_problem_once_in_batches_of_any_size(place, size, stage):
+def test_validation_does_not_depend_on_batch_size_eval(place, size, stage):
     run = prepare(place, f"batch_size_eval={size}")
     evaluation = validate(run, stage)
     assert [p["idx"] for p in evaluation.predictions] == list(range(7))
@@ -148,7 +148,7 @@ def test_validation_counts_every_problem_once_in_batches_of_any_size(place, size
     assert evaluation.loss == pytest.approx(alone.loss, rel=1e-6)
 
 
-def test_the_loss_is_the_mean_over_supervised_tokens_not_over_batches(place):
+def test_validation_loss_is_mean_over_supervised_tokens(place):
     run = prepare(place, "batch_size_eval=3")
     total = count = 0
     for item in run.sequences(get_cot_latent_dataset, 1, run.valid_examples):
@@ -159,7 +159,7 @@ def test_the_loss_is_the_mean_over_supervised_tokens_not_over_batches(place):
     assert validate(run, 1).loss == pytest.approx(total / count, rel=1e-6)
 
 
-def test_accuracy_and_cot_match_are_fractions_of_all_problems(place, monkeypatch):
+def test_validation_accuracy_and_cot_match(place, monkeypatch):
     run = prepare(place, "method=cot", "batch_size_eval=2")
     tokenizer, problems = run.pretrained.tokenizer, run.valid_problems
     texts = {problem["question"]: "\n".join([*problem["steps"], "### " + problem["answer"]]) for problem in problems}
@@ -185,7 +185,7 @@ def test_accuracy_and_cot_match_are_fractions_of_all_problems(place, monkeypatch
     assert "accuracy 71.4%, CoT match 71.4%" in evaluation.summary()
 
 
-def test_validation_leaves_the_model_without_dropout_and_gradients(place):
+def test_validation_uses_eval_mode_and_no_gradients(place):
     run = prepare(place)
     run.model.train()
     validate(run, 2)
@@ -193,7 +193,7 @@ def test_validation_leaves_the_model_without_dropout_and_gradients(place):
     assert all(p.grad is None for p in run.model.parameters())
 
 
-def test_no_thoughts_print_no_thoughts(place):
+def test_generated_text_states_number_of_thoughts(place):
     evaluation = validate(prepare(place), 0)
     assert not any("thought" in p["generated"] for p in evaluation.predictions)
     evaluation = validate(prepare(place), 2)
@@ -201,7 +201,7 @@ def test_no_thoughts_print_no_thoughts(place):
     assert starts == ["[2 thoughts"] * 6 + ["[1 thought"]
 
 
-def test_predictions_of_real_runs_are_lines_of_json(place, tmp_path):
+def test_write_predictions_round_trip(place, tmp_path):
     evaluation = validate(prepare(place), 0)
     write_predictions(evaluation.predictions, tmp_path / "p.jsonl")
     assert read_lines(tmp_path / "p.jsonl") == evaluation.predictions

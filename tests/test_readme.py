@@ -63,15 +63,15 @@ def sequence_rows() -> list[str]:
 
 
 @pytest.mark.parametrize("row", sequence_rows())
-def test_the_sequences_are_as_printed(row):
+def test_sequences_in_methods_page_match_code(row):
     assert row + "\n" in METHODS_PAGE
 
 
-def test_the_page_of_config_keys_is_what_the_code_says():
+def test_config_page_is_up_to_date():
     assert config_page.page() == CONFIG_PAGE, "python scripts/config_page.py > docs/config.md writes it anew"
 
 
-def test_the_papers_figures_are_those_that_table1_prints():
+def test_paper_results_in_readme_match_table1():
     for method in METHODS:
         [row] = [line for line in README.splitlines() if line.startswith(f"| `{method}` |")]
         paper = [table1.PAPER[data][method].split(" (")[0] for data in ("gsm", "prontoqa", "prosqa")]
@@ -82,7 +82,7 @@ PAGES = [*sorted(REPOSITORY.glob("*.md")), *sorted(REPOSITORY.glob("*/*.md"))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
-def test_links_lead_to_files_and_headings_that_exist(page):
+def test_markdown_links_resolve(page):
     for target in re.findall(r"\]\((?!http)([^)\s]+)\)", page.read_text(encoding="utf-8")):
         path, _, heading = target.partition("#")
         place = page.parent / path if path else page
@@ -97,7 +97,7 @@ def headings(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
-def test_commands_name_files_options_and_keys_that_exist(page):
+def test_documented_commands_are_valid(page):
     for command in commands.commands(page):
         commands.check(command)
 
@@ -112,6 +112,6 @@ def test_commands_name_files_options_and_keys_that_exist(page):
         "python run.py args/none.yaml",
     ],
 )
-def test_a_wrong_command_is_found(command):
+def test_invalid_command_is_detected(command):
     with pytest.raises(ValueError, match=r"unknown|none\.(py|yaml)"):
         commands.check(command)

@@ -11,7 +11,7 @@ from helpers import make_problems, save_model, write_json
 from utils import StopRequest
 
 
-def test_the_commit_is_unknown_where_git_is_not_installed(monkeypatch):
+def test_git_commit_is_unknown_without_git(monkeypatch):
     assert train.git_commit() != "unknown"
     monkeypatch.setenv("PATH", "")
     assert train.git_commit() == "unknown"
@@ -30,7 +30,7 @@ def words(tmp_path) -> list[str]:
 
 
 @pytest.mark.parametrize("tf32", [True, False])
-def test_tf32_is_asked_for(words, tf32):
+def test_tf32_sets_matmul_precision(words, tf32):
     before = torch.get_float32_matmul_precision()
     try:
         build(load_config(words[0], [*words[1:], f"tf32={tf32}"]), Processes(), StopRequest())
@@ -40,7 +40,7 @@ def test_tf32_is_asked_for(words, tf32):
 
 
 @pytest.mark.parametrize(("method", "thoughts"), [("coconut", [0, 2, 4, 4]), ("pause_as_thought", [0, 0, 0, 0])])
-def test_the_largest_batches_of_all_stages_are_those_that_are_made(words, method, thoughts):
+def test_largest_batches_match_actual_batches(words, method, thoughts):
     options = ["max_latent_stage=2", "c_thought=2", "num_epochs=6", f"method={method}", "batch_size_training=8"]
     run = build(load_config(words[0], [*words[1:], *options]), Processes(), StopRequest())
     shapes = train.largest_batches(run)

@@ -95,7 +95,7 @@ def trained(lm, bf16: bool = False):
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen3"])
-def test_new_rows_train_as_whole_tables_do_whose_other_rows_get_no_gradient(kind):
+def test_new_token_rows_match_full_tables_with_masked_gradients(kind):
     """The simple path: both tables are trained, and a hook sets the gradient of their other rows to zero."""
     simple, ours = exact_model(kind), exact_model(kind)
     torch.manual_seed(0)
@@ -125,7 +125,7 @@ def test_new_rows_train_as_whole_tables_do_whose_other_rows_get_no_gradient(kind
 
 @pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
-def test_adapters_and_new_rows_are_trained_and_merge_into_the_weights(make, bf16):
+def test_adapters_and_new_token_rows_train_and_merge(make, bf16):
     lm = make()
     before = {name: value.clone() for name, value in lm.state_dict().items()}
     lm = trained(lm, bf16)
@@ -154,7 +154,7 @@ def test_adapters_and_new_rows_are_trained_and_merge_into_the_weights(make, bf16
 
 
 @pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
-def test_bf16_storage_trains_as_autocast_over_float32_weights(make):
+def test_frozen_bf16_weights_match_autocast_over_float32(make):
     """Storing the frozen layers in bfloat16 changes nothing but that their casts need not be made."""
     models, losses = [], []
     for stored in (False, True):
@@ -195,7 +195,7 @@ def copied_bytes(model: Coconut, thoughts: int) -> int:
 
 @pytest.mark.parametrize("thoughts", [0, 1, 6])
 @pytest.mark.parametrize("make", [tiny_gpt2, tiny_llama, tiny_tied_llama, tiny_qwen3], ids=lambda make: make.__name__)
-def test_a_pass_saves_no_bytes_for_frozen_weights(make, thoughts):
+def test_forward_saves_no_copies_of_frozen_weights(make, thoughts):
     copied = {}
     for bf16 in (False, True):
         lm = make()
@@ -209,7 +209,7 @@ def test_a_pass_saves_no_bytes_for_frozen_weights(make, thoughts):
 
 
 @pytest.mark.slow
-def test_compiled_passes_compute_alike_and_save_no_bytes_for_frozen_weights():
+def test_compiled_forward_saves_no_copies_of_frozen_weights():
     lm = tiny_llama(num_hidden_layers=1)
     add_lora(lm, 4, NEW_IDS, bf16=True)
     model, found = wrap(lm).train(), []
@@ -263,7 +263,7 @@ def last_weights(place, name: str) -> dict:
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
 @pytest.mark.parametrize("from_scratch", [False, True], ids=["loaded", "from_scratch"])
-def test_a_run_with_adapters_continues_bit_for_bit(place, bf16, from_scratch):
+def test_lora_resume_is_bit_identical(place, bf16, from_scratch):
     for words in (["name=a", "num_epochs=1"], ["name=a", "num_epochs=2"], ["name=b", "num_epochs=2"]):
         assert start(place, *words, f"bf16={bf16}", f"from_scratch={from_scratch}") == 0
     interrupted, whole = (last_weights(place, name) for name in "ab")
@@ -272,7 +272,7 @@ def test_a_run_with_adapters_continues_bit_for_bit(place, bf16, from_scratch):
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
-def test_a_checkpoint_holds_the_merged_model_once_and_besides_only_what_is_trained(place, bf16):
+def test_lora_checkpoint_holds_merged_model_and_trained_weights(place, bf16):
     assert start(place, "name=a", f"bf16={bf16}") == 0
     checkpoint = place / "runs/a/last"
     lm, info = AutoModelForCausalLM.from_pretrained(checkpoint, output_loading_info=True)
@@ -285,7 +285,7 @@ def test_a_checkpoint_holds_the_merged_model_once_and_besides_only_what_is_train
     assert moments.keys() == {f"base_causallm.{name}" for name in training["weights"]}
 
 
-def test_a_run_over_a_checkpoint_continues_over_it(place):
+def test_lora_resume_reloads_load_model_path(place):
     """What is loaded by load_model_path is what a continued run loads again."""
     assert start(place, "name=base", "lora_rank=null") == 0
     for words in (["name=a", "num_epochs=1"], ["name=a", "num_epochs=2"], ["name=b", "num_epochs=2"]):
@@ -294,7 +294,7 @@ def test_a_run_over_a_checkpoint_continues_over_it(place):
     assert all(torch.equal(interrupted[name], whole[name]) for name in whole)
 
 
-def test_another_model_under_the_same_name_is_refused(place, capsys):
+def test_lora_resume_with_changed_base_model_is_refused(place, capsys):
     assert start(place, "name=a") == 0
     weights = load_file(place / "model/model.safetensors")
     weights["transformer.h.1.mlp.c_fc.weight"][0, 0] += 0.01
@@ -328,7 +328,7 @@ def earlier_state(place, checkpoint) -> dict:
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
-def test_a_checkpoint_of_an_earlier_version_continues_bit_for_bit(place, bf16, capsys):
+def test_lora_resume_from_earlier_checkpoint_format_is_bit_identical(place, bf16, capsys):
     assert start(place, "name=a", f"bf16={bf16}") == start(place, "name=b", f"bf16={bf16}", "num_epochs=2") == 0
     checkpoint = place / "runs/a/checkpoint_1"
     state = earlier_state(place, checkpoint)
@@ -345,11 +345,11 @@ def test_a_checkpoint_of_an_earlier_version_continues_bit_for_bit(place, bf16, c
 
 
 @pytest.mark.parametrize("method", ["cot", "pause_token"])
-def test_methods_with_no_and_with_more_new_tokens(place, method):
+def test_lora_with_zero_and_four_new_tokens(place, method):
     assert start(place, "name=a", "bf16=True", f"method={method}") == 0
 
 
-def test_two_processes_train_and_continue_with_adapters(place):
+def test_lora_resume_on_two_ranks_is_bit_identical(place):
     options = ["bf16=True", "batch_size_training=2"]
     for words in (["name=a", "num_epochs=1"], ["name=a", "num_epochs=2"], ["name=b", "num_epochs=2"]):
         outcome = launch([str(place / "config.yaml"), *words, *options], ranks=2)

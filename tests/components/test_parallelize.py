@@ -92,7 +92,7 @@ def assert_close(run: Path, reference: Path) -> None:
         pytest.param(4, 1, 4, "fsdp", marks=slow),
     ],
 )
-def test_the_division_of_labour_changes_nothing(setting, single, ranks, per_pass, passes, strategy):
+def test_ranks_and_micro_batches_match_one_large_batch(setting, single, ranks, per_pass, passes, strategy):
     shape = {"batch_size_training": per_pass, "gradient_accumulation_steps": passes, "parallel": strategy}
     name = f"{ranks}-{per_pass}-{passes}-{strategy}"
     assert_close(finish(setting, name, ranks, **shape), single)
@@ -100,7 +100,7 @@ def test_the_division_of_labour_changes_nothing(setting, single, ranks, per_pass
 
 @slow
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_any_number_of_thoughts_under_fsdp(setting, ranks):
+def test_fsdp_with_different_numbers_of_thoughts_per_rank(setting, ranks):
     """Other processes have other numbers of thoughts in training and validation, up to twelve."""
     problems = [problem for steps in range(1, 13) for problem in make_problems(3, steps, seed=steps)]
     mixed = write_json(setting.directory / "mixed.json", problems)
@@ -113,7 +113,7 @@ def test_any_number_of_thoughts_under_fsdp(setting, ranks):
     assert {1, 12} <= {int(text[1:].split()[0]) for text in texts}
 
 
-def test_adapters_train_alike_in_two_processes(setting):
+def test_lora_on_two_ranks_matches_one(setting):
     """Their random weights come from the main process, too."""
     changes = {"lora_rank": 2, "num_epochs": 2, "bf16": False}
     alone, shared = (finish(setting, f"adapters-{n}", n, batch_size_training=16 // n, **changes) for n in (1, 2))
@@ -121,7 +121,7 @@ def test_adapters_train_alike_in_two_processes(setting):
 
 
 @slow
-def test_bf16_under_fsdp(setting, single):
+def test_fsdp_with_bf16(setting, single):
     run = finish(setting, "bf16", 2, bf16=True, parallel="fsdp", batch_size_training=8)
     losses, exact = ([line["train/loss"] for line in metrics(d) if "train/loss" in line] for d in (run, single))
     assert losses == pytest.approx(exact, rel=0.05) and losses != exact
@@ -131,7 +131,7 @@ def test_bf16_under_fsdp(setting, single):
 
 
 @pytest.mark.parametrize(("ranks", "strategy"), [(1, "auto"), (2, "ddp"), (2, "fsdp")])
-def test_blocks_that_are_computed_again_change_nothing(setting, ranks, strategy):
+def test_activation_checkpointing_is_bit_identical(setting, ranks, strategy):
     shape = {"batch_size_training": 8, "parallel": strategy, "num_epochs": 2}
     runs = []
     for mode in (False, "block"):
@@ -214,7 +214,7 @@ class Eight(distributed.Processes):
         return [max(value, -self.smallest) for value in values]
 
 
-def test_the_first_strategy_that_fits_into_the_smallest_gpu_is_chosen(monkeypatch, capsys):
+def test_parallel_auto_chooses_first_strategy_that_fits_smallest_gpu(monkeypatch, capsys):
     monkeypatch.setattr(parallelize, "gpu_memory", lambda device: 2**60)
     with torch.device("meta"):
         model = Coconut(tiny_gpt2(vocabulary=5000, n_embd=256, n_layer=8, n_head=4), 49, 47, 48, 0)
@@ -234,7 +234,7 @@ def test_the_first_strategy_that_fits_into_the_smallest_gpu_is_chosen(monkeypatc
     assert "gathered in every pass" in capsys.readouterr().out
 
 
-def test_nothing_is_sharded_by_a_torch_that_is_too_old(monkeypatch):
+def test_fsdp_is_not_used_with_old_torch(monkeypatch):
     monkeypatch.setattr(parallelize, "HAS_FSDP2", False)
     monkeypatch.setattr(parallelize, "gpu_memory", lambda device: 2**60)
     model, shape = Coconut(tiny_gpt2(), 49, 47, 48, 0), {"rows": 1, "columns": 16, "thoughts": 2, "supervised": 4}
@@ -244,7 +244,7 @@ def test_nothing_is_sharded_by_a_torch_that_is_too_old(monkeypatch):
 
 
 @pytest.mark.parametrize(("strategy", "keep"), [("ddp", True), ("fsdp", True), ("fsdp", False)])
-def test_a_step_makes_so_many_collectives(setting, strategy, keep):
+def test_number_of_collectives_per_step(setting, strategy, keep):
     """A small one for each step and one at the start of an epoch. Weights are gathered once in a step, if they are
     kept: in 3 units, two blocks and the rest. 3 steps of two, two and one forward passes have three thoughts each."""
     shape = {"num_epochs": 2, "resume": 1, "max_latent_stage": 1, "c_thought": 3, "parallel": strategy}
@@ -259,7 +259,7 @@ def test_a_step_makes_so_many_collectives(setting, strategy, keep):
     assert {name: counts[name] for name in expected} == expected
 
 
-def test_where_weights_are_gathered_changes_no_bit(setting):
+def test_fsdp_keeping_gathered_weights_is_bit_identical(setting):
     """Gathered once in a step, or anew in every pass."""
     for keep in (True, False):
         shape = {"batch_size_training": 8, "parallel": "fsdp", "uniform_prob": 0}
@@ -272,14 +272,14 @@ def test_where_weights_are_gathered_changes_no_bit(setting):
 
 
 @pytest.mark.parametrize(("before", "after"), [("ddp", "fsdp"), pytest.param("fsdp", "ddp", marks=slow)])
-def test_a_checkpoint_continues_under_another_strategy(setting, single, before, after):
+def test_resume_with_another_parallel_strategy(setting, single, before, after):
     name, shape = f"{before}-{after}", {"batch_size_training": 8}
     outcome = setting.run(name, 2, Fault("sigterm", "step", 5), parallel=before, **shape)
     assert outcome.codes == [143, 143]
     assert_close(finish(setting, name, 2, parallel=after, **shape), single)
 
 
-def test_fewer_processes_make_the_same_steps(setting, single):
+def test_resume_on_fewer_ranks_with_the_same_effective_batch(setting, single):
     """Two processes lost a GPU: one goes on, and accumulates the share of both."""
     outcome = setting.run("fewer", 2, Fault("sigterm", "step", 5), parallel="fsdp", batch_size_training=8)
     assert outcome.codes == [143, 143]
@@ -288,7 +288,7 @@ def test_fewer_processes_make_the_same_steps(setting, single):
 
 @slow
 @pytest.mark.parametrize(("before", "after", "strategy"), [(1, 2, "fsdp"), (2, 1, "auto"), (2, 4, "fsdp")])
-def test_a_checkpoint_continues_with_another_number_of_processes(setting, before, after, strategy):
+def test_resume_on_another_number_of_ranks(setting, before, after, strategy):
     """The same as one process that from there on takes as many problems in a step."""
     name, shape = f"{before}-{after}", {"batch_size_training": 4}
     for run in (name, f"{name}-alone"):
@@ -304,7 +304,7 @@ def test_a_checkpoint_continues_with_another_number_of_processes(setting, before
 
 
 @slow
-def test_a_checkpoint_goes_from_one_process_to_copies_to_shards_and_back(setting, single):
+def test_resume_from_one_rank_to_ddp_to_fsdp_and_back(setting, single):
     shapes = [(1, 16, "auto"), (2, 8, "ddp"), (2, 8, "fsdp"), (1, 16, "auto")]
     for step, (ranks, per_pass, strategy) in zip((3, 5, 7, None), shapes, strict=True):
         fault = Fault("sigterm", "step", step) if step else None
@@ -356,7 +356,7 @@ runpy.run_path(f"{root}/run.py", run_name="__main__")
 
 @slow
 @pytest.mark.timeout(240)
-def test_two_nodes_train_together_and_one_process_writes(setting, single):
+def test_only_rank_0_of_two_nodes_writes_files(setting, single):
     launcher = ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
     (setting.directory / "watched.py").write_text(WATCHED)
     words = [str(setting.directory / "watched.py"), str(ROOT), str(setting.directory), *setting.words("nodes", **SHAPE)]
@@ -368,7 +368,7 @@ def test_two_nodes_train_together_and_one_process_writes(setting, single):
 
 @slow
 @pytest.mark.timeout(240)
-def test_two_nodes_restart_when_a_worker_dies(setting, single):
+def test_two_nodes_restart_after_a_worker_dies(setting, single):
     launcher = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--max-restarts", "2"]
     fault = Fault("kill", "step", 5, rank=1, once=str(setting.directory / "struck"))
     program = [
@@ -381,7 +381,7 @@ def test_two_nodes_restart_when_a_worker_dies(setting, single):
     assert_close(setting.directory / "restarted", single)
 
 
-def test_a_process_takes_the_gpu_of_its_local_rank(monkeypatch):
+def test_gpu_is_selected_by_local_rank(monkeypatch):
     """The sixth process of all may be the second one on its node."""
     taken = []
     for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}.items():

@@ -75,7 +75,7 @@ def there_and_back(processes) -> list[str]:
     return wrong
 
 
-def test_tensors_are_shared_out_and_collected_again(tmp_path):
+def test_spread_and_collect_round_trip(tmp_path):
     assert on_ranks(there_and_back, 3, tmp_path) == [[], [], []]
 
 
@@ -92,7 +92,7 @@ MODELS = {
 @pytest.mark.parametrize("method", ["cot", "coconut", "pause_token"])
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("source", ["model_id", "from_scratch", "directory", "file"])
-def test_an_outline_is_the_loaded_model_without_its_values(tmp_path, kind, method, source):
+def test_build_on_meta_matches_load_pretrained(tmp_path, kind, method, source):
     lm = MODELS[kind]()
     folder = save_model(tmp_path / "model", lm)
     config = Config({"method": method, "model_id": folder, "from_scratch": source == "from_scratch"})
@@ -174,7 +174,7 @@ def start_and_save(processes, command: list[str]) -> dict:
 
 
 @pytest.mark.parametrize(("strategy", "tied"), [("fsdp", False), ("fsdp", True), ("ddp", True)])
-def test_only_the_main_process_reads_files_and_holds_whole_tensors(tmp_path, strategy, tied):
+def test_only_rank_0_reads_files_and_holds_full_tensors(tmp_path, strategy, tied):
     lm = tiny_llama(V, 128, tie_word_embeddings=tied, hidden_size=64, intermediate_size=128)
     values = {"method": "coconut", "model_id": save_model(tmp_path / "model", lm), "save_path": str(tmp_path)}
     values |= {key: write_json(tmp_path / "data.json", make_problems(4)) for key in ("train_path", "val_path")}
@@ -217,7 +217,7 @@ def fail(processes, command: list[str]) -> str:
     return ""
 
 
-def test_what_one_process_cannot_load_all_refuse(tmp_path):
+def test_load_error_on_one_rank_stops_all_ranks(tmp_path):
     values = {"method": "coconut", "model_id": save_model(tmp_path / "model", tiny_llama(V, 128)), "name": "run"}
     values |= {key: write_json(tmp_path / "data.json", make_problems(4)) for key in ("train_path", "val_path")}
     (tmp_path / "config.yaml").write_text("method: coconut\n")
