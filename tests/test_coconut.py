@@ -1,4 +1,4 @@
-"""The cached passes against an oracle that computes every thought anew, one row at a time, without a cache."""
+"""Coconut's forward and generate against an oracle: one row at a time, every thought recomputed without a KV cache."""
 
 import random
 
@@ -9,11 +9,11 @@ from torch.nn import functional as F
 from helpers import exact_model
 from helpers.batches import BATCHES, END, EOS, LATENT, START, align, batch_of, make_labels, make_row, pad, wrap
 
-# --- the oracle -------------------------------------------------------------------------------------------------------
+# --- oracle -----------------------------------------------------------------------------------------------------------
 
 
 def oracle_embeds(lm, row):
-    """The input embeddings (1, length, hidden) of one unpadded row of token ids, thoughts in their places."""
+    """Input embeddings (1, length, hidden) of one unpadded row of token ids; latent tokens are replaced by thoughts."""
     embeds = lm.get_input_embeddings()(torch.tensor([row]))
     for p in (i for i, id in enumerate(row) if id == LATENT):
         hidden = lm.base_model(inputs_embeds=embeds[:, :p], use_cache=False).last_hidden_state
@@ -34,7 +34,7 @@ def oracle_loss(lm, rows, labels):
 
 
 def oracle_generate(lm, row, count, limit=10**9):
-    """The new tokens of one row up to its first eos (left out), the limit of positions, or `count` of them."""
+    """Greedy tokens of one row, up to the first eos (excluded), `limit` positions or `count` new tokens."""
     new = []
     while len(new) < count and len(row) + len(new) < limit:
         token = oracle_logits(lm, row + new)[-1].argmax().item()
@@ -53,7 +53,7 @@ CASES += [
     pytest.param(BATCHES["scattered"], [2, 5, 0, 1], id="scattered_left_padded"),
 ]
 KINDS = ["gpt2", "llama", "qwen3"]
-SLIDING = "qwen2"  # one of its layers sees three columns back; padding between a row's tokens would count among them
+SLIDING = "qwen2"  # one layer attends three columns back, so padding between a row's tokens would use up its window
 
 
 def close(a, b, tolerance=1e-9):
@@ -189,7 +189,7 @@ def test_state_dict_holds_each_weight_once():
 
 
 def new_tokens(model, rows, offsets, count):
-    """Generates for a batch and returns each row's new tokens, after checks of what surrounds them."""
+    """Generates for a batch and returns each row's new tokens; also checks that the prompts are returned unchanged."""
     ids, mask = pad(rows, offsets), pad([[1] * len(row) for row in rows], offsets)
     output = model.generate(ids, mask, max_new_tokens=count)
     assert torch.equal(output[:, : ids.shape[1]], ids)
@@ -198,14 +198,14 @@ def new_tokens(model, rows, offsets, count):
 
 
 def until_eos(tokens):
-    """The tokens before the first eos; only eos may follow it."""
+    """The tokens before the first eos; asserts that only eos follows."""
     end = tokens.index(EOS) if EOS in tokens else len(tokens)
     assert set(tokens[end:]) <= {EOS}
     return tokens[:end]
 
 
 def model_that_ends(kind):
-    """A model whose greedy texts end early in some rows and go on in others."""
+    """A model whose greedy decoding reaches eos early for some rows and not at all for others."""
     lm = exact_model(kind, seed=3)
     with torch.no_grad():
         lm.get_output_embeddings().weight[EOS] *= 1.5
@@ -246,7 +246,7 @@ def test_generation_cases_cover_immediate_early_and_no_eos(kind):
 
 
 def model_that_writes(tokens):
-    """A GPT-2 that writes tokens[p] at position p, whatever it reads."""
+    """A GPT-2 that generates tokens[p] at position p, whatever its input."""
     lm = exact_model("gpt2")
     with torch.no_grad():
         for p in lm.parameters():
@@ -302,18 +302,18 @@ def test_generate_returns_token_ids_and_keeps_training_mode():
     assert model.training
 
 
-# --- the GPU ----------------------------------------------------------------------------------------------------------
+# --- GPU --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("offsets", [align(BATCHES["mixed"]), [3, 6, 0, 1, 2]], ids=["aligned", "left_padded"])
 def test_forward_and_backward_do_not_sync_with_gpu(offsets):
-    """The meta device holds no values: whatever would bring one back to the CPU raises an error there."""
+    """On the meta device anything that copies a value to the CPU raises."""
     batch = batch_of(BATCHES["mixed"], offsets)
     model = wrap(exact_model("gpt2").to("meta"))
     loss = model(**batch).loss
     loss.backward()
     assert loss.device.type == "meta"
-    # FSDP moves a batch to the GPU ahead of the model, so what must be known of it has to be there by then.
+    # FSDP moves the batch to the GPU before forward, so the plan must have been made on the CPU by then.
     plan = model.plan(**batch)
     moved = {name: tensor.to("meta") for name, tensor in batch.items()}
     model(**moved, plan=plan).loss.backward()

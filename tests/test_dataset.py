@@ -1,4 +1,4 @@
-"""Sequences, labels and batches, spelled out. Markers are shown as S, L, E and P, bos as ^, eos as $, -100 as a dot."""
+"""Training sequences, labels and batches as strings: S, L, E, P are the markers, ^ bos, $ eos, a dot is -100."""
 
 import copy
 import random
@@ -37,7 +37,7 @@ def tokenizer():
 
 
 def make(get, tokenizer, problems, stage, config, **options):
-    """A data set of `get` for the config's method."""
+    """The dataset that `get` builds for the config's method."""
 
     method = METHODS[config.method]
     names = (START, PAUSE if method.placeholder == "pause" else LATENT, END)
@@ -194,11 +194,11 @@ def test_schedule_table():
     ]
 
 
-# --- mixing of stages -------------------------------------------------------------------------------------------------
+# --- uniform_prob and removal smoothing -------------------------------------------------------------------------------
 
 
 def stages_drawn(tokenizer, epoch=0, count=300, problems=None, **options):
-    """The number of thoughts of each problem at scheduled stage 5, which tells the stage that was drawn."""
+    """The number of thoughts of each problem at scheduled stage 5, from which the sampled stage follows."""
     config = Config({"method": "coconut", "max_latent_stage": 4, **options})
     problems = problems or [{"question": "q", "answer": "1", "steps": ["a", "b", "c"]}] * count
     dataset = make(get_cot_latent_dataset, tokenizer, problems, 5, config, epoch=epoch)
@@ -250,7 +250,7 @@ def test_icot_removal_smoothing_distribution(tokenizer):
     assert {len(item["input_ids"]) for item in exact} == {29 + len("q\n### 1$")}
 
 
-# --- order ------------------------------------------------------------------------------------------------------------
+# --- shuffling --------------------------------------------------------------------------------------------------------
 
 
 def order(tokenizer, epoch=0, seed=0, shuffle=True):
@@ -303,7 +303,7 @@ def test_group_by_length_fills_each_step_with_similar_lengths():
 
 
 def feature(text, idx=0):
-    """A feature from a drawing: x a token, L a latent."""
+    """A feature from a string: x is a token, L a latent."""
     ids = [9 if char == "L" else 5 for char in text]
     n = len(ids)
     labels = [-100] * (n - 1) + [5]
@@ -311,7 +311,7 @@ def feature(text, idx=0):
 
 
 class Padding:
-    """All that the collator asks of a tokenizer."""
+    """Stands in for the tokenizer."""
 
     pad_token_id = 0
 
@@ -361,13 +361,13 @@ def test_collator_pads_labels_with_label_pad_token_id():
     assert batch["labels"][1].tolist() == [-7, -100, -100, 5]
 
 
-# --- division of labour -----------------------------------------------------------------------------------------------
+# --- ranks and micro-batches ------------------------------------------------------------------------------------------
 
-DIVISIONS = [(4, 1, 1), (2, 2, 1), (2, 1, 2), (1, 4, 1), (1, 2, 2), (1, 1, 4)]  # per pass, passes, world size
+DIVISIONS = [(4, 1, 1), (2, 2, 1), (2, 1, 2), (1, 4, 1), (1, 2, 2), (1, 1, 4)]  # batch size, accumulation, ranks
 
 
 def divide(examples, per_pass, passes, world_size):
-    """For each rank its steps, each a list of passes; the sizes of the steps are checked."""
+    """The steps of each rank, each a list of micro-batches; asserts that all ranks agree on the size of each step."""
     ranks = [step_batches(examples, per_pass, passes, rank, world_size) for rank in range(world_size)]
     for shares in zip(*ranks, strict=True):
         assert {count for count, _ in shares} == {sum(len(batch) for _, step in shares for batch in step)}
@@ -398,7 +398,7 @@ def test_resume_within_an_epoch_yields_the_remaining_steps():
     assert rest == [steps[2:] for steps in whole]
 
 
-# --- reading in batches -----------------------------------------------------------------------------------------------
+# --- batched access ---------------------------------------------------------------------------------------------------
 
 
 def test_getitems_matches_getitem(tokenizer):
@@ -410,7 +410,7 @@ def test_getitems_matches_getitem(tokenizer):
     assert dataset.lengths(places) == [len(item["input_ids"]) for item in items]
 
 
-# --- lengths ----------------------------------------------------------------------------------------------------------
+# --- sequence lengths -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

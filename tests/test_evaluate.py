@@ -1,4 +1,4 @@
-"""Answers: how they are read from a text, compared, counted and written down."""
+"""Answer extraction, accuracy and CoT match, validation, and the predictions file."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_extract_answer_returns_text_after_last_hash(text, answer):
 
 
 class Texts:
-    """A tokenizer whose texts are their own tokens."""
+    """A tokenizer whose tokens are strings."""
 
     def decode(self, tokens, skip_special_tokens):
         assert skip_special_tokens

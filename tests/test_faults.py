@@ -1,7 +1,7 @@
-"""A run that cannot be lost: whatever happens to it, the same command again ends as if nothing had happened.
+"""Fault injection: after any fault, resuming ends bit-identical to an uninterrupted run (docs/fault_tolerance.md).
 
-Every run here is the real program in processes of its own. Most are forked by `faults.launch`; a few, to be sure, are
-started as a user starts them.
+Every run is the real program in its own processes. Most are forked by `faults.launch`; a few are started by python or
+torchrun, as a user would.
 """
 
 from __future__ import annotations
@@ -41,36 +41,36 @@ def setting(tmp_path_factory) -> Setting:
 
 @pytest.fixture
 def name(request) -> str:
-    """A run's name of its own for every test."""
+    """A run name that is unique to the test."""
     return re.sub(r"\W+", "_", request.node.name)
 
 
 def slow(*values):
-    """Values of a parametrized test that are left out of the everyday suite."""
+    """A parameter set that is marked slow."""
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def show(value) -> str:
-    """A short name of a test's value."""
+    """The id of a parameter."""
     if not isinstance(value, Fault):
         return str(getattr(value, "__name__", value))
     return f"{value.action}-{value.place}-{value.step}" + (f"-rank{value.rank}" if value.rank else "")
 
 
-# --- killed -----------------------------------------------------------------------------------------------------------
+# --- SIGKILL, dead ranks ----------------------------------------------------------------------------------------------
 
 KILLS = [
     Fault("kill", "step", 1),  # before anything is saved
     slow(Fault("kill", "step", 6)),  # between two saves
-    Fault("kill", "backward", 9),  # in the middle of the first step of a stage, which resets the optimizer
+    Fault("kill", "backward", 9),  # within the first step of a stage, which resets the optimizer
     slow(Fault("kill", "validation", 8)),
     slow(Fault("kill", "log", 6)),
     Fault("kill", "state", 3),  # during the first save
     slow(Fault("kill", "state", 12)),
     slow(Fault("kill", "moments", 12)),
-    Fault("kill", "slim", 8),  # an older checkpoint's manifest has forgotten a file that is still there
+    Fault("kill", "slim", 8),  # the optimizer state of an older checkpoint is out of the manifest but not yet deleted
     slow(Fault("kill", "rename", 6)),
-    Fault("kill", "renamed", 12),  # the checkpoint is there, best and last do not point to it yet
+    Fault("kill", "renamed", 12),  # the checkpoint is complete, best and last do not point to it yet
     slow(Fault("kill", "renamed", 16)),  # the very last save
 ]
 
@@ -123,12 +123,12 @@ def test_resume_on_four_ranks_is_bit_identical(setting, name, parallel):
     assert_same(setting.directory / name, setting.reference(4, **changes))
 
 
-# --- stopped by a signal ----------------------------------------------------------------------------------------------
+# --- SIGTERM and SIGINT -----------------------------------------------------------------------------------------------
 
 STOPS = [
     Fault("sigterm", "step", 6),
     slow(Fault("sigint", "step", 6)),
-    Fault("sigterm", "step", 8),  # the last step of an epoch: what is left is its validation
+    Fault("sigterm", "step", 8),  # the last step of an epoch: only its validation is left
     slow(Fault("sigterm", "validation", 8)),
     slow(Fault("sigint", "validation", 16)),
     Fault("sigterm", "state", 8),  # during an epoch's save
@@ -185,7 +185,7 @@ def test_second_signal_exits_without_saving(setting, name):
     assert_same(setting.directory / name, setting.reference())
 
 
-# --- a loss that is not finite ----------------------------------------------------------------------------------------
+# --- non-finite loss and gradients ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("ranks", "parallel"), [slow(1, "ddp"), (2, "ddp"), slow(2, "fsdp")])
@@ -213,17 +213,17 @@ def test_inf_gradient_on_one_rank_stops_all_ranks(setting, name):
 
 
 def step_indices(setting: Setting, epoch: int, places: range, ranks: int) -> list[int]:
-    """The problems at some places of an epoch's order, as they are dealt out to the processes and their passes."""
+    """The problems at the given places of a shuffled epoch, in the order of ranks and micro-batches."""
     order = list(range(14))
     random.Random(f"order 0 {epoch}").shuffle(order)
     return [order[i] for rank in range(ranks) for i in itertools.chain(*step_batches(places, 2, 2, rank, ranks)[0][1])]
 
 
-# --- what is on the disk ----------------------------------------------------------------------------------------------
+# --- damaged and missing files ----------------------------------------------------------------------------------------
 
 
 def stopped(setting: Setting, name: str, step: int = 11, **changes) -> Path:
-    """The directory of a run that a signal stopped in an optimizer step."""
+    """The directory of a run that was stopped by SIGTERM in an optimizer step."""
     assert setting.run(name, fault=Fault("sigterm", "step", step), **changes).codes == [143]
     return setting.directory / name
 
@@ -356,7 +356,7 @@ def test_resume_key_is_ignored_when_a_checkpoint_exists(setting, name):
     assert [line["eval/epoch"] for line in metrics(setting.directory / name) if "eval/epoch" in line] == [2, 3, 4]
 
 
-# --- a disk that takes no more ----------------------------------------------------------------------------------------
+# --- full or read-only disk -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -406,7 +406,7 @@ def test_read_only_run_directory_exits_with_code_4(setting, name):
     assert snapshot(run) == before
 
 
-# --- another number of processes --------------------------------------------------------------------------------------
+# --- another number of ranks ------------------------------------------------------------------------------------------
 
 
 def test_remaining_problems_are_redistributed_over_another_number_of_ranks(setting, name):
@@ -423,25 +423,25 @@ def test_remaining_problems_are_redistributed_over_another_number_of_ranks(setti
     assert steps == list(zip(epochs, range(1, 12), strict=True))
 
 
-# --- as a user starts it: python, torchrun, a scheduler ---------------------------------------------------------------
+# --- started by python and by torchrun --------------------------------------------------------------------------------
 
 DRIVER = ROOT / "tests" / "helpers" / "faults.py"
 
 
 def command(setting: Setting, name: str, fault: Fault, *torchrun: str) -> list[str]:
-    """A run with a fault, by python or torchrun."""
+    """The command line of a run with a fault, by python or torchrun."""
     launcher = ["-m", "torch.distributed.run", "--standalone", *torchrun] if torchrun else []
     return [sys.executable, *launcher, str(DRIVER), json.dumps(asdict(fault)), *setting.words(name)]
 
 
 def start(words: list[str]) -> subprocess.Popen:
-    """A command whose output is read at its end."""
+    """Starts a command with stdout and stderr in one pipe."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, text=True)
 
 
 def signal_when_struck(setting: Setting, name: str, number: int, *torchrun: str) -> tuple[int, str]:
-    """Sends a signal to a run, or to its torchrun, in optimizer step 6; returns the exit code and the output."""
+    """Sends a signal to a run, or to its torchrun agent, in optimizer step 6; returns the exit code and the output."""
     struck = setting.directory / f"{name}.struck"
     with start(command(setting, name, Fault("wait", "step", 6, once=str(struck)), *torchrun)) as process:
         for _ in range(1200):
@@ -503,7 +503,7 @@ def test_wandb_run_id_is_kept_on_resume(setting, name):
     assert len(runs) == 2 and len(set(runs)) == 1
 
 
-# --- what a GPU, other nodes and services do --------------------------------------------------------------------------
+# --- GPU memory, hanging ranks, shared filesystems, wandb -------------------------------------------------------------
 
 STEP_KEYS = ["batch_size_training", "gradient_accumulation_steps", "gradient_checkpointing"]
 
@@ -567,7 +567,7 @@ def test_delayed_writes_on_a_shared_filesystem_are_waited_for(setting, name):
 
 
 def test_clock_skew_does_not_affect_resume(setting, name):
-    """The newest checkpoint has the oldest times, as after a node whose clock is ahead has written the others."""
+    """The newest checkpoint has the oldest mtimes, as if the others came from a node whose clock is ahead."""
     run = stopped(setting, name)
     for age, checkpoint in enumerate(checkpoints(run)):
         for path in (*checkpoint.iterdir(), checkpoint):
@@ -580,7 +580,7 @@ def test_clock_skew_does_not_affect_resume(setting, name):
 
 @pytest.mark.parametrize("fails", [slow("login"), "init", "log", slow("finish")])
 def test_training_continues_when_wandb_fails(setting, name, fails, monkeypatch, capsys):
-    """In wandb's place is one of which a function fails: at the start, in the middle, at the end of a run."""
+    """A stub of wandb raises at login, at init, in the middle of a run or at its end."""
     wandb = ModuleType("wandb")
     wandb.__spec__, wandb.Table = ModuleSpec("wandb", None), dict
     calls = Counter()

@@ -1,4 +1,7 @@
-"""No bad input ends in a traceback, and no stranger's file runs code. `python tests/stress/fuzz.py` tries many more."""
+"""Malformed input is refused without a traceback, and untrusted files execute no code.
+
+`python tests/stress/fuzz.py` tries many more inputs.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ def test_malformed_input_causes_no_traceback(sound, kind):
     assert tried["accepted" if kind == "metrics.jsonl" else "refused"] >= 5
 
 
-# --- what it found ----------------------------------------------------------------------------------------------------
+# --- regressions found by the fuzzer ----------------------------------------------------------------------------------
 
 MANY = "9" * 5000
 NO_VALUES = ["2001-99-99", "!!int a", "!!bool a", "!!timestamp a", "!!int ''", "[" * 500, MANY, "0x" + "f" * 5000]
@@ -109,7 +112,7 @@ def test_tokenizer_that_fails_in_use_is_refused(tmp_path):
         load_pretrained(Config({"model_id": folder, "method": "coconut"}), None)
 
 
-# --- strangers' files -------------------------------------------------------------------------------------------------
+# --- untrusted files --------------------------------------------------------------------------------------------------
 
 
 class Harmful:
@@ -147,7 +150,7 @@ def test_yaml_python_tag_is_not_executed(sound, where):
 
 
 def with_code(tmp_path, file: str, **changes) -> Path:
-    """A model folder whose `file` asks for the code in own.py, which would write a file."""
+    """A model folder whose `file` refers to code in own.py (auto_map); if executed, it would write a file."""
     folder = tmp_path / "model"
     save_model(folder)
     (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
@@ -168,7 +171,7 @@ def test_model_folder_with_auto_map_code_is_refused(tmp_path, key):
 
 @pytest.mark.parametrize("plain", [True, False], ids=["with tokenizer.json", "without"])
 def test_tokenizer_auto_map_code_is_not_executed(tmp_path, plain):
-    """With a tokenizer.json the tokenizer is that file's."""
+    """The tokenizer is read from tokenizer.json if there is one; otherwise the folder is refused."""
     folder = with_code(tmp_path, "tokenizer_config.json", tokenizer_class="Own")
     config = Config({"model_id": str(folder), "method": "coconut"})
     if plain:

@@ -1,4 +1,4 @@
-"""What README and docs state as fact about sequences, config keys and files is what the code does."""
+"""README and docs agree with the code: sequences, config keys, results of the paper, links and commands."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHORT = {START: "<start>", END: "<end>", LATENT: "<latent>", PAUSE: "<pause>", E
 
 
 def sequences(method: str, stage: int) -> tuple[str, str, str]:
-    """A training sequence, as its unsupervised and supervised parts, and the prompt for generation."""
+    """The unsupervised and the supervised part of a training sequence, and the prompt for generation."""
     config = Config({"method": method, "max_latent_stage": 2, "remove_all_when_remove_beyond": 9})
     config.update({"removal_smoothing_lambda": None})
     tokenizer = byte_tokenizer()
@@ -43,7 +43,7 @@ def sequences(method: str, stage: int) -> tuple[str, str, str]:
 
 
 def show(tokenizer, ids: list[int]) -> str:
-    """Token ids as text with the short names of special tokens."""
+    """Decoded token ids, with special tokens abbreviated."""
     text = tokenizer.decode(ids)
     for token, short in SHORT.items():
         text = text.replace(token, short)
@@ -51,7 +51,7 @@ def show(tokenizer, ids: list[int]) -> str:
 
 
 def sequence_rows() -> list[str]:
-    """The block of sequences in docs/methods.md: what is not supervised | what is."""
+    """The lines of the block in docs/methods.md: unsupervised part | supervised part."""
     rows = []
     for method, kind in METHODS.items():
         stages = {"by stage": (0, 1, 2, 3), "by token": (0, 1, 6, 9)}.get(kind.steps, ("any",))
@@ -91,7 +91,7 @@ def test_markdown_links_resolve(page):
 
 
 def headings(page: Path) -> set[str]:
-    """The headings of a page as links name them."""
+    """The anchors of a page's headings."""
     lines = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
 

@@ -1,4 +1,4 @@
-"""Whole runs on tiny models: what they write, how they continue, and that any number of processes trains the same."""
+"""End-to-end runs of tiny models: the files of a run, resume, retention, only_eval, several ranks, loggers."""
 
 import os
 import shutil
@@ -50,7 +50,7 @@ CHECKPOINT_FILES |= {"manifest.json", "generation_config.json", "custom_generate
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder with two models (dropout 0 and 0.1), data and a config: coconut with a stage switch after epoch 2."""
+    """A directory with two models (dropout 0 and 0.1), data and a config: coconut with a stage switch after epoch 2."""
     world = tmp_path_factory.mktemp("world")
     torch.manual_seed(0)
     for name, dropout in (("plain", 0.0), ("dropout", 0.1)):
@@ -66,13 +66,13 @@ def world(tmp_path_factory):
 
 
 def start(world, *overrides, code=0, **values):
-    """Runs run.py in this process and returns the run's directory."""
+    """Calls run.main in this process and returns the run directory."""
     assert run.main([str(world / "config.yaml"), *overrides, *words(values)]) == code
     return world / "runs" / values["name"]
 
 
 def start_real(world, *overrides, processes=0, env=None, **values):
-    """Runs run.py as a user does and returns the run's directory and what it printed."""
+    """Starts run.py by python or torchrun and returns the run directory and the output."""
     finished = run_script(world / "config.yaml", *overrides, *words(values), processes=processes, cwd=world, env=env)
     assert finished.returncode == 0, finished.stderr
     return world / "runs" / values["name"], finished.stdout + finished.stderr
@@ -82,12 +82,12 @@ TIMES = ("train/tokens_per_second", "eval/seconds")
 
 
 def files_in(directory):
-    """The files under a directory, by their paths in it."""
+    """The relative paths of all files under a directory."""
     return {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
 
 
 def metrics(directory, prefix="", drop=TIMES):
-    """The lines of metrics.jsonl that hold keys with a prefix, without measured times."""
+    """The lines of metrics.jsonl with keys of a prefix, without timings."""
     lines = [line for line in read_lines(directory / "metrics.jsonl") if any(key.startswith(prefix) for key in line)]
     return [{key: value for key, value in line.items() if key not in drop} for line in lines]
 
@@ -97,7 +97,7 @@ def losses(directory):
 
 
 def assert_same(a, b):
-    """Two nested values are equal to the last bit."""
+    """Two nested values are bit-identical."""
     if isinstance(a, dict):
         assert list(a) == list(b)
         a, b = list(a.values()), list(b.values())
@@ -112,7 +112,7 @@ def assert_same(a, b):
 
 
 def assert_same_run(one, other, epoch):
-    """Two runs ended alike: weights, optimizer and random streams bit for bit, and their logs but for times."""
+    """Weights, optimizer state, random states, metrics (without timings) and predictions of two runs are identical."""
     assert_same(load_file(one / "last" / "model.safetensors"), load_file(other / "last" / "model.safetensors"))
     first, second = (training_state(directory / f"checkpoint_{epoch}") for directory in (one, other))
     for state in (first, second):
@@ -125,7 +125,7 @@ def assert_same_run(one, other, epoch):
         assert (one / name).read_bytes() == (other / name).read_bytes()
 
 
-# --- what a run writes ------------------------------------------------------------------------------------------------
+# --- files of a run ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +230,7 @@ def test_bf16_keeps_float32_weights_and_optimizer_state(world, whole):
 def test_compile_matches_eager_losses(world):
     counters = torch._dynamo.utils.counters
     counters.clear()
-    # Stages 0 to 2: no thoughts, one, two. No batch has a single row, which would be compiled for anew.
+    # Stages 0 to 2: no thoughts, one, two. No batch has a single row, which would cause a recompilation.
     options = {"model_id": world / "plain", "num_epochs": 6, "batch_size_training": 9}
     plain = start(world, name="eager", **options)
     assert counters["stats"]["unique_graphs"] == 0
@@ -314,7 +314,7 @@ def test_non_finite_loss_exits_with_code_3(world, capsys):
     assert not list(directory.glob("checkpoint*"))
 
 
-# --- continuing -------------------------------------------------------------------------------------------------------
+# --- resume -----------------------------------------------------------------------------------------------------------
 
 
 def test_restarting_a_finished_run_changes_nothing(world, whole, capsys):
@@ -325,7 +325,7 @@ def test_restarting_a_finished_run_changes_nothing(world, whole, capsys):
 
 
 def test_resume_with_raised_num_epochs_is_bit_identical(world, whole):
-    """Two real processes, with dropout: weights, optimizer, random streams, log and predictions are the same."""
+    """In separate processes, with dropout."""
     for epochs in (1, 3):
         directory, printed = start_real(world, name="parts", num_epochs=epochs)
         assert ("continuing" in printed) == (epochs > 1)
@@ -334,7 +334,7 @@ def test_resume_with_raised_num_epochs_is_bit_identical(world, whole):
 
 @pytest.fixture
 def at_step(monkeypatch):
-    """Calls a function once the passes of a given optimizer step are done."""
+    """Calls a function after the backward pass of a given optimizer step."""
     backward = train.Trainer.backward
 
     def arrange(number, action):
@@ -364,7 +364,7 @@ def test_resume_after_sigterm_or_sigint_is_bit_identical(world, whole, at_step, 
 
 
 class CrashError(Exception):
-    """A process that dies."""
+    """Simulates a crash."""
 
 
 def crash():
@@ -463,7 +463,7 @@ def test_tensorboard_and_wandb_log_sequences_and_predictions(world, whole, monke
 
 
 def test_resume_from_earlier_checkpoint_format_is_bit_identical(world, whole):
-    """One file held the whole training state."""
+    """The earlier format kept the optimizer state in training_state.pt, too."""
     directory = world / "runs" / "earlier"
     shutil.copytree(whole, directory, symlinks=True)
     path = directory / "checkpoint_2"
@@ -473,11 +473,11 @@ def test_resume_from_earlier_checkpoint_format_is_bit_identical(world, whole):
     assert_same_run(directory, whole, 3)
 
 
-# --- the disk ---------------------------------------------------------------------------------------------------------
+# --- disk space -------------------------------------------------------------------------------------------------------
 
 
 def size(directory, files="checkpoint_*/*.safetensors"):
-    """The bytes of all weights and moments in a run's checkpoints."""
+    """Bytes of weights and AdamW moments in all checkpoints of a run."""
     tensors = (item for path in directory.glob(files) for item in load_file(path).items())
     return sum(value.nbytes for name, value in tensors if not name.endswith(".step"))
 
@@ -512,12 +512,12 @@ def test_insufficient_disk_space_causes_a_warning(world, monkeypatch, capsys):
     assert "disk: checkpoints will take up to 0.0 GB more" in capsys.readouterr().out
 
 
-# --- best, last and the optimizer -------------------------------------------------------------------------------------
+# --- best, last, retention, optimizer ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def scripted(monkeypatch):
-    """Validation with given accuracies, one for each epoch."""
+    """Replaces validation: returns the given accuracies, one for each epoch."""
 
     def arrange(accuracies):
         accuracies = iter(accuracies)
@@ -641,7 +641,7 @@ def test_only_eval_with_debug_writes_no_files(world, whole):
 
 @pytest.mark.parametrize("key", ["load_model_path", "model_id"])
 def test_loading_a_damaged_checkpoint_is_refused(world, whole, capsys, key):
-    """A checkpoint that is evaluated, or started from under either key, is checked against its manifest."""
+    """Weights that are evaluated or fine-tuned from, by either key, are verified against their manifest."""
     damaged = world / f"flipped_{key}"
     shutil.copytree(whole / "checkpoint_3", damaged)
     flip(damaged / "training_state.pt")  # not read
@@ -668,12 +668,12 @@ def test_model_without_manifest_is_loaded_with_a_note(world, whole, capsys):
         assert f"load_model_path: {model} has no manifest.json, so it is taken as it is" in capsys.readouterr().out
 
 
-# --- several processes ------------------------------------------------------------------------------------------------
+# --- gradient accumulation and several ranks --------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def single(world):
-    """One process with batches of 8 and no dropout: 17 problems make steps of 8, 8 and 1."""
+    """A run on one rank with batches of 8 and no dropout: 17 problems make steps of 8, 8 and 1."""
     return start(world, name="single", model_id=world / "plain", batch_size_training=8, num_epochs=3)
 
 
@@ -690,7 +690,7 @@ def assert_equal_training(directory, single):
     one, other = (load_file(d / "last" / "model.safetensors") for d in (directory, single))
     assert set(one) == set(other)
     for name in set(one) - {"transformer.h.0.attn.c_attn.bias", "transformer.h.1.attn.c_attn.bias"}:
-        # A key's bias has no gradient but rounding, which AdamW makes large; all other weights agree.
+        # The gradient of a key's bias is rounding error, which AdamW scales up; all other weights agree.
         torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-4)
 
 

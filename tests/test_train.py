@@ -1,4 +1,4 @@
-"""Small parts of a training run, alone."""
+"""Unit tests of train.py."""
 
 import pytest
 import torch

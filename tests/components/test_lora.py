@@ -1,4 +1,4 @@
-"""Low-rank adapters: what is trained, what a pass keeps, what is saved, and that a run with them continues exactly."""
+"""LoRA: trained weights, copies saved for backward, checkpoints and resume."""
 
 from __future__ import annotations
 
@@ -43,20 +43,19 @@ TABLES = ("wte.weight", "embed_tokens.weight", "lm_head.weight")
 
 
 def tiny_phi():
-    """A random Phi, whose head has a bias."""
+    """A random Phi; its LM head has a bias."""
     lm = PhiForCausalLM(PhiConfig(**llama_sizes(50, 64)))
     torch.nn.init.normal_(lm.lm_head.bias)
     return lm
 
 
 def tiny_moe():
-    """A random mixture of experts, whose weights are matrices in no linear layer."""
+    """A random mixture of experts, whose expert weights are outside of linear layers."""
     sizes = llama_sizes(50, 64, head_dim=4, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8)
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes))
 
 
 def tiny_tied_llama():
-    """A random Llama whose head is its embedding."""
     return tiny_llama(tie_word_embeddings=True)
 
 
@@ -64,7 +63,7 @@ MAKERS = [tiny_gpt2, tiny_llama, tiny_tied_llama, tiny_qwen3, tiny_gemma3, tiny_
 
 
 def batch(thoughts: int = 2) -> dict:
-    """Two sequences (2, 11 + thoughts) with new tokens as inputs and as targets, and thoughts between them."""
+    """Two sequences (2, 11 + thoughts) with thoughts, and with new tokens among inputs and targets."""
     rows = [[1, 2, start, *[LATENT] * thoughts, END, 5, start, START, END, 7, END, EOS] for start in (START, 9)]
     input_ids = torch.tensor(rows)
     labels = input_ids.clone()
@@ -73,7 +72,7 @@ def batch(thoughts: int = 2) -> dict:
 
 
 def step(lm, optimizer, bf16: bool = False, thoughts: int = 2) -> torch.Tensor:
-    """The loss of an optimizer step."""
+    """Takes an optimizer step and returns its loss."""
     optimizer.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         loss = wrap(lm)(**batch(thoughts)).loss
@@ -83,7 +82,7 @@ def step(lm, optimizer, bf16: bool = False, thoughts: int = 2) -> torch.Tensor:
 
 
 def trained(lm, bf16: bool = False):
-    """The model after a few steps with adapters."""
+    """The model after three optimizer steps with LoRA."""
     add_lora(lm, 4, NEW_IDS, bf16)
     optimizer = torch.optim.AdamW(parameter_groups(lm, weight_decay=0.1), lr=1e-2)
     for _ in range(3):
@@ -91,12 +90,12 @@ def trained(lm, bf16: bool = False):
     return lm.eval()
 
 
-# --- what is trained --------------------------------------------------------------------------------------------------
+# --- trained weights --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen3"])
 def test_new_token_rows_match_full_tables_with_masked_gradients(kind):
-    """The simple path: both tables are trained, and a hook sets the gradient of their other rows to zero."""
+    """The reference trains both embedding tables; a hook zeroes the gradients of all rows but the new ones."""
     simple, ours = exact_model(kind), exact_model(kind)
     torch.manual_seed(0)
     inject_adapter_in_model(LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"), simple)
@@ -155,7 +154,7 @@ def test_adapters_and_new_token_rows_train_and_merge(make, bf16):
 
 @pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
 def test_frozen_bf16_weights_match_autocast_over_float32(make):
-    """Storing the frozen layers in bfloat16 changes nothing but that their casts need not be made."""
+    """Storing frozen layers in bfloat16 only saves the casts: losses and trained weights are bit-identical."""
     models, losses = [], []
     for stored in (False, True):
         torch.manual_seed(0)
@@ -168,13 +167,13 @@ def test_frozen_bf16_weights_match_autocast_over_float32(make):
     assert [name for name in models[0] if not torch.equal(models[0][name], models[1][name])] == []
 
 
-# --- what a step keeps ------------------------------------------------------------------------------------------------
+# --- memory -----------------------------------------------------------------------------------------------------------
 
 
 def copied_bytes(model: Coconut, thoughts: int) -> int:
-    """The bytes that a training pass with thoughts saves for its backward pass in copies of frozen matrices.
+    """Bytes of copies of frozen matrices that a training forward with thoughts saves for backward.
 
-    A tensor in the storage of a parameter costs nothing.
+    Tensors that share storage with a parameter are not counted.
     """
     frozen = {p for p in model.parameters() if not p.requires_grad and p.ndim > 1}
     shapes = {shape for p in frozen for shape in (tuple(p.shape), tuple(p.shape[::-1]))}
@@ -227,12 +226,12 @@ def test_compiled_forward_saves_no_copies_of_frozen_weights():
         torch.testing.assert_close(compiled, eager, rtol=2e-2, atol=2e-2 * eager.abs().max().item())
 
 
-# --- a run ------------------------------------------------------------------------------------------------------------
+# --- runs -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def place(tmp_path):
-    """A directory with a config of a short run with adapters."""
+    """A directory with the config of a short LoRA run."""
     tokenizer = byte_tokenizer()
     values = {
         "method": "coconut",
@@ -252,12 +251,12 @@ def place(tmp_path):
 
 
 def start(place, *words: str) -> int:
-    """The exit code of a run of the place's config."""
+    """Runs the config in `place` and returns the exit code."""
     return run.main([str(place / "config.yaml"), *words])
 
 
 def last_weights(place, name: str) -> dict:
-    """The merged weights of a run's last checkpoint."""
+    """The merged weights in a run's last checkpoint."""
     return load_file(place / f"runs/{name}/last/model.safetensors")
 
 
@@ -286,7 +285,7 @@ def test_lora_checkpoint_holds_merged_model_and_trained_weights(place, bf16):
 
 
 def test_lora_resume_reloads_load_model_path(place):
-    """What is loaded by load_model_path is what a continued run loads again."""
+    """The frozen weights come from load_model_path when the run is resumed, too."""
     assert start(place, "name=base", "lora_rank=null") == 0
     for words in (["name=a", "num_epochs=1"], ["name=a", "num_epochs=2"], ["name=b", "num_epochs=2"]):
         assert start(place, *words, f"load_model_path={place}/runs/base/last") == 0
@@ -308,8 +307,8 @@ def test_lora_resume_with_changed_base_model_is_refused(place, capsys):
 
 
 def earlier_state(place, checkpoint) -> dict:
-    """The training state of an earlier version, which held all weights, the frozen ones too, and trained whole tables,
-    of which but some rows ever got a gradient."""
+    """A training state in the earlier format: all weights, including frozen ones, and full embedding tables as trained
+    parameters, of which only the new rows got gradients."""
     state = training_state(checkpoint)
     ids = list(json.loads((checkpoint / "coconut.json").read_text())["token_ids"].values())
     lm = AutoModelForCausalLM.from_pretrained(place / "model")

@@ -1,4 +1,4 @@
-"""Many processes make the steps that one process makes, whoever computes what, and wherever the weights are."""
+"""DDP, FSDP and gradient accumulation against one rank: equal steps, collectives, resume, several nodes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CLOSE = {"rtol": 1e-5, "atol": 2e-5}  # sums in another order, through AdamW: a 
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory) -> Setting:
-    """Without dropout, whose masks depend on who computes what. An epoch is two steps of 16 problems, one of 1."""
+    """Without dropout, whose masks depend on the rank. An epoch is two steps of 16 problems and one of 1."""
     setting = Setting(tmp_path_factory.mktemp("parallel"), dropout=0.0)
     setting.values |= {"train_path": write_json(setting.directory / "odd.json", make_problems(33)), "num_epochs": 3}
     setting.values |= {"epochs_per_stage": 1, "max_latent_stage": 2, "lr": 1e-3, "save_every_steps": None}
@@ -43,22 +43,22 @@ def setting(tmp_path_factory) -> Setting:
 
 @pytest.fixture(scope="module")
 def single(setting) -> Path:
-    """The run of one process that makes a whole step in one pass."""
+    """The reference: one rank, no accumulation."""
     return setting.reference()
 
 
 def finish(setting: Setting, name: str, ranks: int, **changes) -> Path:
-    """The directory of a run that goes through."""
+    """Runs to the end and returns the run directory."""
     outcome = setting.run(name, ranks, **changes)
     assert outcome.codes == [0] * ranks, outcome.output
     return setting.directory / name
 
 
 def assert_close(run: Path, reference: Path) -> None:
-    """Two runs agree to float32 accuracy in every number that they log and in their weights; predictions are equal.
+    """Metrics and weights of two runs agree to float32 accuracy; predictions are equal.
 
-    But for the biases of attention keys: the softmax cancels them, so their gradient is nothing but rounding errors,
-    which AdamW divides by their own size and so turns into steps as large as any other's.
+    The biases of attention keys are left out: the softmax cancels them, so their gradients are rounding errors, which
+    AdamW normalizes to steps as large as any other.
     """
     mine, theirs = metrics(run), metrics(reference)
     assert [list(line) for line in mine] == [list(line) for line in theirs]
@@ -75,7 +75,7 @@ def assert_close(run: Path, reference: Path) -> None:
         assert (run / path.name).read_bytes() == path.read_bytes()
 
 
-# --- the same steps ---------------------------------------------------------------------------------------------------
+# --- equivalence ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_ranks_and_micro_batches_match_one_large_batch(setting, single, ranks, p
 @slow
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_fsdp_with_different_numbers_of_thoughts_per_rank(setting, ranks):
-    """Other processes have other numbers of thoughts in training and validation, up to twelve."""
+    """Up to twelve thoughts, in training and validation."""
     problems = [problem for steps in range(1, 13) for problem in make_problems(3, steps, seed=steps)]
     mixed = write_json(setting.directory / "mixed.json", problems)
     changes = {"max_latent_stage": 12, "pad_latent_to_max": False, "uniform_prob": 0.5, "resume": 11, "num_epochs": 13}
@@ -114,7 +114,7 @@ def test_fsdp_with_different_numbers_of_thoughts_per_rank(setting, ranks):
 
 
 def test_lora_on_two_ranks_matches_one(setting):
-    """Their random weights come from the main process, too."""
+    """The random initial adapters are those of rank 0."""
     changes = {"lora_rank": 2, "num_epochs": 2, "bf16": False}
     alone, shared = (finish(setting, f"adapters-{n}", n, batch_size_training=16 // n, **changes) for n in (1, 2))
     assert_close(shared, alone)
@@ -144,18 +144,18 @@ def test_activation_checkpointing_is_bit_identical(setting, ranks, strategy):
 
 
 class RecomputeShort:
-    """Lets passes of 4 columns take part in gradient checkpointing, too, and tells of it."""
+    """Applies activation checkpointing to passes of 4 columns or more, and prints when it does."""
 
     def inject(self):
         activation_checkpointing.MIN_CHECKPOINTED_COLUMNS = 4
         wrap(activation_checkpointing, "checkpoint", lambda *_: print("computed again"))
 
 
-# --- what it costs ----------------------------------------------------------------------------------------------------
+# --- choice of strategy, collectives ----------------------------------------------------------------------------------
 
 
 class Collectives(TorchDispatchMode):
-    """Counts the collectives that are called."""
+    """Counts collectives by name."""
 
     def __init__(self):
         super().__init__()
@@ -169,7 +169,7 @@ class Collectives(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Count:
-    """Prints the collectives of the first process's steps, and checks where gradients are held."""
+    """Prints the number of collectives in an epoch of rank 0, and checks how gradients are stored."""
 
     keep: bool
 
@@ -192,8 +192,8 @@ class Count:
         train.Trainer.train_epoch = counted
 
     def check(self, model) -> None:
-        """Between and after passes no gradient is there twice (under DDP, all of this model are in one bucket), and no
-        whole one of sharded weights is there at all."""
+        """Between and after micro-batches no gradient is stored twice (under DDP, this model has one bucket), and under
+        FSDP there are no unsharded gradients."""
         if isinstance(model, DistributedDataParallel):
             storages = {p.grad.untyped_storage().data_ptr() for p in model.parameters() if p.grad is not None}
             assert len(storages) == 1
@@ -205,7 +205,7 @@ class Count:
 
 @dataclass(frozen=True)
 class Eight(distributed.Processes):
-    """Eight processes, of which another one has the smallest GPU."""
+    """Eight ranks; another one has the smallest GPU."""
 
     world_size: int = 8
     smallest: int = 0
@@ -245,8 +245,8 @@ def test_fsdp_is_not_used_with_old_torch(monkeypatch):
 
 @pytest.mark.parametrize(("strategy", "keep"), [("ddp", True), ("fsdp", True), ("fsdp", False)])
 def test_number_of_collectives_per_step(setting, strategy, keep):
-    """A small one for each step and one at the start of an epoch. Weights are gathered once in a step, if they are
-    kept: in 3 units, two blocks and the rest. 3 steps of two, two and one forward passes have three thoughts each."""
+    """One small all_gather per step and one at the start of an epoch. FSDP gathers each of 3 units (two blocks and the
+    rest) once per step if it keeps them. The 3 steps have two, two and one micro-batches with three thoughts each."""
     shape = {"num_epochs": 2, "resume": 1, "max_latent_stage": 1, "c_thought": 3, "parallel": strategy}
     shape |= {"batch_size_training": 4, "gradient_accumulation_steps": 2, "uniform_prob": 0}
     outcome = setting.run(f"counted-{strategy}-{keep}", 2, Count(keep), **shape)
@@ -260,7 +260,7 @@ def test_number_of_collectives_per_step(setting, strategy, keep):
 
 
 def test_fsdp_keeping_gathered_weights_is_bit_identical(setting):
-    """Gathered once in a step, or anew in every pass."""
+    """All-gathering weights once per step or again in every pass."""
     for keep in (True, False):
         shape = {"batch_size_training": 8, "parallel": "fsdp", "uniform_prob": 0}
         outcome = setting.run(f"keep-{keep}", 2, Count(keep), **shape)
@@ -268,7 +268,7 @@ def test_fsdp_keeping_gathered_weights_is_bit_identical(setting):
     assert_same(setting.directory / "keep-False", setting.directory / "keep-True")
 
 
-# --- continued by others ----------------------------------------------------------------------------------------------
+# --- resume with another number of ranks or strategy ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("before", "after"), [("ddp", "fsdp"), pytest.param("fsdp", "ddp", marks=slow)])
@@ -280,7 +280,7 @@ def test_resume_with_another_parallel_strategy(setting, single, before, after):
 
 
 def test_resume_on_fewer_ranks_with_the_same_effective_batch(setting, single):
-    """Two processes lost a GPU: one goes on, and accumulates the share of both."""
+    """One rank takes over from two and accumulates two micro-batches."""
     outcome = setting.run("fewer", 2, Fault("sigterm", "step", 5), parallel="fsdp", batch_size_training=8)
     assert outcome.codes == [143, 143]
     assert_close(finish(setting, "fewer", 1, batch_size_training=8, gradient_accumulation_steps=2), single)
@@ -289,7 +289,7 @@ def test_resume_on_fewer_ranks_with_the_same_effective_batch(setting, single):
 @slow
 @pytest.mark.parametrize(("before", "after", "strategy"), [(1, 2, "fsdp"), (2, 1, "auto"), (2, 4, "fsdp")])
 def test_resume_on_another_number_of_ranks(setting, before, after, strategy):
-    """The same as one process that from there on takes as many problems in a step."""
+    """From there on it equals one rank with the same effective batch."""
     name, shape = f"{before}-{after}", {"batch_size_training": 4}
     for run in (name, f"{name}-alone"):
         outcome = setting.run(run, before, Fault("sigterm", "step", 3), parallel="fsdp", **shape)
@@ -313,11 +313,11 @@ def test_resume_from_one_rank_to_ddp_to_fsdp_and_back(setting, single):
     assert_close(setting.directory / "chain", single)
 
 
-# --- several nodes ----------------------------------------------------------------------------------------------------
+# --- multi-node -------------------------------------------------------------------------------------------------------
 
 
 def two_nodes(launcher: list[str], programs: list[list[str]], **variables: str) -> list[str]:
-    """What two torchrun agents print, as on two machines, which run a program each; both must succeed."""
+    """The outputs of two torchrun agents that run a program each, as on two nodes; both must succeed."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **variables}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment}
     agents = []
@@ -382,7 +382,7 @@ def test_two_nodes_restart_after_a_worker_dies(setting, single):
 
 
 def test_gpu_is_selected_by_local_rank(monkeypatch):
-    """The sixth process of all may be the second one on its node."""
+    """Global rank 5 may be local rank 1."""
     taken = []
     for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}.items():
         monkeypatch.setenv(name, value)

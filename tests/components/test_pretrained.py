@@ -1,4 +1,4 @@
-"""Loading: models, our checkpoints and official files; the markers' new rows; what must be refused."""
+"""Loading models, checkpoints and files of the official code; marker tokens; what is refused."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ TOKENS = {"coconut": [START, END, LATENT], "pause_token": [START, END, LATENT, P
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Model folders: a GPT-2 (tied head), a Llama (head of its own), one without "<<", one with spare rows."""
+    """Model folders: GPT-2 (tied embeddings), Llama (untied), one without the token "<<", one with spare rows."""
     place, short = tmp_path_factory.mktemp("models"), byte_tokenizer(arrows=False)
     return {
         "gpt2": save_model(place / "gpt2"),
@@ -41,7 +41,7 @@ def tables(lm):
 
 
 def random_state(lm, rows=None, seed=5):
-    """Weights for an official file: those of the model with `rows` rows, all of them random."""
+    """A random state dict of the model, with its embeddings resized to `rows`."""
     torch.manual_seed(seed)
     if rows:
         lm.resize_token_embeddings(rows, mean_resizing=False)
@@ -51,7 +51,7 @@ def random_state(lm, rows=None, seed=5):
 
 
 def official_file(path: Path, state: dict, wrapped: bool) -> Path:
-    """A checkpoint as the official code saves it: plain, or (a Coconut module) with prefix and the embedding twice."""
+    """A checkpoint as the official code saves it: plain, or `wrapped` (prefixed, with the embedding a second time)."""
     if wrapped:
         embedding = next(v for name, v in state.items() if name.endswith(("wte.weight", "embed_tokens.weight")))
         state = {f"base_causallm.{name}": value for name, value in state.items()} | {"embedding.weight": embedding}
@@ -59,7 +59,7 @@ def official_file(path: Path, state: dict, wrapped: bool) -> Path:
     return path
 
 
-# --- tokens and rows --------------------------------------------------------------------------------------------------
+# --- marker tokens ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", TOKENS)
@@ -133,7 +133,7 @@ def test_from_scratch_initializes_randomly_unless_load_model_path_is_set(folders
     assert torch.equal(load(folders["gpt2"], folders["gpt2"], from_scratch=True).lm.transformer.wpe.weight, plain)
 
 
-# --- official files ---------------------------------------------------------------------------------------------------
+# --- official checkpoints ---------------------------------------------------------------------------------------------
 
 MODELS = {"gpt2": tiny_gpt2, "llama": tiny_llama}
 
@@ -181,7 +181,7 @@ def test_module_prefix_of_official_checkpoint_is_stripped(folders, tmp_path):
     assert torch.equal(tables(load(folders["gpt2"], tmp_path / "file").lm)[0], state["transformer.wte.weight"])
 
 
-# --- refusals ---------------------------------------------------------------------------------------------------------
+# --- refused checkpoint files -----------------------------------------------------------------------------------------
 
 
 def change(name, value):
@@ -250,12 +250,12 @@ def test_checkpoint_file_without_state_dict_is_refused(folders, tmp_path, value)
         load(folders["gpt2"], tmp_path / "file")
 
 
-# --- our own directories ----------------------------------------------------------------------------------------------
+# --- checkpoint directories -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def runs(folders, tmp_path_factory):
-    """Two short trained runs: cot, and coconut at stage 2 of 2."""
+    """Two short runs: cot, and coconut at stage 2 of 2."""
     place = tmp_path_factory.mktemp("runs")
     config = {"model_id": folders["llama"], "save_path": str(place), "logger": "none", "max_new_tokens": 4, "lr": 1e-3}
     config |= {key: write_json(place / "data.json", make_problems(8)) for key in ("train_path", "val_path")}

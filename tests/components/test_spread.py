@@ -1,4 +1,4 @@
-"""A model that many processes share is whole in the main one alone, and in parts or copies where it belongs."""
+"""Only rank 0 reads and holds full tensors; spread broadcasts or shards them, collect gathers them for saving."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from helpers.faults import free_port, server
 
 
 def on_ranks(function, ranks: int, folder: Path, *arguments) -> list:
-    """What function(processes, *arguments) returns (anything that is JSON) in each of `ranks` processes of a group."""
+    """Calls function(processes, *arguments) on each rank of a new process group and returns the (JSON) results."""
     names = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     names |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     started = []
@@ -41,7 +41,7 @@ def on_ranks(function, ranks: int, folder: Path, *arguments) -> list:
 
 
 def member(function, environment: dict[str, str], result: str, arguments: tuple) -> None:
-    """One process of a group."""
+    """One rank of the process group."""
     from components.distributed import init_distributed
 
     os.environ.update(environment)
@@ -49,11 +49,11 @@ def member(function, environment: dict[str, str], result: str, arguments: tuple)
     os._exit(0)
 
 
-# --- tensors ----------------------------------------------------------------------------------------------------------
+# --- spread and collect -----------------------------------------------------------------------------------------------
 
 
 def there_and_back(processes) -> list[str]:
-    """The shapes and dtypes of tensors that did not come out of `spread` and `collect` as they went in."""
+    """The shapes and dtypes of tensors that `spread` and `collect` changed."""
     mesh = torch.distributed.init_device_mesh("cpu", (processes.world_size,))
     wrong = []
     for shape in [(6, 2), (7, 3), (4,), (1, 5), (2, 0), ()]:
@@ -79,7 +79,7 @@ def test_spread_and_collect_round_trip(tmp_path):
     assert on_ranks(there_and_back, 3, tmp_path) == [[], [], []]
 
 
-# --- a model on the meta device --------------------------------------------------------------------------------------
+# --- meta device ------------------------------------------------------------------------------------------------------
 
 V = len(byte_tokenizer())
 MODELS = {
@@ -110,11 +110,11 @@ def test_build_on_meta_matches_load_pretrained(tmp_path, kind, method, source):
     assert sketch.description == loaded.description
 
 
-# --- who holds what in a run ------------------------------------------------------------------------------------------
+# --- files and memory per rank ----------------------------------------------------------------------------------------
 
 
 class Largest(TorchDispatchMode):
-    """The bytes of the largest tensor, not on the meta device, that any operation returns."""
+    """The bytes of the largest tensor (not on the meta device) that any operation returns."""
 
     bytes = 0
 
@@ -127,7 +127,7 @@ class Largest(TorchDispatchMode):
 
 
 def start_and_save(processes, command: list[str]) -> dict:
-    """Loads a model, or continues a run, trains nothing, and saves; what this process held and read on the way."""
+    """Starts or resumes a run and saves without training; returns what this rank held and read."""
     import safetensors
     import transformers.modeling_utils
 
@@ -202,7 +202,7 @@ def test_only_rank_0_reads_files_and_holds_full_tensors(tmp_path, strategy, tied
 
 
 def fail(processes, command: list[str]) -> str:
-    """The error of a run whose tokenizer one process alone cannot read."""
+    """The error on this rank when rank 1 cannot load the tokenizer."""
     from build import build
     from components import pretrained
     from config import UserError
