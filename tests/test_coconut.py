@@ -1,4 +1,4 @@
-"""The cached passes against an oracle that computes every thought anew, one row at a time, without a cache."""
+"""Coconut's forward and generate against an oracle: one row at a time, every thought recomputed without a KV cache."""
 
 import random
 
@@ -10,11 +10,11 @@ from coconut import plan_batch
 from helpers import exact_model
 from helpers.batches import BATCHES, END, EOS, LATENT, START, align, batch_of, make_labels, make_row, pad, wrap
 
-# --- the oracle -------------------------------------------------------------------------------------------------------
+# --- oracle -----------------------------------------------------------------------------------------------------------
 
 
 def oracle_embeds(lm, row):
-    """The input embeddings (1, length, hidden) of one unpadded row of token ids, thoughts in their places."""
+    """Input embeddings (1, length, hidden) of one unpadded row of token ids; latent tokens are replaced by thoughts."""
     embeds = lm.get_input_embeddings()(torch.tensor([row]))
     for p in (i for i, id in enumerate(row) if id == LATENT):
         hidden = lm.base_model(inputs_embeds=embeds[:, :p], use_cache=False).last_hidden_state
@@ -35,7 +35,7 @@ def oracle_loss(lm, rows, labels):
 
 
 def oracle_generate(lm, row, count, limit=10**9):
-    """The new tokens of one row up to its first eos (left out), the limit of positions, or `count` of them."""
+    """Greedy tokens of one row, up to the first eos (excluded), `limit` positions or `count` new tokens."""
     new = []
     while len(new) < count and len(row) + len(new) < limit:
         token = oracle_logits(lm, row + new)[-1].argmax().item()
@@ -54,7 +54,7 @@ CASES += [
     pytest.param(BATCHES["scattered"], [2, 5, 0, 1], id="scattered_left_padded"),
 ]
 KINDS = ["gpt2", "llama", "qwen3"]
-SLIDING = "qwen2"  # one of its layers sees three columns back; padding between a row's tokens would count among them
+SLIDING = "qwen2"  # one layer attends three columns back, so padding between a row's tokens would use up its window
 
 
 def close(a, b, tolerance=1e-9):
@@ -66,7 +66,7 @@ def close(a, b, tolerance=1e-9):
 
 @pytest.mark.parametrize("kind", [*KINDS, SLIDING])
 @pytest.mark.parametrize(("rows", "offsets"), CASES)
-def test_loss_and_every_gradient_equal_the_oracle(kind, rows, offsets):
+def test_loss_and_gradients_match_oracle(kind, rows, offsets):
     if all(set(target) == {-100} for target in make_labels(rows)):
         pytest.skip("nothing is supervised")
     lm, labels = exact_model(kind), make_labels(rows)
@@ -87,7 +87,7 @@ def test_loss_and_every_gradient_equal_the_oracle(kind, rows, offsets):
 
 @pytest.mark.parametrize("kind", [*KINDS, SLIDING])
 @pytest.mark.parametrize(("rows", "offsets"), CASES)
-def test_logits_and_embeddings_equal_the_oracle(kind, rows, offsets):
+def test_logits_and_inputs_embeds_match_oracle(kind, rows, offsets):
     lm = exact_model(kind)
     mask = pad([[1] * len(row) for row in rows], offsets)
     with torch.no_grad():
@@ -100,7 +100,7 @@ def test_logits_and_embeddings_equal_the_oracle(kind, rows, offsets):
 
 
 @pytest.mark.parametrize("rows", [BATCHES["mixed"], BATCHES["scattered"], BATCHES["thoughts_0"]])
-def test_more_passes_than_needed_change_nothing(rows):
+def test_min_passes_does_not_change_logits(rows):
     lm, passes = exact_model("gpt2"), []
     mask = pad([[1] * len(row) for row in rows], align(rows))
     lm.base_model.register_forward_hook(lambda *_: passes.append(1))
@@ -115,7 +115,7 @@ def test_more_passes_than_needed_change_nothing(rows):
     assert len(passes) == needed + needed + len(others)
 
 
-def test_what_stands_in_padded_columns_changes_nothing():
+def test_padding_token_ids_do_not_affect_logits():
     rows, offsets = BATCHES["mixed"], [3, 6, 0, 1, 2]
     lm, mask = exact_model("gpt2"), pad([[1] * len(row) for row in rows], offsets)
     with torch.no_grad():
@@ -123,7 +123,7 @@ def test_what_stands_in_padded_columns_changes_nothing():
     assert torch.equal(one, other)
 
 
-def test_position_ids_default_to_each_rows_real_tokens():
+def test_default_position_ids_ignore_padding():
     rows, offsets = BATCHES["mixed"], [3, 6, 0, 1, 2]
     lm, mask = exact_model("gpt2"), pad([[1] * len(row) for row in rows], offsets)
     position_ids = pad([list(range(len(row))) for row in rows], offsets)
@@ -135,7 +135,7 @@ def test_position_ids_default_to_each_rows_real_tokens():
     assert not torch.allclose(given, shifted)
 
 
-def test_the_vocabulary_projection_sees_supervised_positions_only():
+def test_lm_head_is_applied_to_supervised_positions_only():
     rows, lm = BATCHES["mixed"], exact_model("gpt2")
     offsets, labels, seen = align(rows), make_labels(rows), []
     lm.get_output_embeddings().register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape[:-1]))
@@ -145,7 +145,7 @@ def test_the_vocabulary_projection_sees_supervised_positions_only():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradient_checkpointing_would_drop_the_cache_and_is_refused(kind):
+def test_transformers_gradient_checkpointing_is_refused_with_kv_cache(kind):
     model = wrap(exact_model(kind)).train()
     model.base_causallm.gradient_checkpointing_enable()
     ids = torch.tensor([[5, START, LATENT, END, 6]])
@@ -158,7 +158,7 @@ def test_gradient_checkpointing_would_drop_the_cache_and_is_refused(kind):
 
 
 @pytest.mark.parametrize("offsets", [align(BATCHES["mixed"]), [3, 6, 0, 1, 2]], ids=["aligned", "left_padded"])
-def test_eager_attention_equals_the_oracle_too(offsets):
+def test_eager_attention_matches_oracle(offsets):
     rows, lm = BATCHES["mixed"], exact_model("gpt2", attn_implementation="eager")
     assert lm.config._attn_implementation == "eager"
     mask, labels = pad([[1] * len(row) for row in rows], offsets), make_labels(rows)
@@ -166,7 +166,7 @@ def test_eager_attention_equals_the_oracle_too(offsets):
     close(output.loss, oracle_loss(lm, rows, labels))
 
 
-def test_a_batch_without_supervision_has_loss_zero():
+def test_loss_is_zero_without_supervised_tokens():
     rows = BATCHES["thoughts_2"]
     mask = pad([[1] * len(row) for row in rows], align(rows))
     output = wrap(exact_model("gpt2"))(pad(rows, align(rows)), mask, labels=torch.full_like(mask, -100))
@@ -175,7 +175,7 @@ def test_a_batch_without_supervision_has_loss_zero():
 
 
 @pytest.mark.parametrize("rows", [[[LATENT, 3, 4]], [[3, LATENT, 4], [LATENT, 3, 4]], [[3, 5, LATENT], [LATENT]]])
-def test_a_thought_at_a_rows_first_token_is_refused(rows):
+def test_latent_as_first_token_is_refused(rows):
     model = wrap(exact_model("gpt2"))
     ids, mask = pad(rows, align(rows)), pad([[1] * len(row) for row in rows], align(rows))
     with pytest.raises(ValueError, match="a row begins with a latent token"):
@@ -184,7 +184,7 @@ def test_a_thought_at_a_rows_first_token_is_refused(rows):
         model.generate(ids, mask)
 
 
-def test_the_module_saves_the_language_model_once():
+def test_state_dict_holds_each_weight_once():
     lm = exact_model("gpt2")
     assert set(wrap(lm).state_dict()) == {f"base_causallm.{name}" for name in lm.state_dict()}
 
@@ -193,7 +193,7 @@ def test_the_module_saves_the_language_model_once():
 
 
 def new_tokens(model, rows, offsets, count):
-    """Generates for a batch and returns each row's new tokens, after checks of what surrounds them."""
+    """Generates for a batch and returns each row's new tokens; also checks that the prompts are returned unchanged."""
     ids, mask = pad(rows, offsets), pad([[1] * len(row) for row in rows], offsets)
     output = model.generate(ids, mask, max_new_tokens=count)
     assert torch.equal(output[:, : ids.shape[1]], ids)
@@ -202,14 +202,14 @@ def new_tokens(model, rows, offsets, count):
 
 
 def until_eos(tokens):
-    """The tokens before the first eos; only eos may follow it."""
+    """The tokens before the first eos; asserts that only eos follows."""
     end = tokens.index(EOS) if EOS in tokens else len(tokens)
     assert set(tokens[end:]) <= {EOS}
     return tokens[:end]
 
 
 def model_that_ends(kind):
-    """A model whose greedy texts end early in some rows and go on in others."""
+    """A model whose greedy decoding reaches eos early for some rows and not at all for others."""
     lm = exact_model(kind, seed=3)
     with torch.no_grad():
         lm.get_output_embeddings().weight[EOS] *= 1.5
@@ -218,7 +218,7 @@ def model_that_ends(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("rows", "offsets"), CASES)
-def test_generation_in_a_batch_equals_each_row_alone_and_the_oracle(kind, rows, offsets):
+def test_batched_generation_matches_single_rows_and_oracle(kind, rows, offsets):
     lm = model_that_ends(kind)
     batch = new_tokens(wrap(lm), rows, offsets, 9)
     with torch.no_grad():
@@ -229,7 +229,7 @@ def test_generation_in_a_batch_equals_each_row_alone_and_the_oracle(kind, rows, 
 
 
 @pytest.mark.parametrize("offset", [0, 2])
-def test_generation_with_a_sliding_window_equals_the_oracle(offset):
+def test_generation_with_sliding_window_attention_matches_oracle(offset):
     lm, rows = model_that_ends(SLIDING), [make_row(random.Random(n), 3, before=4, after=2) for n in range(12)]
     with torch.no_grad():
         expected = [oracle_generate(lm, row, 9) for row in rows]
@@ -238,7 +238,7 @@ def test_generation_with_a_sliding_window_equals_the_oracle(offset):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_generation_cases_hold_rows_that_end_at_once_early_and_never(kind):
+def test_generation_cases_cover_immediate_early_and_no_eos(kind):
     lm, kinds = model_that_ends(kind), set()
     for row in (row for rows in BATCHES.values() for row in rows):
         with torch.no_grad():
@@ -250,7 +250,7 @@ def test_the_generation_cases_hold_rows_that_end_at_once_early_and_never(kind):
 
 
 def model_that_writes(tokens):
-    """A GPT-2 that writes tokens[p] at position p, whatever it reads."""
+    """A GPT-2 that generates tokens[p] at position p, whatever its input."""
     lm = exact_model("gpt2")
     with torch.no_grad():
         for p in lm.parameters():
@@ -262,18 +262,18 @@ def model_that_writes(tokens):
     return wrap(lm)
 
 
-def test_a_row_whose_first_new_token_is_eos_stops_at_once():
+def test_generation_stops_when_first_new_token_is_eos():
     model = model_that_writes([5, 5, 5, EOS, 5, 5, 5, 5, EOS])
     assert new_tokens(model, [[1, 2, 3]], [0], 6) == [[]]
     assert new_tokens(model, [[1, 2, 3], [1, 2, 3, 4, 5]], [0, 0], 6) == [[0, 0, 0], [5, 5, 5]]
 
 
-def test_after_a_rows_eos_comes_eos_while_others_go_on():
+def test_finished_rows_are_padded_with_eos():
     model = model_that_writes([5, 5, 5, 5, EOS, *[6] * 9])
     assert new_tokens(model, [[1, 2, 3], [1, 2, 3, 4, 5]], [0, 0], 4) == [[5, 0, 0, 0], [6, 6, 6, 6]]
 
 
-def test_rows_that_have_ended_are_not_decoded_further():
+def test_finished_rows_are_dropped_from_the_decoding_batch():
     model, sizes = model_that_writes([*[5] * 6, EOS, *[5] * 9]), []
     model.base_causallm.transformer.wte.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
     rows = [[1] * 6, [1] * 5, [1] * 3, [1] * 7]  # the last one starts behind the eos
@@ -282,13 +282,13 @@ def test_rows_that_have_ended_are_not_decoded_further():
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_max_new_tokens_is_kept(count):
+def test_generation_stops_at_max_new_tokens(count):
     model = model_that_writes([5] * 64)
     assert new_tokens(model, [[1, 2, 3], [4]], [0, 2], count) == [[5] * count] * 2
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_generation_stops_at_the_models_last_position(kind):
+def test_generation_stops_at_max_position_embeddings(kind):
     lm = exact_model(kind, positions=12)
     model, rows = wrap(lm), [list(range(1, 11)), [3, START, LATENT, LATENT, END], list(range(1, 13))]
     for offsets in ([0, 0, 0], align(rows)):
@@ -299,19 +299,19 @@ def test_generation_stops_at_the_models_last_position(kind):
     assert new_tokens(model, [rows[2]], [0], 30) == [[]]
 
 
-def test_generation_leaves_no_graph_and_the_mode_as_it_was():
+def test_generate_returns_token_ids_and_keeps_training_mode():
     model = wrap(exact_model("gpt2")).train()
     output = model.generate(torch.tensor([[1, 2, 3]]), torch.ones(1, 3, dtype=torch.long), max_new_tokens=2)
     assert output.dtype == torch.int64
     assert model.training
 
 
-# --- the GPU ----------------------------------------------------------------------------------------------------------
+# --- GPU --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("offsets", [align(BATCHES["mixed"]), [3, 6, 0, 1, 2]], ids=["aligned", "left_padded"])
-def test_a_training_pass_reads_no_value_back_from_the_gpu(offsets):
-    """The meta device holds no values: whatever would bring one back to the CPU raises an error there."""
+def test_forward_and_backward_do_not_sync_with_gpu(offsets):
+    """On the meta device anything that copies a value to the CPU raises."""
     batch = batch_of(BATCHES["mixed"], offsets)
     model = wrap(exact_model("gpt2").to("meta"))
     loss = model(**batch).loss

@@ -1,4 +1,4 @@
-"""Sequences, labels and batches, spelled out. Markers are shown as S, L, E and P, bos as ^, eos as $, -100 as a dot."""
+"""Training sequences, labels and batches as strings: S, L, E, P are the markers, ^ bos, $ eos, a dot is -100."""
 
 import copy
 import random
@@ -37,7 +37,7 @@ def tokenizer():
 
 
 def make(get, tokenizer, problems, stage, config, **options):
-    """A data set of `get` for the config's method."""
+    """The dataset that `get` builds for the config's method."""
 
     method = METHODS[config.method]
     names = (START, PAUSE if method.placeholder == "pause" else LATENT, END)
@@ -130,14 +130,14 @@ def test_sequences_of_every_method_and_stage(tokenizer, options, stage, prompt, 
         ([""], 3, False, "q?\nSLE", "### 7$"),
     ],
 )
-def test_problems_without_steps(tokenizer, steps, stage, pad, prompt, target):
+def test_sequences_of_problems_without_steps(tokenizer, steps, stage, pad, prompt, target):
     config = Config({"method": "coconut", "max_latent_stage": 2, "pad_latent_to_max": pad})
     [item] = make(get_cot_latent_dataset, tokenizer, [{**TWO_STEPS, "steps": steps}], stage, config)
     assert show(item["input_ids"], tokenizer) == prompt + target
     assert show(item["labels"], tokenizer) == "." * len(prompt) + target
 
 
-def test_the_tokenizers_bos_stands_before_the_question_only():
+def test_bos_is_prepended_to_the_question_only():
     tokenizer = byte_tokenizer(bos=True)
     tokenizer.add_tokens([START, END, LATENT])
     config = Config({"method": "coconut", "max_latent_stage": 2})
@@ -148,7 +148,7 @@ def test_the_tokenizers_bos_stands_before_the_question_only():
     assert show(question["input_ids"], tokenizer) == "^q?\nSE"
 
 
-def test_get_dataset_tokenizes_each_piece(tokenizer, tmp_path):
+def test_get_dataset_tokenizes_question_steps_and_answer(tokenizer, tmp_path):
     problems = [TWO_STEPS, {"question": "é", "answer": "1,000", "steps": [], "extra": 1}]
     path = write_json(tmp_path / "data.json", problems)
     first, second = get_dataset(path, tokenizer)
@@ -175,12 +175,12 @@ def test_get_dataset_tokenizes_each_piece(tokenizer, tmp_path):
     ],
     ids=name,
 )
-def test_the_stage_of_each_epoch(options, stages):
+def test_stage_of_each_epoch(options, stages):
     config = Config({**options, "num_epochs": len(stages)})
     assert [stage_of(epoch, config) for epoch in range(len(stages))] == stages
 
 
-def test_the_schedule_table():
+def test_schedule_table():
     config = Config(
         {"method": "coconut", "max_latent_stage": 2, "epochs_per_stage": 2, "c_thought": 3, "num_epochs": 9}
     )
@@ -194,11 +194,11 @@ def test_the_schedule_table():
     ]
 
 
-# --- mixing of stages -------------------------------------------------------------------------------------------------
+# --- uniform_prob and removal smoothing -------------------------------------------------------------------------------
 
 
 def stages_drawn(tokenizer, epoch=0, count=300, problems=None, **options):
-    """The number of thoughts of each problem at scheduled stage 5, which tells the stage that was drawn."""
+    """The number of thoughts of each problem at scheduled stage 5, from which the sampled stage follows."""
     config = Config({"method": "coconut", "max_latent_stage": 4, **options})
     problems = problems or [{"question": "q", "answer": "1", "steps": ["a", "b", "c"]}] * count
     dataset = make(get_cot_latent_dataset, tokenizer, problems, 5, config, epoch=epoch)
@@ -206,7 +206,7 @@ def stages_drawn(tokenizer, epoch=0, count=300, problems=None, **options):
     return [item["input_ids"].count(latent) for item in dataset]
 
 
-def test_uniform_prob_draws_stages_from_0_to_the_number_of_steps(tokenizer):
+def test_uniform_prob_samples_stages_from_zero_to_number_of_steps(tokenizer):
     assert set(stages_drawn(tokenizer)) == {4}
     drawn = Counter(stages_drawn(tokenizer, uniform_prob=1))
     assert set(drawn) == {0, 1, 2, 3}
@@ -215,7 +215,7 @@ def test_uniform_prob_draws_stages_from_0_to_the_number_of_steps(tokenizer):
     assert 180 < kept < 240
 
 
-def test_the_draw_is_a_function_of_seed_epoch_and_example(tokenizer):
+def test_sampled_stage_depends_only_on_seed_epoch_and_example(tokenizer):
     drawn = stages_drawn(tokenizer, uniform_prob=0.5)
     torch.manual_seed(1)
     assert stages_drawn(tokenizer, uniform_prob=0.5) == drawn
@@ -224,21 +224,21 @@ def test_the_draw_is_a_function_of_seed_epoch_and_example(tokenizer):
     assert stages_drawn(tokenizer, uniform_prob=0.5, seed=1) != drawn
 
 
-def test_the_draw_does_not_depend_on_the_order_of_access(tokenizer):
+def test_sampled_stage_is_independent_of_access_order(tokenizer):
     config = Config({"method": "coconut", "max_latent_stage": 4, "uniform_prob": 0.5})
     dataset = make(get_cot_latent_dataset, tokenizer, make_problems(30, steps=3), 5, config)
     forward = [dataset[i] for i in range(30)]
     assert [dataset[i] for i in reversed(range(30))] == forward[::-1]
 
 
-def test_validation_never_mixes_stages(tokenizer):
+def test_uniform_prob_does_not_affect_validation_sequences(tokenizer):
     config = Config({"method": "coconut", "max_latent_stage": 4, "uniform_prob": 1})
     dataset = make(get_cot_latent_dataset, tokenizer, make_problems(20), 5, config, mix_stages=False)
     latent = tokenizer.convert_tokens_to_ids(LATENT)
     assert {item["input_ids"].count(latent) for item in dataset} == {4}
 
 
-def test_icots_removal_smoothing_drops_a_few_more_tokens(tokenizer):
+def test_icot_removal_smoothing_distribution(tokenizer):
     config = Config({"method": "icot", "removal_smoothing_lambda": 0.7})
     problems = [{"question": "q", "answer": "1", "steps": ["a" * 30]}] * 400
     dataset = make(get_cot_latent_dataset, tokenizer, problems, 2, config)
@@ -250,7 +250,7 @@ def test_icots_removal_smoothing_drops_a_few_more_tokens(tokenizer):
     assert {len(item["input_ids"]) for item in exact} == {29 + len("q\n### 1$")}
 
 
-# --- order ------------------------------------------------------------------------------------------------------------
+# --- shuffling --------------------------------------------------------------------------------------------------------
 
 
 def order(tokenizer, epoch=0, seed=0, shuffle=True):
@@ -259,7 +259,7 @@ def order(tokenizer, epoch=0, seed=0, shuffle=True):
     return [dataset[i]["idx"] for i in range(len(dataset))]
 
 
-def test_shuffle_is_a_permutation_that_depends_on_seed_and_epoch(tokenizer):
+def test_shuffle_is_a_permutation_seeded_by_seed_and_epoch(tokenizer):
     first = order(tokenizer)
     assert sorted(first) == list(range(40)) == order(tokenizer, shuffle=False)
     torch.manual_seed(1)
@@ -268,7 +268,7 @@ def test_shuffle_is_a_permutation_that_depends_on_seed_and_epoch(tokenizer):
     assert len({tuple(indices) for indices in different}) == 4
 
 
-def test_grouping_by_length_fills_each_step_with_alike_problems():
+def test_group_by_length_fills_each_step_with_similar_lengths():
     rng = random.Random(5)
     lengths = [rng.randint(5, 500) for _ in range(16 * 8 * 3 + 13)]  # three windows, then one full step and a rest of 5
     rows = [  # at the stage of epoch 2 no step is left, so their many tokens do not count
@@ -303,7 +303,7 @@ def test_grouping_by_length_fills_each_step_with_alike_problems():
 
 
 def feature(text, idx=0):
-    """A feature from a drawing: x a token, L a latent."""
+    """A feature from a string: x is a token, L a latent."""
     ids = [9 if char == "L" else 5 for char in text]
     n = len(ids)
     labels = [-100] * (n - 1) + [5]
@@ -311,7 +311,7 @@ def feature(text, idx=0):
 
 
 class Padding:
-    """All that the collator asks of a tokenizer."""
+    """Stands in for the tokenizer."""
 
     pad_token_id = 0
 
@@ -333,7 +333,7 @@ def drawing(batch):
         (["xL"], ["xL"]),
     ],
 )
-def test_collator_brings_the_first_latents_into_one_column(rows, expected):
+def test_collator_aligns_first_latent_tokens(rows, expected):
     features = [feature(row, idx) for idx, row in enumerate(rows)]
     before = copy.deepcopy(features)
     batch = MyCollator(Padding, latent_id=9)(features)
@@ -356,18 +356,18 @@ def test_collator_without_labels_or_latents():
     assert set(batch) == {"input_ids", "attention_mask", "position_ids"}
 
 
-def test_collator_pads_labels_with_the_given_id():
+def test_collator_pads_labels_with_label_pad_token_id():
     batch = MyCollator(Padding, latent_id=9, label_pad_token_id=-7)([feature("xxLx"), feature("xLx")])
     assert batch["labels"][1].tolist() == [-7, -100, -100, 5]
 
 
-# --- division of labour -----------------------------------------------------------------------------------------------
+# --- ranks and micro-batches ------------------------------------------------------------------------------------------
 
-DIVISIONS = [(4, 1, 1), (2, 2, 1), (2, 1, 2), (1, 4, 1), (1, 2, 2), (1, 1, 4)]  # per pass, passes, world size
+DIVISIONS = [(4, 1, 1), (2, 2, 1), (2, 1, 2), (1, 4, 1), (1, 2, 2), (1, 1, 4)]  # batch size, accumulation, ranks
 
 
 def divide(examples, per_pass, passes, world_size):
-    """For each rank its steps, each a list of passes; the sizes of the steps are checked."""
+    """The steps of each rank, each a list of micro-batches; asserts that all ranks agree on the size of each step."""
     ranks = [step_batches(examples, per_pass, passes, rank, world_size) for rank in range(world_size)]
     for shares in zip(*ranks, strict=True):
         assert {count for count, _ in shares} == {sum(len(batch) for _, step in shares for batch in step)}
@@ -376,7 +376,7 @@ def divide(examples, per_pass, passes, world_size):
 
 @pytest.mark.parametrize("n", [1, 3, 4, 5, 8, 11, 13])
 @pytest.mark.parametrize(("per_pass", "passes", "world_size"), [*DIVISIONS, (3, 2, 3), (2, 3, 5)])
-def test_every_example_counts_once_in_equally_many_passes(n, per_pass, passes, world_size):
+def test_ranks_cover_each_example_once_in_equally_many_micro_batches(n, per_pass, passes, world_size):
     ranks = divide(range(n), per_pass, passes, world_size)
     assert len({tuple(len(step) for step in steps) for steps in ranks}) == 1
     indices = [i for steps in ranks for step in steps for batch in step for i in batch]
@@ -387,21 +387,21 @@ def test_every_example_counts_once_in_equally_many_passes(n, per_pass, passes, w
 
 @pytest.mark.parametrize("n", [1, 4, 7, 13])
 @pytest.mark.parametrize("division", DIVISIONS)
-def test_the_steps_are_the_same_for_any_division(n, division):
+def test_steps_do_not_depend_on_ranks_or_accumulation(n, division):
     ranks = divide(range(n), *division)
     steps = [{i for step in parts for batch in step for i in batch} for parts in zip(*ranks, strict=True)]
     assert steps == [set(range(start, min(start + 4, n))) for start in range(0, n, 4)]
 
 
-def test_the_rest_of_an_epoch_holds_the_same_steps():
+def test_resume_within_an_epoch_yields_the_remaining_steps():
     whole, rest = divide(range(13), 2, 1, 2), divide(range(8, 13), 2, 1, 2)
     assert rest == [steps[2:] for steps in whole]
 
 
-# --- reading in batches -----------------------------------------------------------------------------------------------
+# --- batched access ---------------------------------------------------------------------------------------------------
 
 
-def test_several_items_at_once_are_those_one_by_one(tokenizer):
+def test_getitems_matches_getitem(tokenizer):
     config = Config({"method": "coconut", "max_latent_stage": 2, "uniform_prob": 0.5})
     dataset = make(get_cot_latent_dataset, tokenizer, make_problems(9, steps=3), 2, config, shuffle=True)
     places = [7, 0, 7, 3]
@@ -410,13 +410,13 @@ def test_several_items_at_once_are_those_one_by_one(tokenizer):
     assert dataset.lengths(places) == [len(item["input_ids"]) for item in items]
 
 
-# --- lengths ----------------------------------------------------------------------------------------------------------
+# --- sequence lengths -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "options", [{"method": name} for name in METHODS] + [{"method": "coconut", "pad_latent_to_max": False}], ids=name
 )
-def test_lengths_read_off_the_table_are_those_of_the_sequences(tokenizer, options):
+def test_computed_lengths_match_sequences(tokenizer, options):
     config = Config({"max_latent_stage": 2, "c_thought": 2, "remove_all_when_remove_beyond": 9, **options})
     problems = [{**TWO_STEPS, "steps": ["a", "bcd", "", "ef"][:n], "answer": "7" * (n + 1)} for n in (2, 0, 4, 1, 3)]
     parts = Lengths(tokenize_problems(problems, tokenizer))
@@ -425,14 +425,14 @@ def test_lengths_read_off_the_table_are_those_of_the_sequences(tokenizer, option
         assert parts.of_sequences(stage, config).tolist() == [len(item["input_ids"]) for item in items]
 
 
-def test_lengths_follow_the_rows_of_a_selection(tokenizer):
+def test_lengths_of_selected_examples(tokenizer):
     examples = tokenize_problems(make_problems(9, steps=1) + make_problems(9, steps=3), tokenizer)
     config, chosen = Config({"method": "cot"}), [12, 3, 3, 17]
     expected = Lengths(examples).of_sequences(0, config)[chosen]
     assert Lengths(examples.select(chosen)).of_sequences(0, config).tolist() == expected.tolist()
 
 
-def test_of_too_long_sequences_the_first_problem_and_its_first_stage_are_named(tokenizer):
+def test_check_lengths_reports_first_too_long_problem_and_stage(tokenizer):
     config = Config({"method": "coconut", "max_latent_stage": 3, "c_thought": 9, "uniform_prob": 0.5})
     problems = [{**TWO_STEPS, "steps": ["a"] * n} for n in (0, 2, 3, 1)]
     examples = tokenize_problems(problems, tokenizer)
@@ -454,7 +454,7 @@ def test_of_too_long_sequences_the_first_problem_and_its_first_stage_are_named(t
     ],
     ids=name,
 )
-def test_a_sequence_may_fill_the_models_positions_but_no_more(tokenizer, options, stages):
+def test_check_lengths_allows_exactly_max_positions(tokenizer, options, stages):
     config, problems = Config(options), [TWO_STEPS, {**TWO_STEPS, "question": "a longer question"}]
     possible = stages | (set(range(3)) if config.uniform_prob else set())
     longest = max(
@@ -468,7 +468,7 @@ def test_a_sequence_may_fill_the_models_positions_but_no_more(tokenizer, options
         check_lengths(examples, stages, config, longest - 1, "data.json")
 
 
-def test_the_length_of_stages_that_only_training_mixes_in_does_not_count_in_validation(tokenizer):
+def test_check_lengths_ignores_uniform_prob_stages_in_validation(tokenizer):
     config = Config({"method": "coconut", "max_latent_stage": 2, "c_thought": 6, "uniform_prob": 0.5})
     [longest] = make(get_cot_latent_dataset, tokenizer, [TWO_STEPS], 0, config, mix_stages=False)
     limit = len(longest["input_ids"])

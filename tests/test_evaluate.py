@@ -1,4 +1,4 @@
-"""Answers: how they are read from a text, compared, counted and written down."""
+"""Answer extraction, accuracy and CoT match, validation, and the predictions file."""
 
 import pytest
 import torch
@@ -29,12 +29,12 @@ from utils import StopRequest
         ("", None),
     ],
 )
-def test_the_answer_is_what_follows_the_last_mark(text, answer):
+def test_extract_answer_returns_text_after_last_hash(text, answer):
     assert extract_answer(text) == answer
 
 
 class Texts:
-    """A tokenizer whose texts are their own tokens."""
+    """A tokenizer whose tokens are strings."""
 
     def decode(self, tokens, skip_special_tokens):
         assert skip_special_tokens
@@ -62,7 +62,7 @@ def judge(text, expected="7", steps=("1+2=3", "3+4=7"), method="cot", thoughts=0
         ("None", "no mark", False),
     ],
 )
-def test_an_answer_is_compared_without_commas_and_blanks(expected, text, correct):
+def test_answer_comparison_ignores_commas_and_whitespace(expected, text, correct):
     assert judge(text, expected)["correct"] is correct
 
 
@@ -77,28 +77,28 @@ def test_an_answer_is_compared_without_commas_and_blanks(expected, text, correct
         ("### 7", False),
     ],
 )
-def test_a_cot_matches_if_all_steps_stand_before_the_first_mark(text, match):
+def test_cot_match_requires_all_steps_before_first_hash(text, match):
     assert judge(text)["cot_match"] is match
 
 
 @pytest.mark.parametrize("steps", [[], [""]])
-def test_a_problem_without_steps_matches_an_answer_at_once(steps):
+def test_cot_match_of_problem_without_steps(steps):
     assert judge("### 7", steps=steps)["cot_match"] is True
 
 
 @pytest.mark.parametrize("method", ["coconut", "no_cot", "no_thoughts", "icot"])
-def test_methods_that_do_not_write_steps_have_no_cot_match(method):
+def test_no_cot_match_for_methods_without_written_steps(method):
     assert "cot_match" not in judge("### 7", method=method)
 
 
-def test_a_prediction_tells_all_about_its_problem():
+def test_prediction_fields():
     expected = {"idx": 5, "question": "1+2+4", "expected": "7", "answer": "8", "correct": False, "new_tokens": 12}
     assert judge("### 8", method="coconut", thoughts=6) == expected | {"generated": "[6 thoughts]### 8"}
     assert judge("", method="coconut", thoughts=1)["generated"] == "[1 thought]"
     assert judge("### 8", method="no_cot")["generated"] == "### 8"
 
 
-def test_tokens_are_counted_up_to_the_first_eos():
+def test_until_eos_cuts_after_first_eos():
     assert until_eos([5, 6, 0, 0], 0, 4) == [5, 6, 0]
     assert until_eos([0, 0], 0, 4) == [0]
     assert until_eos([5, 6, 7, 8], 0, 4) == [5, 6, 7, 8]  # the limit ended it
@@ -106,7 +106,7 @@ def test_tokens_are_counted_up_to_the_first_eos():
     assert until_eos([], 0, 4) == [0]
 
 
-def test_predictions_are_written_a_line_each(tmp_path):
+def test_write_predictions_writes_utf8_json_lines(tmp_path):
     predictions = [{"idx": 0, "question": "é\n\u2028 “quoted”"}, {"idx": 1, "answer": None}]
     write_predictions(predictions, tmp_path / "p.jsonl")
     text = (tmp_path / "p.jsonl").read_text(encoding="utf-8")

@@ -1,7 +1,7 @@
-"""A run that cannot be lost: whatever happens to it, the same command again ends as if nothing had happened.
+"""Fault injection: after any fault, resuming ends bit-identical to an uninterrupted run (docs/fault_tolerance.md).
 
-Every run here is the real program in processes of its own. Most are forked by `faults.launch`; a few, to be sure, are
-started as a user starts them.
+Every run is the real program in its own processes. Most are forked by `faults.launch`; a few are started by python or
+torchrun, as a user would.
 """
 
 from __future__ import annotations
@@ -41,49 +41,49 @@ def setting(tmp_path_factory) -> Setting:
 
 @pytest.fixture
 def name(request) -> str:
-    """A run's name of its own for every test."""
+    """A run name that is unique to the test."""
     return re.sub(r"\W+", "_", request.node.name)
 
 
 def slow(*values):
-    """Values of a parametrized test that are left out of the everyday suite."""
+    """A parameter set that is marked slow."""
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def show(value) -> str:
-    """A short name of a test's value."""
+    """The id of a parameter."""
     if not isinstance(value, Fault):
         return str(getattr(value, "__name__", value))
     return f"{value.action}-{value.place}-{value.step}" + (f"-rank{value.rank}" if value.rank else "")
 
 
-# --- killed -----------------------------------------------------------------------------------------------------------
+# --- SIGKILL, dead ranks ----------------------------------------------------------------------------------------------
 
 KILLS = [
     Fault("kill", "step", 1),  # before anything is saved
     slow(Fault("kill", "step", 6)),  # between two saves
-    Fault("kill", "backward", 9),  # in the middle of the first step of a stage, which resets the optimizer
+    Fault("kill", "backward", 9),  # within the first step of a stage, which resets the optimizer
     slow(Fault("kill", "validation", 8)),
     slow(Fault("kill", "log", 6)),
     Fault("kill", "state", 3),  # during the first save
     slow(Fault("kill", "state", 12)),
     slow(Fault("kill", "moments", 12)),
-    Fault("kill", "slim", 8),  # an older checkpoint's manifest has forgotten a file that is still there
+    Fault("kill", "slim", 8),  # the optimizer state of an older checkpoint is out of the manifest but not yet deleted
     slow(Fault("kill", "rename", 6)),
-    Fault("kill", "renamed", 12),  # the checkpoint is there, best and last do not point to it yet
+    Fault("kill", "renamed", 12),  # the checkpoint is complete, best and last do not point to it yet
     slow(Fault("kill", "renamed", 16)),  # the very last save
 ]
 
 
 @pytest.mark.parametrize("fault", KILLS, ids=show)
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(setting, name, fault):
+def test_resume_after_sigkill_is_bit_identical(setting, name, fault):
     assert setting.run(name, fault=fault).codes == [-9]
     again = setting.run(name)
     assert again.codes == [0], again.output
     assert_same(setting.directory / name, setting.reference())
 
 
-def test_a_run_that_is_killed_again_and_again(setting, name):
+def test_resume_after_repeated_sigkill_is_bit_identical(setting, name):
     for step in range(2, 17, 2):
         assert setting.run(name, fault=Fault("kill", "backward", step)).codes == [-9]
     assert setting.run(name).codes == [0]
@@ -104,7 +104,7 @@ DEATHS = [
     [(DEATHS[0], "ddp"), *(slow(fault, "ddp") for fault in DEATHS[1:]), *(slow(fault, "fsdp") for fault in DEATHS)],
     ids=show,
 )
-def test_no_process_is_left_hanging_and_the_run_goes_on(setting, name, fault, parallel):
+def test_peers_exit_when_a_rank_dies(setting, name, fault, parallel):
     outcome = setting.run(name, 2, fault, parallel=parallel)
     assert 0 not in outcome.codes
     assert outcome.codes[fault.rank] == (-9 if fault.action == "kill" else 1)
@@ -115,7 +115,7 @@ def test_no_process_is_left_hanging_and_the_run_goes_on(setting, name, fault, pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_exact_resume_with_four_processes(setting, name, parallel):
+def test_resume_on_four_ranks_is_bit_identical(setting, name, parallel):
     changes = {"parallel": parallel, "batch_size_training": 1}
     outcome = setting.run(name, 4, Fault("kill", "backward", 6, rank=2), **changes)
     assert outcome.codes[2] == -9 and 0 not in outcome.codes
@@ -123,12 +123,12 @@ def test_exact_resume_with_four_processes(setting, name, parallel):
     assert_same(setting.directory / name, setting.reference(4, **changes))
 
 
-# --- stopped by a signal ----------------------------------------------------------------------------------------------
+# --- SIGTERM and SIGINT -----------------------------------------------------------------------------------------------
 
 STOPS = [
     Fault("sigterm", "step", 6),
     slow(Fault("sigint", "step", 6)),
-    Fault("sigterm", "step", 8),  # the last step of an epoch: what is left is its validation
+    Fault("sigterm", "step", 8),  # the last step of an epoch: only its validation is left
     slow(Fault("sigterm", "validation", 8)),
     slow(Fault("sigint", "validation", 16)),
     Fault("sigterm", "state", 8),  # during an epoch's save
@@ -138,7 +138,7 @@ CODES = {"sigterm": 143, "sigint": 130}
 
 
 @pytest.mark.parametrize("fault", STOPS, ids=show)
-def test_a_signal_saves_and_the_same_command_goes_on(setting, name, fault):
+def test_sigterm_and_sigint_save_a_checkpoint(setting, name, fault):
     outcome = setting.run(name, fault=fault)
     assert outcome.codes == [CODES[fault.action]]
     assert "the same command resumes this run" in outcome.output
@@ -160,14 +160,14 @@ def test_a_signal_saves_and_the_same_command_goes_on(setting, name, fault):
     ],
     ids=show,
 )
-def test_a_signal_to_one_process_stops_all_after_saving(setting, name, fault, parallel):
+def test_signal_to_one_rank_stops_all_ranks(setting, name, fault, parallel):
     outcome = setting.run(name, 2, fault, parallel=parallel)
     assert outcome.codes == [CODES[fault.action]] * 2, outcome.output
     assert setting.run(name, 2, parallel=parallel).codes == [0, 0]
     assert_same(setting.directory / name, setting.reference(2, parallel=parallel))
 
 
-def test_a_run_that_is_stopped_in_the_same_validation_twice(setting, name):
+def test_repeated_sigterm_during_validation(setting, name):
     for _ in range(2):
         outcome = setting.run(name, fault=Fault("sigterm", "validation", 8))
         assert outcome.codes == [143]
@@ -176,7 +176,7 @@ def test_a_run_that_is_stopped_in_the_same_validation_twice(setting, name):
     assert_same(setting.directory / name, setting.reference())
 
 
-def test_a_second_signal_ends_the_run_at_once(setting, name):
+def test_second_signal_exits_without_saving(setting, name):
     outcome = setting.run(name, fault=Fault("impatient", "step", 6))
     assert outcome.codes == [143]
     assert "resumes this run" not in outcome.output
@@ -185,11 +185,11 @@ def test_a_second_signal_ends_the_run_at_once(setting, name):
     assert_same(setting.directory / name, setting.reference())
 
 
-# --- a loss that is not finite ----------------------------------------------------------------------------------------
+# --- non-finite loss and gradients ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("ranks", "parallel"), [slow(1, "ddp"), (2, "ddp"), slow(2, "fsdp")])
-def test_a_nan_stops_all_processes_before_the_weights_change(setting, name, ranks, parallel):
+def test_nan_loss_stops_all_ranks_before_optimizer_step(setting, name, ranks, parallel):
     fault = Fault("nan", "forward", 4, rank=ranks - 1)
     outcome = setting.run(name, ranks, fault, parallel=parallel)
     assert outcome.codes == [3] * ranks
@@ -204,7 +204,7 @@ def test_a_nan_stops_all_processes_before_the_weights_change(setting, name, rank
     assert_same(run, setting.reference(ranks, parallel=parallel))
 
 
-def test_a_gradient_that_is_not_finite_in_one_process_stops_all(setting, name):
+def test_inf_gradient_on_one_rank_stops_all_ranks(setting, name):
     outcome = setting.run(name, 2, Fault("inf", "backward", 4, rank=1))
     assert outcome.codes == [3, 3]
     assert re.search(r"error: epoch 2, step 4: loss \d.*, gradient norm .*, on the training problems", outcome.output)
@@ -213,17 +213,17 @@ def test_a_gradient_that_is_not_finite_in_one_process_stops_all(setting, name):
 
 
 def step_indices(setting: Setting, epoch: int, places: range, ranks: int) -> list[int]:
-    """The problems at some places of an epoch's order, as they are dealt out to the processes and their passes."""
+    """The problems at the given places of a shuffled epoch, in the order of ranks and micro-batches."""
     order = list(range(14))
     random.Random(f"order 0 {epoch}").shuffle(order)
     return [order[i] for rank in range(ranks) for i in itertools.chain(*step_batches(places, 2, 2, rank, ranks)[0][1])]
 
 
-# --- what is on the disk ----------------------------------------------------------------------------------------------
+# --- damaged and missing files ----------------------------------------------------------------------------------------
 
 
 def stopped(setting: Setting, name: str, step: int = 11, **changes) -> Path:
-    """The directory of a run that a signal stopped in an optimizer step."""
+    """The directory of a run that was stopped by SIGTERM in an optimizer step."""
     assert setting.run(name, fault=Fault("sigterm", "step", step), **changes).codes == [143]
     return setting.directory / name
 
@@ -250,7 +250,7 @@ def empty(path: Path) -> None:
         slow(empty, "manifest.json"),
     ],
 )
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(setting, name, harm, file):
+def test_damaged_checkpoint_is_skipped_on_resume(setting, name, harm, file):
     run = stopped(setting, name)
     newest, before = list_checkpoints(run)[:2]
     assert [newest.name, before.name] == ["checkpoint_2_step_11", "checkpoint_2_step_9"]
@@ -263,7 +263,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(setting
     assert_same(run, setting.reference())
 
 
-def test_a_checkpoint_without_optimizer_state_is_gone_on_from_with_a_warning(setting, name):
+def test_resume_without_optimizer_state_warns(setting, name):
     run = stopped(setting, name, reset_optimizer=False)
     *newest, slim = list_checkpoints(run)[:3]
     assert not (slim / "optimizer.safetensors").exists() and verify_manifest(slim) is None
@@ -279,7 +279,7 @@ def test_a_checkpoint_without_optimizer_state_is_gone_on_from_with_a_warning(set
 
 
 @pytest.mark.slow
-def test_damaged_checkpoints_all_around_are_a_fresh_start(setting, name):
+def test_run_starts_from_scratch_when_all_checkpoints_are_damaged(setting, name):
     run = stopped(setting, name, 5)
     for checkpoint in list_checkpoints(run):
         flip(checkpoint / "model.safetensors")
@@ -289,7 +289,7 @@ def test_damaged_checkpoints_all_around_are_a_fresh_start(setting, name):
     assert_same(run, setting.reference())
 
 
-def test_damaged_checkpoints_do_not_count_among_those_to_keep(setting, name):
+def test_retention_does_not_count_damaged_checkpoints(setting, name):
     run = stopped(setting, name)
     flip(list_checkpoints(run)[0] / "model.safetensors")
     assert setting.run(name, fault=Fault("sigterm", "step", 10), keep_checkpoints=2).codes == [143]
@@ -298,7 +298,7 @@ def test_damaged_checkpoints_do_not_count_among_those_to_keep(setting, name):
 
 
 @pytest.mark.slow
-def test_missing_links_come_back(setting, name):
+def test_missing_best_and_last_links_are_restored(setting, name):
     run = stopped(setting, name)
     before = [os.readlink(run / link) for link in ("best", "last")]
     (run / "best").unlink()
@@ -309,7 +309,7 @@ def test_missing_links_come_back(setting, name):
     assert_same(run, setting.reference())
 
 
-def test_what_a_crash_left_unfinished_is_cleared_away(setting, name):
+def test_partial_checkpoint_is_removed_on_resume(setting, name):
     run = stopped(setting, name)
     (run / "checkpoint_7.partial").mkdir()
     (run / "checkpoint_7.partial" / "model.safetensors").write_bytes(b"torn")
@@ -320,7 +320,7 @@ def test_what_a_crash_left_unfinished_is_cleared_away(setting, name):
 
 
 @pytest.mark.parametrize("kept", [slow(0), 3.5])
-def test_lost_metrics_are_missed_and_no_harm_done(setting, name, kept):
+def test_truncated_metrics_file_is_reported_on_resume(setting, name, kept):
     run = stopped(setting, name)
     lines = (run / "metrics.jsonl").read_text().splitlines()
     lost = lines[int(kept) :]
@@ -333,7 +333,7 @@ def test_lost_metrics_are_missed_and_no_harm_done(setting, name, kept):
     assert metrics(run) == metrics(setting.reference())[: int(kept)] + metrics(setting.reference())[len(lines) :]
 
 
-def test_a_run_in_the_same_directory_is_refused(setting, name):
+def test_concurrent_run_in_the_same_directory_is_refused(setting, name):
     run = stopped(setting, name)
     with (run / "metrics.jsonl").open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # as the process does that trains there
@@ -347,7 +347,7 @@ def test_a_run_in_the_same_directory_is_refused(setting, name):
 
 
 @pytest.mark.slow
-def test_resume_is_for_a_fresh_start_only(setting, name):
+def test_resume_key_is_ignored_when_a_checkpoint_exists(setting, name):
     assert setting.run(name, fault=Fault("kill", "step", 6), resume=1).codes == [-9]
     again = setting.run(name, resume=1)
     assert again.codes == [0]
@@ -356,7 +356,7 @@ def test_resume_is_for_a_fresh_start_only(setting, name):
     assert [line["eval/epoch"] for line in metrics(setting.directory / name) if "eval/epoch" in line] == [2, 3, 4]
 
 
-# --- a disk that takes no more ----------------------------------------------------------------------------------------
+# --- full or read-only disk -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -371,7 +371,7 @@ def test_resume_is_for_a_fresh_start_only(setting, name):
     ],
     ids=show,
 )
-def test_a_full_disk_is_a_clear_error_and_harms_no_checkpoint(setting, name, fault, ranks):
+def test_full_disk_exits_with_code_4_and_keeps_checkpoints(setting, name, fault, ranks):
     outcome = setting.run(name, ranks, fault)
     run = setting.directory / name
     assert outcome.codes == [4] * ranks, outcome.output
@@ -384,7 +384,7 @@ def test_a_full_disk_is_a_clear_error_and_harms_no_checkpoint(setting, name, fau
     assert_same(run, setting.reference(ranks))
 
 
-def test_a_run_whose_directory_cannot_be_made(setting, name):
+def test_run_directory_that_cannot_be_created_exits_with_code_4(setting, name):
     (setting.directory / name).write_text("a file in its place")
     outcome = setting.run(name, 2)
     assert outcome.codes == [4, 4]
@@ -393,7 +393,7 @@ def test_a_run_whose_directory_cannot_be_made(setting, name):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes in read-only directories")
-def test_a_read_only_directory_is_a_clear_error(setting, name):
+def test_read_only_run_directory_exits_with_code_4(setting, name):
     run = stopped(setting, name)
     before = snapshot(run)
     run.chmod(0o500)
@@ -406,10 +406,10 @@ def test_a_read_only_directory_is_a_clear_error(setting, name):
     assert snapshot(run) == before
 
 
-# --- another number of processes --------------------------------------------------------------------------------------
+# --- another number of ranks ------------------------------------------------------------------------------------------
 
 
-def test_another_number_of_processes_takes_up_the_problems_that_are_left(setting, name):
+def test_remaining_problems_are_redistributed_over_another_number_of_ranks(setting, name):
     stopped(setting, name, 6)  # two steps of the second epoch: 8 of 14 problems
     outcome = setting.run(name, 2, Fault("nan", "forward", 7))
     assert outcome.codes == [3, 3]
@@ -423,25 +423,25 @@ def test_another_number_of_processes_takes_up_the_problems_that_are_left(setting
     assert steps == list(zip(epochs, range(1, 12), strict=True))
 
 
-# --- as a user starts it: python, torchrun, a scheduler ---------------------------------------------------------------
+# --- started by python and by torchrun --------------------------------------------------------------------------------
 
 DRIVER = ROOT / "tests" / "helpers" / "faults.py"
 
 
 def command(setting: Setting, name: str, fault: Fault, *torchrun: str) -> list[str]:
-    """A run with a fault, by python or torchrun."""
+    """The command line of a run with a fault, by python or torchrun."""
     launcher = ["-m", "torch.distributed.run", "--standalone", *torchrun] if torchrun else []
     return [sys.executable, *launcher, str(DRIVER), json.dumps(asdict(fault)), *setting.words(name)]
 
 
 def start(words: list[str]) -> subprocess.Popen:
-    """A command whose output is read at its end."""
+    """Starts a command with stdout and stderr in one pipe."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, text=True)
 
 
 def signal_when_struck(setting: Setting, name: str, number: int, *torchrun: str) -> tuple[int, str]:
-    """Sends a signal to a run, or to its torchrun, in optimizer step 6; returns the exit code and the output."""
+    """Sends a signal to a run, or to its torchrun agent, in optimizer step 6; returns the exit code and the output."""
     struck = setting.directory / f"{name}.struck"
     with start(command(setting, name, Fault("wait", "step", 6, once=str(struck)), *torchrun)) as process:
         for _ in range(1200):
@@ -458,7 +458,7 @@ def signal_when_struck(setting: Setting, name: str, number: int, *torchrun: str)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_the_exit_code_that_a_scheduler_sees(setting, name, number, code):
+def test_exit_code_on_sigterm_and_sigint(setting, name, number, code):
     returned, output = signal_when_struck(setting, name, number)
     assert returned == code, output
     assert "stopped by a signal; the same command resumes this run" in output
@@ -469,7 +469,7 @@ def test_the_exit_code_that_a_scheduler_sees(setting, name, number, code):
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_torchrun_hands_the_signal_on(setting, name):
+def test_torchrun_forwards_sigterm(setting, name):
     returned, output = signal_when_struck(setting, name, signal.SIGTERM, "--nproc_per_node", "2")
     assert returned != 0
     assert "stopped by a signal; the same command resumes this run" in output
@@ -481,7 +481,7 @@ def test_torchrun_hands_the_signal_on(setting, name):
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_torchrun_restarts_a_worker_that_died(setting, name):
+def test_torchrun_restarts_and_resumes_after_a_worker_dies(setting, name):
     fault = Fault("kill", "backward", 6, rank=1, once=str(setting.directory / f"{name}.struck"))
     with start(command(setting, name, fault, "--nproc_per_node", "2", "--max-restarts", "1")) as process:
         try:
@@ -494,7 +494,7 @@ def test_torchrun_restarts_a_worker_that_died(setting, name):
 
 
 @pytest.mark.slow
-def test_wandb_goes_on_with_the_same_run(setting, name):
+def test_wandb_run_id_is_kept_on_resume(setting, name):
     env = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     for fault, code in ((Fault("sigterm", "step", 6), 143), (None, 0)):
         outcome = launch(setting.words(name, logger="wandb"), fault=fault, env=env)
@@ -503,7 +503,7 @@ def test_wandb_goes_on_with_the_same_run(setting, name):
     assert len(runs) == 2 and len(set(runs)) == 1
 
 
-# --- what a GPU, other nodes and services do --------------------------------------------------------------------------
+# --- GPU memory, hanging ranks, shared filesystems, wandb -------------------------------------------------------------
 
 STEP_KEYS = ["batch_size_training", "gradient_accumulation_steps", "gradient_checkpointing"]
 
@@ -518,7 +518,7 @@ STEP_KEYS = ["batch_size_training", "gradient_accumulation_steps", "gradient_che
     ],
     ids=show,
 )
-def test_a_full_gpu_names_the_keys_to_lower_and_harms_no_checkpoint(setting, name, fault, ranks, keys):
+def test_gpu_out_of_memory_names_keys_to_lower_and_keeps_checkpoints(setting, name, fault, ranks, keys):
     outcome = setting.run(name, ranks, fault)
     assert outcome.codes == [5 if rank == fault.rank else 6 for rank in range(ranks)], outcome.output
     [message] = re.findall(r"error: out of GPU memory: (.*)", outcome.output)
@@ -532,7 +532,7 @@ def test_a_full_gpu_names_the_keys_to_lower_and_harms_no_checkpoint(setting, nam
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_a_process_that_hangs_is_told_of_by_all(setting, name, parallel):
+def test_hanging_rank_is_reported_by_all_ranks(setting, name, parallel):
     outcome = setting.run(name, 2, Fault("hang", "step", 6, rank=1, limit=6), parallel=parallel)
     assert outcome.codes == [6, 6], outcome.output
     stands = r"warning: rank {} on \S+ has exchanged nothing for 1 s; it stands in main > train > fit > train_epoch"
@@ -545,7 +545,7 @@ def test_a_process_that_hangs_is_told_of_by_all(setting, name, parallel):
 
 
 @pytest.mark.parametrize("started", [slow(False), True])
-def test_a_process_that_never_sees_the_runs_directory_stops_all(setting, name, started):
+def test_rank_that_does_not_see_save_path_stops_all_ranks(setting, name, started):
     run = setting.directory / name
     if started:
         assert setting.run(name, 2, Fault("sigterm", "step", 6)).codes == [143, 143]
@@ -559,15 +559,15 @@ def test_a_process_that_never_sees_the_runs_directory_stops_all(setting, name, s
     assert_same(run, setting.reference(2))
 
 
-def test_a_process_that_sees_late_what_was_written_is_waited_for(setting, name):
+def test_delayed_writes_on_a_shared_filesystem_are_waited_for(setting, name):
     assert setting.run(name, 2, Fault("sigterm", "step", 6)).codes == [143, 143]
     outcome = setting.run(name, 2, Fault("unseen", rank=1, limit=2))
     assert outcome.codes == [0, 0], outcome.output
     assert_same(setting.directory / name, setting.reference(2))
 
 
-def test_clocks_that_differ_change_nothing(setting, name):
-    """The newest checkpoint has the oldest times, as after a node whose clock is ahead has written the others."""
+def test_clock_skew_does_not_affect_resume(setting, name):
+    """The newest checkpoint has the oldest mtimes, as if the others came from a node whose clock is ahead."""
     run = stopped(setting, name)
     for age, checkpoint in enumerate(list_checkpoints(run)):
         for path in (*checkpoint.iterdir(), checkpoint):
@@ -579,8 +579,8 @@ def test_clocks_that_differ_change_nothing(setting, name):
 
 
 @pytest.mark.parametrize("fails", [slow("login"), "init", "log", slow("finish")])
-def test_a_wandb_that_fails_leaves_the_run_alone(setting, name, fails, monkeypatch, capsys):
-    """In wandb's place is one of which a function fails: at the start, in the middle, at the end of a run."""
+def test_training_continues_when_wandb_fails(setting, name, fails, monkeypatch, capsys):
+    """A stub of wandb raises at login, at init, in the middle of a run or at its end."""
     wandb = ModuleType("wandb")
     wandb.__spec__, wandb.Table = ModuleSpec("wandb", None), dict
     calls = Counter()

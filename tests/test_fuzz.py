@@ -1,4 +1,7 @@
-"""No bad input ends in a traceback, and no stranger's file runs code. `python tests/stress/fuzz.py` tries many more."""
+"""Malformed input is refused without a traceback, and untrusted files execute no code.
+
+`python tests/stress/fuzz.py` tries many more inputs.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +35,13 @@ KINDS += ["manifest.json", "official file", "training_state.pt", "tokenizer.json
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_bad_input_ends_in_a_traceback(sound, kind):
+def test_malformed_input_causes_no_traceback(sound, kind):
     slow = kind == "official file" or "tokenizer" in kind
     tried = fuzz(*sound.kinds()[kind], examples=10 if slow else 30)
     assert tried["accepted" if kind == "metrics.jsonl" else "refused"] >= 5
 
 
-# --- what it found ----------------------------------------------------------------------------------------------------
+# --- regressions found by the fuzzer ----------------------------------------------------------------------------------
 
 MANY = "9" * 5000
 NO_VALUES = ["2001-99-99", "!!int a", "!!bool a", "!!timestamp a", "!!int ''", "[" * 500, MANY, "0x" + "f" * 5000]
@@ -46,7 +49,7 @@ NO_VALUES += ["9" * 20, '"\\0"', '"\\ud800"', "!!python/object/apply:os.getcwd [
 
 
 @pytest.mark.parametrize("value", NO_VALUES, ids=lambda value: value[:20])
-def test_a_value_that_is_none_is_refused_by_its_key(sound, capsys, value):
+def test_invalid_yaml_value_is_refused_with_its_key(sound, capsys, value):
     for word in (f"seed={value}", f"name={value}", f"{value}=1", f"seed=[{value}]"):
         assert run.main([str(sound.folder / "sound.yaml"), word]) == 2
         message = capsys.readouterr().err
@@ -57,7 +60,7 @@ def test_a_value_that_is_none_is_refused_by_its_key(sound, capsys, value):
         load_config(str(sound.folder / "odd.yaml"))
 
 
-def test_a_base_that_is_no_path_is_refused(sound):
+def test_invalid_base_path_is_refused(sound):
     for base in ('"\\0"', "7", "[a]", "x/../odd.yaml"):
         (sound.folder / "x").mkdir(exist_ok=True)
         (sound.folder / "odd.yaml").write_text(f"base: {base}\n")
@@ -65,7 +68,7 @@ def test_a_base_that_is_no_path_is_refused(sound):
             load_config(str(sound.folder / "odd.yaml"))
 
 
-def test_a_value_of_many_aliases_is_shown_in_short(sound):
+def test_yaml_alias_bomb_is_abbreviated_in_error(sound):
     lines = ["a0: &a0 [1]", *(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30)), "name: *a29"]
     (sound.folder / "odd.yaml").write_text("\n".join(lines))
     with pytest.raises(UserError, match="name: ") as error:
@@ -74,14 +77,14 @@ def test_a_value_of_many_aliases_is_shown_in_short(sound):
 
 
 @pytest.mark.parametrize("key", ["name", "save_path", "train_path", "load_model_path", "data_cache", "model_id"])
-def test_a_name_that_is_too_long_is_refused(sound, key):
+def test_too_long_path_is_refused(sound, key):
     value = "x" * 300 if key != "model_id" else "./" + "x" * 300
     with pytest.raises(UserError, match=f"{key}: .*({'255 bytes' if key == 'name' else 'cannot be used'})"):
         load_config(str(sound.folder / "sound.yaml"), [f"{key}={value}"])
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, f'[{{"question": {MANY}}}]', '{"question": "?"}\n' + "[" * 100_000])
-def test_a_data_file_of_great_depth_or_long_numbers_is_refused(tmp_path, text):
+def test_deeply_nested_json_or_huge_number_in_data_file_is_refused(tmp_path, text):
     (tmp_path / "data.json").write_text(text)
     with pytest.raises(UserError, match=r"data.json: .*(not valid JSON|problem 0)"):
         read_problems(str(tmp_path / "data.json"))
@@ -90,19 +93,19 @@ def test_a_data_file_of_great_depth_or_long_numbers_is_refused(tmp_path, text):
 @pytest.mark.parametrize(
     "text", ["[" * 100_000, MANY, "[]", '{"token_ids": 1}', '{"stage": "1"}', '{"stage": -2}', '{"improved": 1}', "\0"]
 )
-def test_a_description_that_is_none_is_refused(tmp_path, text):
+def test_invalid_coconut_json_is_refused(tmp_path, text):
     (tmp_path / "coconut.json").write_text(text)
     with pytest.raises(UserError, match=r"coconut.json' cannot be read"):
         read_description(str(tmp_path))
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, MANY, "[]", json.dumps({"x" * 300: {}}), json.dumps({"\0": {}})])
-def test_a_manifest_that_is_none_is_damage(tmp_path, text):
+def test_invalid_manifest_counts_as_damaged_checkpoint(tmp_path, text):
     (tmp_path / MANIFEST).write_text(text)
     assert verify_manifest(tmp_path) is not None
 
 
-def test_a_tokenizer_that_fails_in_use_is_refused(tmp_path):
+def test_tokenizer_that_fails_in_use_is_refused(tmp_path):
     folder = save_model(tmp_path / "model")
     path = tmp_path / "model" / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": ""}))
@@ -110,7 +113,7 @@ def test_a_tokenizer_that_fails_in_use_is_refused(tmp_path):
         load_pretrained(Config({"model_id": folder, "method": "coconut"}), None)
 
 
-# --- strangers' files -------------------------------------------------------------------------------------------------
+# --- untrusted files --------------------------------------------------------------------------------------------------
 
 
 class Harmful:
@@ -136,7 +139,7 @@ def test_a_training_state_with_code_is_refused_and_does_not_run(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["file", "base", "word"])
-def test_yaml_runs_no_code(sound, where):
+def test_yaml_python_tag_is_not_executed(sound, where):
     harm = f"!!python/object/apply:os.mkdir [{sound.folder / 'ran'}]"
     (sound.folder / "harm.yaml").write_text("seed: 1" if where == "word" else f"seed: {harm}")
     (sound.folder / "child.yaml").write_text("base: harm.yaml")
@@ -149,7 +152,7 @@ def test_yaml_runs_no_code(sound, where):
 
 
 def with_code(tmp_path, file: str, **changes) -> Path:
-    """A model folder whose `file` asks for the code in own.py, which would write a file."""
+    """A model folder whose `file` refers to code in own.py (auto_map); if executed, it would write a file."""
     folder = tmp_path / "model"
     save_model(folder)
     (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
@@ -160,7 +163,7 @@ def with_code(tmp_path, file: str, **changes) -> Path:
 
 
 @pytest.mark.parametrize("key", ["model_id", "load_model_path"])
-def test_a_model_folder_with_code_is_refused_and_does_not_run(tmp_path, key):
+def test_model_folder_with_auto_map_code_is_refused(tmp_path, key):
     folder = with_code(tmp_path, "config.json", model_type="own")
     config = Config({"model_id": str(folder), "method": "coconut"})
     with pytest.raises(UserError, match=f"{key}: .*has code of its own, .*trust_remote_code"):
@@ -169,8 +172,8 @@ def test_a_model_folder_with_code_is_refused_and_does_not_run(tmp_path, key):
 
 
 @pytest.mark.parametrize("plain", [True, False], ids=["with tokenizer.json", "without"])
-def test_a_tokenizer_folder_with_code_does_not_run_it(tmp_path, plain):
-    """With a tokenizer.json the tokenizer is that file's."""
+def test_tokenizer_auto_map_code_is_not_executed(tmp_path, plain):
+    """The tokenizer is read from tokenizer.json if there is one; otherwise the folder is refused."""
     folder = with_code(tmp_path, "tokenizer_config.json", tokenizer_class="Own")
     config = Config({"model_id": str(folder), "method": "coconut"})
     if plain:
@@ -183,7 +186,7 @@ def test_a_tokenizer_folder_with_code_does_not_run_it(tmp_path, plain):
 
 
 @pytest.mark.parametrize("text", ["__import__('os').mkdir('ran')", '{"question": "${ran}", "answer": "`ran`"}'])
-def test_a_data_file_runs_no_code(tmp_path, monkeypatch, text):
+def test_data_file_content_is_not_executed(tmp_path, monkeypatch, text):
     monkeypatch.chdir(tmp_path)
     Path("data.json").write_text(text)
     with pytest.raises(UserError):
@@ -195,7 +198,7 @@ def rights(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def test_new_folders_are_for_the_user_alone(tmp_path):
+def test_new_directories_have_mode_0700(tmp_path):
     before = os.umask(0)
     try:
         (tmp_path / "old").mkdir(mode=0o755)
@@ -209,7 +212,7 @@ def test_new_folders_are_for_the_user_alone(tmp_path):
     assert {rights(tmp_path / "old" / name) for name in ("a", "a/b", "c", "c/whole")} == {0o700}
 
 
-def test_the_folders_of_a_run_are_for_the_user_alone(sound, tmp_path):
+def test_run_directories_have_mode_0700(sound, tmp_path):
     data = write_json(tmp_path / "data.json", make_problems(2))
     words = [f"{key}={data}" for key in ("train_path", "val_path")]
     words += [f"save_path={tmp_path / 'new' / 'saved'}", f"data_cache={tmp_path / 'new' / 'cache'}", "max_new_tokens=2"]

@@ -1,4 +1,4 @@
-"""What README and docs state as fact about sequences, config keys and files is what the code does."""
+"""README and docs agree with the code: sequences, config keys, results of the paper, links and commands."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHORT = {START: "<start>", END: "<end>", LATENT: "<latent>", PAUSE: "<pause>", E
 
 
 def sequences(method: str, stage: int) -> tuple[str, str, str]:
-    """A training sequence, as its unsupervised and supervised parts, and the prompt for generation."""
+    """The unsupervised and the supervised part of a training sequence, and the prompt for generation."""
     config = Config({"method": method, "max_latent_stage": 2, "remove_all_when_remove_beyond": 9})
     config.update({"removal_smoothing_lambda": None})
     tokenizer = byte_tokenizer()
@@ -43,7 +43,7 @@ def sequences(method: str, stage: int) -> tuple[str, str, str]:
 
 
 def show(tokenizer, ids: list[int]) -> str:
-    """Token ids as text with the short names of special tokens."""
+    """Decoded token ids, with special tokens abbreviated."""
     text = tokenizer.decode(ids)
     for token, short in SHORT.items():
         text = text.replace(token, short)
@@ -51,7 +51,7 @@ def show(tokenizer, ids: list[int]) -> str:
 
 
 def sequence_rows() -> list[str]:
-    """The block of sequences in docs/methods.md: what is not supervised | what is."""
+    """The lines of the block in docs/methods.md: unsupervised part | supervised part."""
     rows = []
     for method, kind in METHODS.items():
         stages = {"by stage": (0, 1, 2, 3), "by token": (0, 1, 6, 9)}.get(kind.steps, ("any",))
@@ -63,15 +63,15 @@ def sequence_rows() -> list[str]:
 
 
 @pytest.mark.parametrize("row", sequence_rows())
-def test_the_sequences_are_as_printed(row):
+def test_sequences_in_methods_page_match_code(row):
     assert row + "\n" in METHODS_PAGE
 
 
-def test_the_page_of_config_keys_is_what_the_code_says():
+def test_config_page_is_up_to_date():
     assert config_page.page() == CONFIG_PAGE, "python scripts/config_page.py > docs/config.md writes it anew"
 
 
-def test_the_papers_figures_are_those_that_table1_prints():
+def test_paper_results_in_readme_match_table1():
     for method in METHODS:
         [row] = [line for line in README.splitlines() if line.startswith(f"| `{method}` |")]
         paper = [table1.PAPER[data][method].split(" (")[0] for data in ("gsm", "prontoqa", "prosqa")]
@@ -82,7 +82,7 @@ PAGES = [*sorted(REPOSITORY.glob("*.md")), *sorted(REPOSITORY.glob("*/*.md"))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
-def test_links_lead_to_files_and_headings_that_exist(page):
+def test_markdown_links_resolve(page):
     for target in re.findall(r"\]\((?!http)([^)\s]+)\)", page.read_text(encoding="utf-8")):
         path, _, heading = target.partition("#")
         place = page.parent / path if path else page
@@ -91,13 +91,13 @@ def test_links_lead_to_files_and_headings_that_exist(page):
 
 
 def headings(page: Path) -> set[str]:
-    """The headings of a page as links name them."""
+    """The anchors of a page's headings."""
     lines = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
-def test_commands_name_files_options_and_keys_that_exist(page):
+def test_documented_commands_are_valid(page):
     for command in commands.commands(page):
         commands.check(command)
 
@@ -112,6 +112,6 @@ def test_commands_name_files_options_and_keys_that_exist(page):
         "python run.py args/none.yaml",
     ],
 )
-def test_a_wrong_command_is_found(command):
+def test_invalid_command_is_detected(command):
     with pytest.raises(ValueError, match=r"unknown|none\.(py|yaml)"):
         commands.check(command)

@@ -1,4 +1,4 @@
-"""Whole runs on tiny models: what they write, how they continue, and that any number of processes trains the same."""
+"""End-to-end runs of tiny models: the files of a run, resume, retention, only_eval, several ranks, loggers."""
 
 import os
 import shutil
@@ -48,7 +48,7 @@ CHECKPOINT_FILES |= {"manifest.json", "generation_config.json", "custom_generate
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder with two models (dropout 0 and 0.1), data and a config: coconut with a stage switch after epoch 2."""
+    """A directory with two models (dropout 0 and 0.1), data and a config: coconut with a stage switch after epoch 2."""
     world = tmp_path_factory.mktemp("world")
     torch.manual_seed(0)
     for name, dropout in (("plain", 0.0), ("dropout", 0.1)):
@@ -64,13 +64,13 @@ def world(tmp_path_factory):
 
 
 def start(world, *overrides, code=0, **values):
-    """Runs run.py in this process and returns the run's directory."""
+    """Calls run.main in this process and returns the run directory."""
     assert run.main([str(world / "config.yaml"), *overrides, *words(values)]) == code
     return world / "runs" / values["name"]
 
 
 def start_real(world, *overrides, processes=0, env=None, **values):
-    """Runs run.py as a user does and returns the run's directory and what it printed."""
+    """Starts run.py by python or torchrun and returns the run directory and the output."""
     finished = run_script(world / "config.yaml", *overrides, *words(values), processes=processes, cwd=world, env=env)
     assert finished.returncode == 0, finished.stderr
     return world / "runs" / values["name"], finished.stdout + finished.stderr
@@ -80,12 +80,12 @@ TIMES = ("train/tokens_per_second", "eval/seconds")
 
 
 def files_in(directory):
-    """The files under a directory, by their paths in it."""
+    """The relative paths of all files under a directory."""
     return {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
 
 
 def metrics(directory, prefix="", drop=TIMES):
-    """The lines of metrics.jsonl that hold keys with a prefix, without measured times."""
+    """The lines of metrics.jsonl with keys of a prefix, without timings."""
     lines = [line for line in read_lines(directory / "metrics.jsonl") if any(key.startswith(prefix) for key in line)]
     return [{key: value for key, value in line.items() if key not in drop} for line in lines]
 
@@ -95,7 +95,7 @@ def losses(directory):
 
 
 def assert_same(a, b):
-    """Two nested values are equal to the last bit."""
+    """Two nested values are bit-identical."""
     if isinstance(a, dict):
         assert list(a) == list(b)
         a, b = list(a.values()), list(b.values())
@@ -110,7 +110,7 @@ def assert_same(a, b):
 
 
 def assert_same_run(one, other, epoch):
-    """Two runs ended alike: weights, optimizer and random streams bit for bit, and their logs but for times."""
+    """Weights, optimizer state, random states, metrics (without timings) and predictions of two runs are identical."""
     assert_same(load_file(one / "last" / "model.safetensors"), load_file(other / "last" / "model.safetensors"))
     first, second = (training_state(directory / f"checkpoint_{epoch}") for directory in (one, other))
     for state in (first, second):
@@ -123,7 +123,7 @@ def assert_same_run(one, other, epoch):
         assert (one / name).read_bytes() == (other / name).read_bytes()
 
 
-# --- what a run writes ------------------------------------------------------------------------------------------------
+# --- files of a run ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def whole(world):
     return start(world, name="whole", num_epochs=3)
 
 
-def test_a_run_directory_holds_what_the_design_says(whole):
+def test_run_directory_contents(whole):
     numbered = {f"{name}_{i}{end}" for name, end in (("checkpoint", ""), ("predictions", ".jsonl")) for i in (1, 2, 3)}
     assert {path.name for path in whole.iterdir()} == numbered | {"config.yaml", "metrics.jsonl", "best", "last"}
     for i in (1, 2, 3):
@@ -141,14 +141,14 @@ def test_a_run_directory_holds_what_the_design_says(whole):
     assert os.readlink(whole / "last") == "checkpoint_3"
 
 
-def test_the_saved_config_loads_again_and_names_the_versions(world, whole):
+def test_saved_config_round_trips_and_records_versions(world, whole):
     config = load_config(whole / "config.yaml")
     assert config == load_config(world / "config.yaml", ["name=whole", "num_epochs=3"])
     comments = [line for line in (whole / "config.yaml").read_text().splitlines() if line.startswith("# ")]
     assert [line.split()[1] for line in comments] == ["python", "torch", "transformers", "commit", "device", "run"]
 
 
-def test_metrics_hold_a_line_per_step_and_per_validation(whole):
+def test_metrics_file_has_one_line_per_step_and_validation(whole):
     lines = read_lines(whole / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 5, 6, 7, 8, 9, 10, 10, 11, 12, 13, 14, 15, 15]
     steps = [line for line in lines if "train/loss" in line]
@@ -163,11 +163,11 @@ def test_metrics_hold_a_line_per_step_and_per_validation(whole):
     assert not any("eval/cot_em" in line for line in validations)
 
 
-def test_the_loss_falls(whole):
+def test_training_loss_decreases(whole):
     assert sum(losses(whole)[STEPS : 2 * STEPS]) < 0.9 * sum(losses(whole)[:STEPS])
 
 
-def test_a_model_learns_its_problems_by_heart(world):
+def test_model_overfits_four_problems(world):
     few = write_json(world / "few.json", make_problems(4))
     options = {"train_path": few, "val_path": few, "model_id": world / "plain", "lr": 0.01}
     options |= {"save_only_improve": True, "max_new_tokens": 8}
@@ -178,7 +178,7 @@ def test_a_model_learns_its_problems_by_heart(world):
     assert all(text.startswith("[2 thoughts]### ") for text in texts)
 
 
-def test_predictions_hold_every_validation_problem_once(world, whole):
+def test_prediction_files_list_each_validation_problem_once(world, whole):
     for i in (1, 2, 3):
         lines = read_lines(whole / f"predictions_{i}.jsonl")
         assert [line["idx"] for line in lines] == list(range(7))
@@ -189,7 +189,7 @@ def test_predictions_hold_every_validation_problem_once(world, whole):
         assert accuracy == sum(line["correct"] for line in lines) / 7
 
 
-def test_the_schedule_is_printed_at_the_start(world, capsys):
+def test_schedule_is_printed_at_start(world, capsys):
     start(world, name="printed", num_epochs=3)
     printed = capsys.readouterr().out
     rows = [line.split(maxsplit=3) for line in printed.splitlines()]
@@ -202,7 +202,7 @@ def test_the_schedule_is_printed_at_the_start(world, capsys):
     "method",
     ["cot", "no_cot", "icot", "pause_token", "coconut", "no_curriculum", "no_thoughts", "pause_as_thought"],
 )
-def test_every_method_trains_and_validates(world, method):
+def test_every_method_trains_and_evaluates(world, method):
     directory = start(world, name=f"method_{method}", method=method, num_epochs=3, epochs_per_stage=1)
     assert len(losses(directory)) == 3 * STEPS
     assert all(("eval/cot_em" in line) == (method == "cot") for line in metrics(directory, "eval/"))
@@ -215,7 +215,7 @@ def test_every_method_trains_and_validates(world, method):
     assert (found["stage"], found["eval/acc"]) == (trained["eval/stage"], trained["eval/acc"])
 
 
-def test_bf16_trains_over_float32_weights(world, whole):
+def test_bf16_keeps_float32_weights_and_optimizer_state(world, whole):
     directory = start(world, name="bf16", num_epochs=2, bf16=True)
     assert {value.dtype for value in load_file(directory / "last" / "model.safetensors").values()} == {torch.float32}
     states = training_state(directory / "checkpoint_2")["optimizer"].values()
@@ -225,10 +225,10 @@ def test_bf16_trains_over_float32_weights(world, whole):
 
 
 @pytest.mark.slow
-def test_compiled_passes_train_alike(world):
+def test_compile_matches_eager_losses(world):
     counters = torch._dynamo.utils.counters
     counters.clear()
-    # Stages 0 to 2: no thoughts, one, two. No batch has a single row, which would be compiled for anew.
+    # Stages 0 to 2: no thoughts, one, two. No batch has a single row, which would cause a recompilation.
     options = {"model_id": world / "plain", "num_epochs": 6, "batch_size_training": 9}
     plain = start(world, name="eager", **options)
     assert counters["stats"]["unique_graphs"] == 0
@@ -241,7 +241,7 @@ def test_compiled_passes_train_alike(world):
 
 
 @pytest.mark.slow
-def test_compiled_passes_of_a_llama_train_alike_in_bfloat16(world):
+def test_compile_matches_eager_losses_with_bf16_llama(world):
     sizes = {"hidden_size": 128, "num_hidden_layers": 1, "initializer_range": 0.1}
     options = {
         "model_id": save_model(world / "llama", tiny_llama(len(byte_tokenizer()), **sizes)),
@@ -255,21 +255,21 @@ def test_compiled_passes_of_a_llama_train_alike_in_bfloat16(world):
 
 
 @pytest.mark.slow
-def test_compiled_passes_train_alike_in_two_processes(world):
+def test_compile_on_two_ranks_matches_eager_losses(world):
     options = {"model_id": world / "plain", "num_epochs": 3}  # stages 0 and 1
     plain = start(world, name="one_eager", batch_size_training=10, **options)
     compiled, _ = start_real(world, processes=2, name="two_compiled", batch_size_training=5, compile=True, **options)
     assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
 
 
-def test_validation_never_mixes_stages(world):
+def test_uniform_prob_does_not_affect_validation_metrics(world):
     options = {"lr": 0, "num_epochs": 1, "resume": 0}
     plain, mixed = (start(world, name=f"mix_{p}", uniform_prob=p, **options) for p in (0, 1))
     assert losses(plain) != losses(mixed)
     assert metrics(plain, "eval/") == metrics(mixed, "eval/")
 
 
-def test_only_training_needs_room_for_mixed_stages(world):
+def test_length_check_includes_uniform_prob_stages_for_training_only(world):
     plain, longer = {"question": "1+1", "answer": "2", "steps": []}, make_problems(1, steps=1)
     paths = {"train_path": write_json(world / "short.json", [plain])}
     paths["val_path"] = write_json(world / "longer.json", longer)
@@ -278,20 +278,20 @@ def test_only_training_needs_room_for_mixed_stages(world):
     start(world, name="no_room", uniform_prob=0.5, c_thought=60, num_epochs=1, **paths, code=2)
 
 
-def test_every_epoch_has_an_order_of_its_own(world):
+def test_each_epoch_is_shuffled_differently(world):
     directory = start(world, name="order", lr=0, num_epochs=2, model_id=world / "plain")
     first, second = losses(directory)[:STEPS], losses(directory)[STEPS:]
     assert not set(first) & set(second)
 
 
-def test_resume_skips_epochs_of_a_fresh_run(world):
+def test_resume_key_skips_epochs_of_a_new_run(world):
     directory = start(world, name="skipped", resume=2, num_epochs=3)
     assert {line["train/epoch"] for line in metrics(directory, "train/")} == {3}
     assert {line["train/stage"] for line in metrics(directory, "train/")} == {1}
     assert os.readlink(directory / "last") == "checkpoint_3"
 
 
-def test_debug_writes_nothing_and_takes_few_problems(world, tmp_path, monkeypatch):
+def test_debug_writes_no_files_and_limits_data(world, tmp_path, monkeypatch):
     before = snapshot(world)
     monkeypatch.chdir(tmp_path)
     assert run.main([str(world / "config.yaml"), "name=debug", "debug=True", "logger=wandb"]) == 0
@@ -304,7 +304,7 @@ def test_debug_writes_nothing_and_takes_few_problems(world, tmp_path, monkeypatc
     assert (len(trainer.data), len(trainer.validator.examples)) == (5000, 32)
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_before_it_harms_the_weights(world, capsys):
+def test_non_finite_loss_exits_with_code_3(world, capsys):
     directory = start(world, name="huge", lr=1e30, num_epochs=2, code=3)
     message = capsys.readouterr().err
     message = message[message.index("error: ") :]
@@ -313,18 +313,18 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_harms_the_weights(worl
     assert not list(directory.glob("checkpoint*"))
 
 
-# --- continuing -------------------------------------------------------------------------------------------------------
+# --- resume -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_finished_run_is_left_as_it_is(world, whole, capsys):
+def test_restarting_a_finished_run_changes_nothing(world, whole, capsys):
     before = snapshot(whole)
     start(world, name="whole", num_epochs=3)
     assert snapshot(whole) == before
     assert "raise num_epochs" in capsys.readouterr().out
 
 
-def test_a_run_in_parts_ends_bit_for_bit_like_an_uninterrupted_one(world, whole):
-    """Two real processes, with dropout: weights, optimizer, random streams, log and predictions are the same."""
+def test_resume_with_raised_num_epochs_is_bit_identical(world, whole):
+    """In separate processes, with dropout."""
     for epochs in (1, 3):
         directory, printed = start_real(world, name="parts", num_epochs=epochs)
         assert ("resuming" in printed) == (epochs > 1)
@@ -333,7 +333,7 @@ def test_a_run_in_parts_ends_bit_for_bit_like_an_uninterrupted_one(world, whole)
 
 @pytest.fixture
 def at_step(monkeypatch):
-    """Calls a function once the passes of a given optimizer step are done."""
+    """Calls a function after the backward pass of a given optimizer step."""
     backward = train.Trainer.backward
 
     def arrange(number, action):
@@ -351,7 +351,7 @@ def at_step(monkeypatch):
 
 @pytest.mark.parametrize("step", [3, STEPS, STEPS + 1, 2 * STEPS + 2])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_run_stopped_by_a_signal_continues_bit_for_bit(world, whole, at_step, monkeypatch, number, code, step):
+def test_resume_after_sigterm_or_sigint_is_bit_identical(world, whole, at_step, monkeypatch, number, code, step):
     name = f"signal_{code}_{step}"
     with monkeypatch.context():
         at_step(step, lambda: os.kill(os.getpid(), number))
@@ -363,7 +363,7 @@ def test_a_run_stopped_by_a_signal_continues_bit_for_bit(world, whole, at_step, 
 
 
 class CrashError(Exception):
-    """A process that dies."""
+    """Simulates a crash."""
 
 
 def crash():
@@ -371,7 +371,7 @@ def crash():
 
 
 @pytest.mark.parametrize(("step", "left"), [(1, None), (4, "checkpoint_0_step_3"), (9, "checkpoint_1_step_6")])
-def test_a_run_that_died_continues_bit_for_bit_from_its_last_save(world, whole, at_step, step, left):
+def test_resume_after_crash_is_bit_identical(world, whole, at_step, step, left):
     name = f"crash_{step}"
     at_step(step, crash)
     with pytest.raises(CrashError):
@@ -387,7 +387,7 @@ def test_a_run_that_died_continues_bit_for_bit_from_its_last_save(world, whole, 
 @pytest.mark.parametrize(
     "file", ["model.safetensors", "optimizer.safetensors", "training_state.pt", "coconut.json", "manifest.json"]
 )
-def test_a_damaged_checkpoint_is_passed_over(world, whole, file, capsys):
+def test_truncated_checkpoint_file_is_skipped_on_resume(world, whole, file, capsys):
     directory = world / "runs" / f"damaged_{file}"
     shutil.copytree(whole, directory, symlinks=True)
     path = directory / "checkpoint_3" / file
@@ -397,7 +397,7 @@ def test_a_damaged_checkpoint_is_passed_over(world, whole, file, capsys):
     assert_same_run(directory, whole, 3)
 
 
-def test_a_directory_without_a_checkpoint_is_a_fresh_start(world, whole):
+def test_run_directory_without_checkpoint_starts_from_scratch(world, whole):
     directory = world / "runs" / "fresh"
     directory.mkdir()
     (directory / "metrics.jsonl").write_text('{"step": 1}\n')
@@ -410,7 +410,7 @@ def test_a_directory_without_a_checkpoint_is_a_fresh_start(world, whole):
     ("key", "value"),
     [("lr", 0.5), ("method", "no_thoughts"), ("seed", 1), ("batch_size_training", 2), ("c_thought", 2)],
 )
-def test_a_change_that_alters_the_training_is_refused_by_name(world, whole, capsys, key, value):
+def test_changing_a_training_key_is_refused_on_resume(world, whole, capsys, key, value):
     before = snapshot(whole)
     start(world, f"{key}={value}", name="whole", num_epochs=5, code=2)
     message = capsys.readouterr().err
@@ -419,7 +419,7 @@ def test_a_change_that_alters_the_training_is_refused_by_name(world, whole, caps
     assert snapshot(whole) == before
 
 
-def test_changed_data_or_model_is_refused_by_name(world, whole, capsys, tmp_path):
+def test_changing_data_or_model_is_refused_on_resume(world, whole, capsys, tmp_path):
     shutil.copytree(world / "plain", tmp_path / "model")
     other = write_json(tmp_path / "train.json", make_problems(17))
     start(world, name="whole", num_epochs=5, train_path=other, model_id=tmp_path / "model", code=2)
@@ -428,7 +428,7 @@ def test_changed_data_or_model_is_refused_by_name(world, whole, capsys, tmp_path
     assert "- model_id: " in message
 
 
-def test_other_changes_are_taken_over(world):
+def test_changing_other_keys_is_allowed_on_resume(world):
     start(world, name="free", num_epochs=1)
     directory = start(world, name="free", num_epochs=2, max_new_tokens=3, batch_size_eval=2, logger="tensorboard")
     assert "num_epochs: 2" in (directory / "config.yaml").read_text()
@@ -436,7 +436,7 @@ def test_other_changes_are_taken_over(world):
     assert list((directory / "tensorboard").glob("events*"))
 
 
-def test_loggers_show_the_sequences_of_each_stage_and_predictions(world, whole, monkeypatch):
+def test_tensorboard_and_wandb_log_sequences_and_predictions(world, whole, monkeypatch):
     values = {"model_id": world / "dropout", "num_epochs": 3}
     directory = start(world, name="shown", logger="tensorboard", **values)
     events = EventAccumulator(str(directory / "tensorboard")).Reload()
@@ -465,13 +465,13 @@ def test_loggers_show_the_sequences_of_each_stage_and_predictions(world, whole, 
 
 
 def size(directory, files="checkpoint_*/*.safetensors"):
-    """The bytes of all weights and moments in a run's checkpoints."""
+    """Bytes of weights and AdamW moments in all checkpoints of a run."""
     tensors = (item for path in directory.glob(files) for item in load_file(path).items())
     return sum(value.nbytes for name, value in tensors if not name.endswith(".step"))
 
 
 @pytest.mark.parametrize("options", [{}, {"keep_checkpoints": 2}, {"save_every_steps": 2}])
-def test_a_start_tells_how_much_disk_the_checkpoints_need(world, monkeypatch, options):
+def test_disk_space_estimate_covers_all_checkpoints(world, monkeypatch, options):
     told = []
     monkeypatch.setattr(
         train, "disk_report", lambda *arguments: told.append(checkpoint_manager.disk_needed(*arguments)) or ""
@@ -485,7 +485,7 @@ def test_a_start_tells_how_much_disk_the_checkpoints_need(world, monkeypatch, op
         assert 0 <= needed - taken <= 2 * weights + moments  # those that are there for a while only
 
 
-def test_a_disk_that_is_too_small_is_a_warning(world, monkeypatch, capsys):
+def test_insufficient_disk_space_causes_a_warning(world, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3e9 if path.exists() else None))
     arguments = (world / "runs" / "none", 2, 10**9, 2 * 10**9)
     config = load_config(world / "config.yaml", ["name=none", "num_epochs=4"])
@@ -500,12 +500,12 @@ def test_a_disk_that_is_too_small_is_a_warning(world, monkeypatch, capsys):
     assert "disk: checkpoints will take up to 0.0 GB more" in capsys.readouterr().out
 
 
-# --- best, last and the optimizer -------------------------------------------------------------------------------------
+# --- best, last, retention, optimizer ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def scripted(monkeypatch):
-    """Validation with given accuracies, one for each epoch."""
+    """Replaces validation: returns the given accuracies, one for each epoch."""
 
     def arrange(accuracies):
         accuracies = iter(accuracies)
@@ -520,7 +520,7 @@ ACCURACIES = [0.5, 0.2, 0.1, 0.3, 0.3, 0.4]  # stages 0 0 1 1 2 2
 BEST = [1, 1, 3, 4, 5, 6]
 
 
-def test_best_is_the_best_of_the_newest_stage_and_last_the_newest(world, scripted):
+def test_best_and_last_links(world, scripted):
     scripted(ACCURACIES)
     for epoch, best in enumerate(BEST, 1):
         directory = start(world, name="best", num_epochs=epoch)
@@ -538,7 +538,7 @@ def test_best_is_the_best_of_the_newest_stage_and_last_the_newest(world, scripte
         ({"save_only_improve": True, "epochs_per_stage": 6}, [1, 6], 6),
     ],
 )
-def test_the_checkpoints_that_are_kept(world, scripted, options, kept, last):
+def test_checkpoint_retention(world, scripted, options, kept, last):
     scripted(ACCURACIES)
     name = "kept_" + "_".join(options)
     directory = start(world, name=name, num_epochs=6, **options)
@@ -551,7 +551,7 @@ def test_the_checkpoints_that_are_kept(world, scripted, options, kept, last):
     ("options", "states"),
     [({}, [5, 6]), ({"save_only_improve": True}, [5, 6]), ({"keep_checkpoints": 1, "epochs_per_stage": 6}, [1, 6])],
 )
-def test_the_newest_two_of_them_keep_the_optimizers_state(world, scripted, monkeypatch, options, states):
+def test_newest_two_checkpoints_keep_optimizer_state(world, scripted, monkeypatch, options, states):
     scripted(ACCURACIES)
     hashed = []
     monkeypatch.setattr(files, "file_digest", lambda path: hashed.append(path) or file_digest(path))
@@ -566,7 +566,7 @@ def test_the_newest_two_of_them_keep_the_optimizers_state(world, scripted, monke
 
 @pytest.mark.parametrize("in_parts", [False, True])
 @pytest.mark.parametrize(("reset", "steps"), [(False, [5, 10, 15]), (True, [5, 10, 5]), ("every_epoch", [5, 5, 5])])
-def test_the_optimizer_is_reset_at_a_stage_switch(world, reset, steps, in_parts):
+def test_reset_optimizer_at_stage_switch(world, reset, steps, in_parts):
     name = f"reset_{reset}_{in_parts}"
     for epochs in (1, 2, 3) if in_parts else (1, 3):
         directory = start(
@@ -577,14 +577,14 @@ def test_the_optimizer_is_reset_at_a_stage_switch(world, reset, steps, in_parts)
             assert {state["step"].item() for state in optimizer.values()} == {count}
 
 
-def test_a_reset_changes_the_training_from_the_switch_on(world, whole):
+def test_reset_optimizer_changes_losses_after_stage_switch(world, whole):
     directory = start(world, name="reset", num_epochs=3, reset_optimizer=True)
     equal = [a == b for a, b in zip(losses(directory), losses(whole), strict=True)]
     assert equal[: 2 * STEPS + 1] == [True] * (2 * STEPS + 1)
     assert not any(equal[2 * STEPS + 1 :])
 
 
-def test_warm_up_and_clipping(world):
+def test_warmup_and_gradient_clipping(world):
     directory = start(world, name="warm", warmup_steps=3, max_grad_norm=0.01, num_epochs=1)
     rates = [line["train/lr"] for line in metrics(directory, "train/")]
     assert rates == pytest.approx([1e-3, 2e-3, 3e-3, 3e-3, 3e-3])
@@ -596,7 +596,7 @@ def test_warm_up_and_clipping(world):
 # --- only_eval --------------------------------------------------------------------------------------------------------
 
 
-def test_only_eval_writes_its_own_directory_and_nothing_else(world, whole):
+def test_only_eval_writes_to_eval_directory_only(world, whole):
     directory = world / "runs" / "evaluated"
     shutil.copytree(whole, directory, symlinks=True)
     before = snapshot(directory)
@@ -616,21 +616,21 @@ def test_only_eval_writes_its_own_directory_and_nothing_else(world, whole):
     assert summary["eval/loss"] == pytest.approx(trained["eval/loss"], rel=1e-6)
 
 
-def test_resume_overrides_the_stage_of_an_evaluation(world, whole):
+def test_resume_key_overrides_stage_in_only_eval(world, whole):
     command = {"only_eval": True, "load_model_path": whole / "last", "resume": 5}
     directory = start(world, name="stage", **command)
     assert yaml.safe_load((directory / "eval_checkpoint_3" / "metrics_valid.yaml").read_text())["stage"] == 2
 
 
-def test_only_eval_in_a_debug_run_writes_nothing(world, whole):
+def test_only_eval_with_debug_writes_no_files(world, whole):
     before = snapshot(world)
     start(world, name="quiet", only_eval=True, load_model_path=whole / "last", debug=True)
     assert snapshot(world) == before
 
 
 @pytest.mark.parametrize("key", ["load_model_path", "model_id"])
-def test_a_flipped_bit_is_no_wrong_accuracy(world, whole, capsys, key):
-    """A checkpoint that is evaluated, or started from under either key, is checked against its manifest."""
+def test_loading_a_damaged_checkpoint_is_refused(world, whole, capsys, key):
+    """Weights that are evaluated or fine-tuned from, by either key, are verified against their manifest."""
     damaged = world / f"flipped_{key}"
     shutil.copytree(whole / "checkpoint_3", damaged)
     flip(damaged / "training_state.pt")  # not read
@@ -647,7 +647,7 @@ def test_a_flipped_bit_is_no_wrong_accuracy(world, whole, capsys, key):
     start(world, name="flipped", verify=False, **values)
 
 
-def test_a_model_without_a_manifest_is_taken_with_a_word(world, whole, capsys):
+def test_model_without_manifest_is_loaded_with_a_note(world, whole, capsys):
     copy = world / "without"
     shutil.copytree(whole / "checkpoint_3", copy)
     (copy / "manifest.json").unlink()
@@ -657,12 +657,12 @@ def test_a_model_without_a_manifest_is_taken_with_a_word(world, whole, capsys):
         assert f"load_model_path: {model} has no manifest.json, so it is loaded unverified" in capsys.readouterr().out
 
 
-# --- several processes ------------------------------------------------------------------------------------------------
+# --- gradient accumulation and several ranks --------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def single(world):
-    """One process with batches of 8 and no dropout: 17 problems make steps of 8, 8 and 1."""
+    """A run on one rank with batches of 8 and no dropout: 17 problems make steps of 8, 8 and 1."""
     return start(world, name="single", model_id=world / "plain", batch_size_training=8, num_epochs=3)
 
 
@@ -679,12 +679,12 @@ def assert_equal_training(directory, single):
     one, other = (load_file(d / "last" / "model.safetensors") for d in (directory, single))
     assert set(one) == set(other)
     for name in set(one) - {"transformer.h.0.attn.c_attn.bias", "transformer.h.1.attn.c_attn.bias"}:
-        # A key's bias has no gradient but rounding, which AdamW makes large; all other weights agree.
+        # The gradient of a key's bias is rounding error, which AdamW scales up; all other weights agree.
         torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(("per_pass", "passes"), [(4, 2), (1, 8), (3, 3)])
-def test_accumulation_equals_one_big_batch(world, single, per_pass, passes):
+def test_gradient_accumulation_matches_one_large_batch(world, single, per_pass, passes):
     size = {"batch_size_training": per_pass, "gradient_accumulation_steps": passes}
     name = f"accumulated_{per_pass}"
     directory = start(world, name=name, model_id=world / "plain", num_epochs=3, **size)
@@ -694,7 +694,7 @@ def test_accumulation_equals_one_big_batch(world, single, per_pass, passes):
         assert losses(directory)[:2] != pytest.approx(losses(single)[:2], rel=1e-5)
 
 
-def test_the_global_batch_size_sets_the_accumulation(world, single, capsys):
+def test_global_batch_size_sets_gradient_accumulation(world, single, capsys):
     values = {"name": "global_batch", "model_id": world / "plain", "num_epochs": 3, "global_batch_size": 8}
     assert_equal_training(start(world, batch_size_training=4, **values), single)
     start(world, batch_size_training=2, **values | {"num_epochs": 4})  # as many problems for a step: it continues
@@ -703,7 +703,7 @@ def test_the_global_batch_size_sets_the_accumulation(world, single, capsys):
     assert "global_batch_size: 8 is not a multiple of batch_size_training 3 x 1 processes" in message
 
 
-def test_grouping_by_length_is_tied_to_the_problems_of_a_step(world):
+def test_group_by_length_refuses_another_effective_batch_within_an_epoch(world):
     values = {"model_id": world / "plain", "num_epochs": 1, "group_by_length": True}
     sizes = {"grouped_4": (4, 1), "grouped_2": (2, 2)}
     one, other = (
@@ -731,7 +731,7 @@ def test_grouping_by_length_is_tied_to_the_problems_of_a_step(world):
         pytest.param("fsdp", 1, 4, marks=pytest.mark.slow),
     ],
 )
-def test_two_processes_equal_one_with_twice_the_batch(world, single, parallel, per_pass, passes):
+def test_two_ranks_match_one_with_twice_the_batch(world, single, parallel, per_pass, passes):
     size = {"batch_size_training": per_pass, "gradient_accumulation_steps": passes, "parallel": parallel}
     values = {"name": f"two_{parallel}_{per_pass}", "model_id": world / "plain", "num_epochs": 3, **size}
     directory, _ = start_real(world, processes=2, **values)
@@ -739,14 +739,14 @@ def test_two_processes_equal_one_with_twice_the_batch(world, single, parallel, p
 
 
 @pytest.mark.slow
-def test_two_processes_continue_bit_for_bit_with_dropout(world):
+def test_resume_on_two_ranks_with_dropout_is_bit_identical(world):
     whole, _ = start_real(world, processes=2, name="two_whole", num_epochs=2)
     for epochs in (1, 2):
         directory, _ = start_real(world, processes=2, name="two_parts", num_epochs=epochs)
     assert_same_run(directory, whole, 2)
 
 
-def test_every_process_has_random_streams_of_its_own():
+def test_each_rank_has_its_own_random_stream():
     def draw(*arguments):
         set_seed(*arguments)
         return torch.rand(3).tolist()
@@ -758,7 +758,7 @@ def test_every_process_has_random_streams_of_its_own():
 # --- loggers ----------------------------------------------------------------------------------------------------------
 
 
-def test_wandb_without_an_account_logs_offline_and_never_asks(world, tmp_path):
+def test_wandb_without_account_logs_offline(world, tmp_path):
     place = {"HOME": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path), "WANDB_CONFIG_DIR": str(tmp_path / "config")}
     for epochs in (1, 2):
         directory, printed = start_real(world, name="wandb", logger="wandb", num_epochs=epochs, env=place)
@@ -771,7 +771,7 @@ def test_wandb_without_an_account_logs_offline_and_never_asks(world, tmp_path):
 
 
 @pytest.mark.slow
-def test_logger_none_does_not_import_a_logger(world):
+def test_logger_none_imports_neither_wandb_nor_tensorboard(world):
     code = "import sys, run; run.main(sys.argv[1:]); print(sorted({'wandb', 'tensorboard'} & set(sys.modules)))"
     command = [sys.executable, "-c", code, str(world / "config.yaml"), "name=light", "debug=True"]
     finished = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=True)
@@ -781,7 +781,7 @@ def test_logger_none_does_not_import_a_logger(world):
 @pytest.mark.parametrize(
     ("beyond", "stages", "steps"), [(39, [0, 0, 0, 1, 1, 2, 2, 2, 3, 3], 2), (2, [0, 0, 0, 1, 1, 2, 2, 2, 2, 2], 5)]
 )
-def test_icot_removes_tokens_within_the_epoch_each_time_with_a_fresh_optimizer(world, beyond, stages, steps):
+def test_icot_removal_within_an_epoch_resets_optimizer(world, beyond, stages, steps):
     options = {"method": "icot", "num_epochs": 2, "remove_per_epoch": 2, "remove_all_when_remove_beyond": beyond}
     directory = start(world, name=f"icot_{beyond}", reset_optimizer=True, **options)
     assert [line["train/stage"] for line in metrics(directory, "train/")] == stages

@@ -1,4 +1,4 @@
-"""Small parts of a training run, alone."""
+"""Unit tests of train.py."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from run import set_up
 from utils import StopRequest
 
 
-def test_the_commit_is_unknown_where_git_is_not_installed(monkeypatch):
+def test_git_commit_is_unknown_without_git(monkeypatch):
     assert train.git_commit() != "unknown"
     monkeypatch.setenv("PATH", "")
     assert train.git_commit() == "unknown"
@@ -30,7 +30,7 @@ def words(tmp_path) -> list[str]:
 
 
 @pytest.mark.parametrize("tf32", [True, False])
-def test_tf32_is_asked_for(words, tf32):
+def test_tf32_sets_matmul_precision(words, tf32):
     before = torch.get_float32_matmul_precision()
     try:
         set_up(load_config(words[0], [*words[1:], f"tf32={tf32}"]), Processes(), StopRequest())

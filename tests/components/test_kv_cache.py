@@ -1,4 +1,4 @@
-"""What is kept for the backward pass: bytes and types, and that computing it again gives the same gradients."""
+"""Memory of passes over a KV cache: tensors saved for backward, activation checkpointing, causal mask, compilation."""
 
 from itertools import pairwise
 
@@ -23,15 +23,15 @@ def gradients(model, batch, bf16=False) -> dict:
     return found
 
 
-# --- computed again ---------------------------------------------------------------------------------------------------
+# --- activation checkpointing -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("columns", [1, 4])
 @pytest.mark.parametrize("mode", ["block", "mlp"])
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen3", "qwen2"])
-def test_gradients_are_the_same_bit_for_bit(kind, mode, columns, bf16, monkeypatch):
-    """With dropout, left padding and thoughts that lie in no common column, whether short passes take part or not."""
+def test_activation_checkpointing_gradients_are_bit_identical(kind, mode, columns, bf16, monkeypatch):
+    """With dropout, left padding and unaligned thoughts; short passes are checkpointed or not."""
     monkeypatch.setattr(activation_checkpointing, "MIN_CHECKPOINTED_COLUMNS", columns)
     options = {"dropout": 0.3} if kind == "gpt2" else {"attention_dropout": 0.3}
     rows, offsets = BATCHES["mixed"], [3, 6, 0, 1, 2]
@@ -54,8 +54,8 @@ def passes(model: Coconut, batch: dict) -> list[tuple[int, int]]:
     return list(pairwise([0, *plan.pass_starts, batch["input_ids"].shape[1]]))
 
 
-def test_the_peak_of_a_step_falls():
-    """4 layers of width 512, 256 + 6 + 48 tokens, batch 16: what a step takes above weights and gradients."""
+def test_activation_checkpointing_reduces_peak_memory():
+    """4 layers of width 512, 256 + 6 + 48 tokens, batch 16: the peak without weights and gradients."""
     rows = [[*[5] * 254, START, *[LATENT] * 6, END, *[7] * 48]] * 16
     batch, peaks = batch_of(rows, [0] * 16), {}
     for mode in (None, "block", "mlp"):
@@ -68,7 +68,7 @@ def test_the_peak_of_a_step_falls():
 
 
 def activation_peak(model: Coconut, batch: dict) -> int:
-    """The most bytes of activations and passing tensors in a forward and backward pass, which is only simulated."""
+    """Peak bytes of activations and temporary tensors in a simulated forward and backward pass."""
     tracker = MemTracker()
     tracker.track_external(model)
     with FakeTensorMode(allow_non_fake_inputs=True), tracker:
@@ -77,7 +77,7 @@ def activation_peak(model: Coconut, batch: dict) -> int:
     return sum(size for kind, size in peak.items() if kind not in ("Parameter", "Gradient", "Buffer", "Total"))
 
 
-# --- in bfloat16 ------------------------------------------------------------------------------------------------------
+# --- bf16 and compiled passes -----------------------------------------------------------------------------------------
 
 
 def question_and_answer(thoughts: int, rows: int = 4) -> dict:
@@ -91,8 +91,8 @@ def kept_in_bf16(model: Coconut, batch: dict) -> int:
         return saved_bytes(model, lambda: model(**batch).loss)
 
 
-def test_rotated_keys_are_kept_once_in_bfloat16():
-    """A further thought keeps its own column alone, however many came before; as float32, all would be kept again."""
+def test_rotary_keys_are_saved_once_in_bf16():
+    """Each additional thought saves only its own column; float32 keys would be cast, and saved, again in every pass."""
     model = wrap(tiny_llama(positions=256, num_key_value_heads=4)).train()  # transformers 4 copies keys that are shared
     kept = [kept_in_bf16(model, question_and_answer(thoughts, rows=64)) for thoughts in (4, 8, 40, 44)]
     assert kept[3] - kept[2] < 1.1 * (kept[1] - kept[0])
@@ -100,8 +100,8 @@ def test_rotated_keys_are_kept_once_in_bfloat16():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_compiled_passes_keep_each_weight_once(kind):
-    """In bfloat16: 2 bytes for a weight, as eager ones do, whatever the number of passes."""
+def test_compiled_passes_save_each_weight_once_in_bf16(kind):
+    """2 bytes per weight, as in eager mode, whatever the number of passes."""
     model = wrap(MODELS[kind](**({"n_embd": 128} if kind == "gpt2" else {"hidden_size": 128}))).train()
     weights = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
     assert weights > 50_000
@@ -115,8 +115,8 @@ def test_compiled_passes_keep_each_weight_once(kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bf16", [False, True])
-def test_passes_are_compiled_for_their_kinds_not_for_their_shapes(bf16):
-    """The first pass or a later one, of one column or several, of one row or several."""
+def test_compiled_passes_are_not_recompiled_for_new_shapes(bf16):
+    """A graph for each kind of pass only: first or later, one column or several, one row or several."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model = wrap(tiny_gpt2(positions=256, n_embd=128)).train()  # wider than the sequences: no equal sizes by chance
@@ -131,7 +131,7 @@ def test_passes_are_compiled_for_their_kinds_not_for_their_shapes(bf16):
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_loss_and_greedy_choice_are_made_of_float32_logits(kind):
+def test_logits_are_float32_under_bf16_autocast(kind):
     model, seen = wrap(MODELS[kind]()).eval(), []
     head = model.base_causallm.get_output_embeddings()
     head.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
@@ -145,18 +145,18 @@ def test_loss_and_greedy_choice_are_made_of_float32_logits(kind):
         torch.testing.assert_close(logits, hidden @ head.weight.T)
 
 
-# --- the mask ---------------------------------------------------------------------------------------------------------
+# --- causal mask ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [8, 13, 16])
-def test_masks_of_all_lengths_are_laid_out_alike(size):
-    """Otherwise those of every eighth length would be another kind to compile for."""
+def test_causal_mask_layout_does_not_depend_on_length(size):
+    """If the mask were contiguous at multiples of 8, torch.compile would recompile for those lengths."""
     assert not kv_cache.causal_mask(torch.ones(2, size), 5, torch.float32).is_contiguous()
 
 
 @pytest.mark.parametrize("columns", [1, 3, 11])
-def test_the_mask_is_one_tensor_of_the_type_of_attention(columns):
-    """Rows of the mask begin at multiples of 8 elements, and what may be seen is 0."""
+def test_causal_mask_values_dtype_and_alignment(columns):
+    """Rows are aligned to 8 elements; 0 is visible, -inf masked."""
     real = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 0], [1] * 11])
     mask = kv_cache.causal_mask(real, columns, torch.bfloat16)
     assert mask.shape == (2, 1, columns, 11) and mask.dtype == torch.bfloat16
@@ -168,7 +168,7 @@ def test_the_mask_is_one_tensor_of_the_type_of_attention(columns):
             assert mask[row, 0, query].tolist() == [0 if v else -torch.inf for v in visible]
 
 
-def test_all_layers_share_the_mask_of_a_pass():
+def test_all_layers_share_one_causal_mask_per_pass():
     model, masks = wrap(tiny_gpt2()), []
     for block in model.blocks:
         block.attn.register_forward_pre_hook(

@@ -1,4 +1,4 @@
-"""Low-rank adapters: what is trained, what a pass keeps, what is saved, and that a run with them continues exactly."""
+"""LoRA: trained weights, copies saved for backward, checkpoints and resume."""
 
 from __future__ import annotations
 
@@ -40,20 +40,19 @@ TABLES = ("wte.weight", "embed_tokens.weight", "lm_head.weight")
 
 
 def tiny_phi():
-    """A random Phi, whose head has a bias."""
+    """A random Phi; its LM head has a bias."""
     lm = PhiForCausalLM(PhiConfig(**llama_sizes(50, 64)))
     torch.nn.init.normal_(lm.lm_head.bias)
     return lm
 
 
 def tiny_moe():
-    """A random mixture of experts, whose weights are matrices in no linear layer."""
+    """A random mixture of experts, whose expert weights are outside of linear layers."""
     sizes = llama_sizes(50, 64, head_dim=4, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8)
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes))
 
 
 def tiny_tied_llama():
-    """A random Llama whose head is its embedding."""
     return tiny_llama(tie_word_embeddings=True)
 
 
@@ -61,7 +60,7 @@ MAKERS = [tiny_gpt2, tiny_llama, tiny_tied_llama, tiny_qwen3, tiny_gemma3, tiny_
 
 
 def batch(thoughts: int = 2) -> dict:
-    """Two sequences (2, 11 + thoughts) with new tokens as inputs and as targets, and thoughts between them."""
+    """Two sequences (2, 11 + thoughts) with thoughts, and with new tokens among inputs and targets."""
     rows = [[1, 2, start, *[LATENT] * thoughts, END, 5, start, START, END, 7, END, EOS] for start in (START, 9)]
     input_ids = torch.tensor(rows)
     labels = input_ids.clone()
@@ -70,7 +69,7 @@ def batch(thoughts: int = 2) -> dict:
 
 
 def step(lm, optimizer, bf16: bool = False, thoughts: int = 2) -> torch.Tensor:
-    """The loss of an optimizer step."""
+    """Takes an optimizer step and returns its loss."""
     optimizer.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         loss = wrap(lm)(**batch(thoughts)).loss
@@ -80,7 +79,7 @@ def step(lm, optimizer, bf16: bool = False, thoughts: int = 2) -> torch.Tensor:
 
 
 def trained(lm, bf16: bool = False):
-    """The model after a few steps with adapters."""
+    """The model after three optimizer steps with LoRA."""
     add_lora(lm, 4, NEW_IDS, bf16)
     optimizer = torch.optim.AdamW(parameter_groups(lm, weight_decay=0.1), lr=1e-2)
     for _ in range(3):
@@ -88,12 +87,12 @@ def trained(lm, bf16: bool = False):
     return lm.eval()
 
 
-# --- what is trained --------------------------------------------------------------------------------------------------
+# --- trained weights --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen3"])
-def test_new_rows_train_as_whole_tables_do_whose_other_rows_get_no_gradient(kind):
-    """The simple path: both tables are trained, and a hook sets the gradient of their other rows to zero."""
+def test_new_token_rows_match_full_tables_with_masked_gradients(kind):
+    """The reference trains both embedding tables; a hook zeroes the gradients of all rows but the new ones."""
     simple, ours = exact_model(kind), exact_model(kind)
     torch.manual_seed(0)
     inject_adapter_in_model(LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"), simple)
@@ -122,7 +121,7 @@ def test_new_rows_train_as_whole_tables_do_whose_other_rows_get_no_gradient(kind
 
 @pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
-def test_adapters_and_new_rows_are_trained_and_merge_into_the_weights(make, bf16):
+def test_adapters_and_new_token_rows_train_and_merge(make, bf16):
     lm = make()
     before = {name: value.clone() for name, value in lm.state_dict().items()}
     lm = trained(lm, bf16)
@@ -151,8 +150,8 @@ def test_adapters_and_new_rows_are_trained_and_merge_into_the_weights(make, bf16
 
 
 @pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
-def test_bf16_storage_trains_as_autocast_over_float32_weights(make):
-    """Storing the frozen layers in bfloat16 changes nothing but that their casts need not be made."""
+def test_frozen_bf16_weights_match_autocast_over_float32(make):
+    """Storing frozen layers in bfloat16 only saves the casts: losses and trained weights are bit-identical."""
     models, losses = [], []
     for stored in (False, True):
         torch.manual_seed(0)
@@ -165,13 +164,13 @@ def test_bf16_storage_trains_as_autocast_over_float32_weights(make):
     assert [name for name in models[0] if not torch.equal(models[0][name], models[1][name])] == []
 
 
-# --- what a step keeps ------------------------------------------------------------------------------------------------
+# --- memory -----------------------------------------------------------------------------------------------------------
 
 
 def copied_bytes(model: Coconut, thoughts: int) -> int:
-    """The bytes that a training pass with thoughts saves for its backward pass in copies of frozen matrices.
+    """Bytes of copies of frozen matrices that a training forward with thoughts saves for backward.
 
-    A tensor in the storage of a parameter costs nothing.
+    Tensors that share storage with a parameter are not counted.
     """
     frozen = {p for p in model.parameters() if not p.requires_grad and p.ndim > 1}
     shapes = {shape for p in frozen for shape in (tuple(p.shape), tuple(p.shape[::-1]))}
@@ -192,7 +191,7 @@ def copied_bytes(model: Coconut, thoughts: int) -> int:
 
 @pytest.mark.parametrize("thoughts", [0, 1, 6])
 @pytest.mark.parametrize("make", [tiny_gpt2, tiny_llama, tiny_tied_llama, tiny_qwen3], ids=lambda make: make.__name__)
-def test_a_pass_saves_no_bytes_for_frozen_weights(make, thoughts):
+def test_forward_saves_no_copies_of_frozen_weights(make, thoughts):
     copied = {}
     for bf16 in (False, True):
         lm = make()
@@ -206,7 +205,7 @@ def test_a_pass_saves_no_bytes_for_frozen_weights(make, thoughts):
 
 
 @pytest.mark.slow
-def test_compiled_passes_compute_alike_and_save_no_bytes_for_frozen_weights():
+def test_compiled_forward_saves_no_copies_of_frozen_weights():
     lm = tiny_llama(num_hidden_layers=1)
     add_lora(lm, 4, NEW_IDS, bf16=True)
     model, found = wrap(lm).train(), []
@@ -224,12 +223,12 @@ def test_compiled_passes_compute_alike_and_save_no_bytes_for_frozen_weights():
         torch.testing.assert_close(compiled, eager, rtol=2e-2, atol=2e-2 * eager.abs().max().item())
 
 
-# --- a run ------------------------------------------------------------------------------------------------------------
+# --- runs -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def place(tmp_path):
-    """A directory with a config of a short run with adapters."""
+    """A directory with the config of a short LoRA run."""
     tokenizer = byte_tokenizer()
     values = {
         "method": "coconut",
@@ -249,18 +248,18 @@ def place(tmp_path):
 
 
 def start(place, *words: str) -> int:
-    """The exit code of a run of the place's config."""
+    """Runs the config in `place` and returns the exit code."""
     return run.main([str(place / "config.yaml"), *words])
 
 
 def last_weights(place, name: str) -> dict:
-    """The merged weights of a run's last checkpoint."""
+    """The merged weights in a run's last checkpoint."""
     return load_file(place / f"runs/{name}/last/model.safetensors")
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
 @pytest.mark.parametrize("from_scratch", [False, True], ids=["loaded", "from_scratch"])
-def test_a_run_with_adapters_continues_bit_for_bit(place, bf16, from_scratch):
+def test_lora_resume_is_bit_identical(place, bf16, from_scratch):
     for words in (["name=a", "num_epochs=1"], ["name=a", "num_epochs=2"], ["name=b", "num_epochs=2"]):
         assert start(place, *words, f"bf16={bf16}", f"from_scratch={from_scratch}") == 0
     interrupted, whole = (last_weights(place, name) for name in "ab")
@@ -269,7 +268,7 @@ def test_a_run_with_adapters_continues_bit_for_bit(place, bf16, from_scratch):
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
-def test_a_checkpoint_holds_the_merged_model_once_and_besides_only_what_is_trained(place, bf16):
+def test_lora_checkpoint_holds_merged_model_and_trained_weights(place, bf16):
     assert start(place, "name=a", f"bf16={bf16}") == 0
     checkpoint = place / "runs/a/last"
     lm, info = AutoModelForCausalLM.from_pretrained(checkpoint, output_loading_info=True)
@@ -282,8 +281,8 @@ def test_a_checkpoint_holds_the_merged_model_once_and_besides_only_what_is_train
     assert moments.keys() == {f"base_causallm.{name}" for name in training["weights"]}
 
 
-def test_a_run_over_a_checkpoint_continues_over_it(place):
-    """What is loaded by load_model_path is what a continued run loads again."""
+def test_lora_resume_reloads_load_model_path(place):
+    """The frozen weights come from load_model_path when the run is resumed, too."""
     assert start(place, "name=base", "lora_rank=null") == 0
     for words in (["name=a", "num_epochs=1"], ["name=a", "num_epochs=2"], ["name=b", "num_epochs=2"]):
         assert start(place, *words, f"load_model_path={place}/runs/base/last") == 0
@@ -291,7 +290,7 @@ def test_a_run_over_a_checkpoint_continues_over_it(place):
     assert all(torch.equal(interrupted[name], whole[name]) for name in whole)
 
 
-def test_another_model_under_the_same_name_is_refused(place, capsys):
+def test_lora_resume_with_changed_base_model_is_refused(place, capsys):
     assert start(place, "name=a") == 0
     weights = load_file(place / "model/model.safetensors")
     weights["transformer.h.1.mlp.c_fc.weight"][0, 0] += 0.01
@@ -305,11 +304,11 @@ def test_another_model_under_the_same_name_is_refused(place, capsys):
 
 
 @pytest.mark.parametrize("method", ["cot", "pause_token"])
-def test_methods_with_no_and_with_more_new_tokens(place, method):
+def test_lora_with_zero_and_four_new_tokens(place, method):
     assert start(place, "name=a", "bf16=True", f"method={method}") == 0
 
 
-def test_two_processes_train_and_continue_with_adapters(place):
+def test_lora_resume_on_two_ranks_is_bit_identical(place):
     options = ["bf16=True", "batch_size_training=2"]
     for words in (["name=a", "num_epochs=1"], ["name=a", "num_epochs=2"], ["name=b", "num_epochs=2"]):
         outcome = launch([str(place / "config.yaml"), *words, *options], ranks=2)

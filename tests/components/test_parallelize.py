@@ -1,4 +1,4 @@
-"""Many processes make the steps that one process makes, whoever computes what, and wherever the weights are."""
+"""DDP, FSDP and gradient accumulation against one rank: equal steps, collectives, resume, several nodes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CLOSE = {"rtol": 1e-5, "atol": 2e-5}  # sums in another order, through AdamW: a 
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory) -> Setting:
-    """Without dropout, whose masks depend on who computes what. An epoch is two steps of 16 problems, one of 1."""
+    """Without dropout, whose masks depend on the rank. An epoch is two steps of 16 problems and one of 1."""
     setting = Setting(tmp_path_factory.mktemp("parallel"), dropout=0.0)
     setting.values |= {"train_path": write_json(setting.directory / "odd.json", make_problems(33)), "num_epochs": 3}
     setting.values |= {"epochs_per_stage": 1, "max_latent_stage": 2, "lr": 1e-3, "save_every_steps": None}
@@ -42,22 +42,22 @@ def setting(tmp_path_factory) -> Setting:
 
 @pytest.fixture(scope="module")
 def single(setting) -> Path:
-    """The run of one process that makes a whole step in one pass."""
+    """The reference: one rank, no accumulation."""
     return setting.reference()
 
 
 def finish(setting: Setting, name: str, ranks: int, **changes) -> Path:
-    """The directory of a run that goes through."""
+    """Runs to the end and returns the run directory."""
     outcome = setting.run(name, ranks, **changes)
     assert outcome.codes == [0] * ranks, outcome.output
     return setting.directory / name
 
 
 def assert_close(run: Path, reference: Path) -> None:
-    """Two runs agree to float32 accuracy in every number that they log and in their weights; predictions are equal.
+    """Metrics and weights of two runs agree to float32 accuracy; predictions are equal.
 
-    But for the biases of attention keys: the softmax cancels them, so their gradient is nothing but rounding errors,
-    which AdamW divides by their own size and so turns into steps as large as any other's.
+    The biases of attention keys are left out: the softmax cancels them, so their gradients are rounding errors, which
+    AdamW normalizes to steps as large as any other.
     """
     mine, theirs = metrics(run), metrics(reference)
     assert [list(line) for line in mine] == [list(line) for line in theirs]
@@ -74,7 +74,7 @@ def assert_close(run: Path, reference: Path) -> None:
         assert (run / path.name).read_bytes() == path.read_bytes()
 
 
-# --- the same steps ---------------------------------------------------------------------------------------------------
+# --- equivalence ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def assert_close(run: Path, reference: Path) -> None:
         pytest.param(4, 1, 4, "fsdp", marks=slow),
     ],
 )
-def test_the_division_of_labour_changes_nothing(setting, single, ranks, per_pass, passes, strategy):
+def test_ranks_and_micro_batches_match_one_large_batch(setting, single, ranks, per_pass, passes, strategy):
     shape = {"batch_size_training": per_pass, "gradient_accumulation_steps": passes, "parallel": strategy}
     name = f"{ranks}-{per_pass}-{passes}-{strategy}"
     assert_close(finish(setting, name, ranks, **shape), single)
@@ -99,8 +99,8 @@ def test_the_division_of_labour_changes_nothing(setting, single, ranks, per_pass
 
 @slow
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_any_number_of_thoughts_under_fsdp(setting, ranks):
-    """Other processes have other numbers of thoughts in training and validation, up to twelve."""
+def test_fsdp_with_different_numbers_of_thoughts_per_rank(setting, ranks):
+    """Up to twelve thoughts, in training and validation."""
     problems = [problem for steps in range(1, 13) for problem in make_problems(3, steps, seed=steps)]
     mixed = write_json(setting.directory / "mixed.json", problems)
     changes = {"max_latent_stage": 12, "pad_latent_to_max": False, "uniform_prob": 0.5, "resume": 11, "num_epochs": 13}
@@ -112,15 +112,15 @@ def test_any_number_of_thoughts_under_fsdp(setting, ranks):
     assert {1, 12} <= {int(text[1:].split()[0]) for text in texts}
 
 
-def test_adapters_train_alike_in_two_processes(setting):
-    """Their random weights come from the main process, too."""
+def test_lora_on_two_ranks_matches_one(setting):
+    """The random initial adapters are those of rank 0."""
     changes = {"lora_rank": 2, "num_epochs": 2, "bf16": False}
     alone, shared = (finish(setting, f"adapters-{n}", n, batch_size_training=16 // n, **changes) for n in (1, 2))
     assert_close(shared, alone)
 
 
 @slow
-def test_bf16_under_fsdp(setting, single):
+def test_fsdp_with_bf16(setting, single):
     run = finish(setting, "bf16", 2, bf16=True, parallel="fsdp", batch_size_training=8)
     losses, exact = ([line["train/loss"] for line in metrics(d) if "train/loss" in line] for d in (run, single))
     assert losses == pytest.approx(exact, rel=0.05) and losses != exact
@@ -130,7 +130,7 @@ def test_bf16_under_fsdp(setting, single):
 
 
 @pytest.mark.parametrize(("ranks", "strategy"), [(1, "auto"), (2, "ddp"), (2, "fsdp")])
-def test_blocks_that_are_computed_again_change_nothing(setting, ranks, strategy):
+def test_activation_checkpointing_is_bit_identical(setting, ranks, strategy):
     shape = {"batch_size_training": 8, "parallel": strategy, "num_epochs": 2}
     runs = []
     for mode in (False, "block"):
@@ -143,18 +143,18 @@ def test_blocks_that_are_computed_again_change_nothing(setting, ranks, strategy)
 
 
 class RecomputeShort:
-    """Lets passes of 4 columns take part in gradient checkpointing, too, and tells of it."""
+    """Applies activation checkpointing to passes of 4 columns or more, and prints when it does."""
 
     def inject(self):
         activation_checkpointing.MIN_CHECKPOINTED_COLUMNS = 4
         wrap(activation_checkpointing, "checkpoint", lambda *_: print("computed again"))
 
 
-# --- what it costs ----------------------------------------------------------------------------------------------------
+# --- choice of strategy, collectives ----------------------------------------------------------------------------------
 
 
 class Collectives(TorchDispatchMode):
-    """Counts the collectives that are called."""
+    """Counts collectives by name."""
 
     def __init__(self):
         super().__init__()
@@ -167,7 +167,7 @@ class Collectives(TorchDispatchMode):
 
 
 class Count:
-    """Prints the collectives of the first process's steps, and checks where gradients are held."""
+    """Prints the number of collectives in an epoch of rank 0, and checks how gradients are stored."""
 
     def inject(self):
         import train
@@ -187,8 +187,8 @@ class Count:
         train.Trainer.train_epoch = counted
 
     def check(self, model) -> None:
-        """Between and after passes no gradient is there twice (under DDP, all of this model are in one bucket), and no
-        whole one of sharded weights is there at all."""
+        """Between and after micro-batches no gradient is stored twice (under DDP, this model has one bucket), and under
+        FSDP there are no unsharded gradients."""
         if isinstance(model, DistributedDataParallel):
             storages = {p.grad.untyped_storage().data_ptr() for p in model.parameters() if p.grad is not None}
             assert len(storages) == 1
@@ -200,7 +200,7 @@ class Count:
 
 @dataclass(frozen=True)
 class Eight(distributed.Processes):
-    """Eight processes, of which another one has the smallest GPU."""
+    """Eight ranks; another one has the smallest GPU."""
 
     world_size: int = 8
     smallest: int = 0
@@ -252,15 +252,15 @@ def test_a_step_makes_so_many_collectives(setting, strategy):
 
 
 @pytest.mark.parametrize(("before", "after"), [("ddp", "fsdp"), pytest.param("fsdp", "ddp", marks=slow)])
-def test_a_checkpoint_continues_under_another_strategy(setting, single, before, after):
+def test_resume_with_another_parallel_strategy(setting, single, before, after):
     name, shape = f"{before}-{after}", {"batch_size_training": 8}
     outcome = setting.run(name, 2, Fault("sigterm", "step", 5), parallel=before, **shape)
     assert outcome.codes == [143, 143]
     assert_close(finish(setting, name, 2, parallel=after, **shape), single)
 
 
-def test_fewer_processes_make_the_same_steps(setting, single):
-    """Two processes lost a GPU: one goes on, and accumulates the share of both."""
+def test_resume_on_fewer_ranks_with_the_same_effective_batch(setting, single):
+    """One rank takes over from two and accumulates two micro-batches."""
     outcome = setting.run("fewer", 2, Fault("sigterm", "step", 5), parallel="fsdp", batch_size_training=8)
     assert outcome.codes == [143, 143]
     assert_close(finish(setting, "fewer", 1, batch_size_training=8, gradient_accumulation_steps=2), single)
@@ -268,8 +268,8 @@ def test_fewer_processes_make_the_same_steps(setting, single):
 
 @slow
 @pytest.mark.parametrize(("before", "after", "strategy"), [(1, 2, "fsdp"), (2, 1, "auto"), (2, 4, "fsdp")])
-def test_a_checkpoint_continues_with_another_number_of_processes(setting, before, after, strategy):
-    """The same as one process that from there on takes as many problems in a step."""
+def test_resume_on_another_number_of_ranks(setting, before, after, strategy):
+    """From there on it equals one rank with the same effective batch."""
     name, shape = f"{before}-{after}", {"batch_size_training": 4}
     for run in (name, f"{name}-alone"):
         outcome = setting.run(run, before, Fault("sigterm", "step", 3), parallel="fsdp", **shape)
@@ -284,7 +284,7 @@ def test_a_checkpoint_continues_with_another_number_of_processes(setting, before
 
 
 @slow
-def test_a_checkpoint_goes_from_one_process_to_copies_to_shards_and_back(setting, single):
+def test_resume_from_one_rank_to_ddp_to_fsdp_and_back(setting, single):
     shapes = [(1, 16, "auto"), (2, 8, "ddp"), (2, 8, "fsdp"), (1, 16, "auto")]
     for step, (ranks, per_pass, strategy) in zip((3, 5, 7, None), shapes, strict=True):
         fault = Fault("sigterm", "step", step) if step else None
@@ -293,11 +293,11 @@ def test_a_checkpoint_goes_from_one_process_to_copies_to_shards_and_back(setting
     assert_close(setting.directory / "chain", single)
 
 
-# --- several nodes ----------------------------------------------------------------------------------------------------
+# --- multi-node -------------------------------------------------------------------------------------------------------
 
 
 def two_nodes(launcher: list[str], programs: list[list[str]], **variables: str) -> list[str]:
-    """What two torchrun agents print, as on two machines, which run a program each; both must succeed."""
+    """The outputs of two torchrun agents that run a program each, as on two nodes; both must succeed."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **variables}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment}
     agents = []
@@ -336,7 +336,7 @@ runpy.run_path(f"{root}/run.py", run_name="__main__")
 
 @slow
 @pytest.mark.timeout(240)
-def test_two_nodes_train_together_and_one_process_writes(setting, single):
+def test_only_rank_0_of_two_nodes_writes_files(setting, single):
     launcher = ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
     (setting.directory / "watched.py").write_text(WATCHED)
     words = [str(setting.directory / "watched.py"), str(ROOT), str(setting.directory), *setting.words("nodes", **SHAPE)]
@@ -348,7 +348,7 @@ def test_two_nodes_train_together_and_one_process_writes(setting, single):
 
 @slow
 @pytest.mark.timeout(240)
-def test_two_nodes_restart_when_a_worker_dies(setting, single):
+def test_two_nodes_restart_after_a_worker_dies(setting, single):
     launcher = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--max-restarts", "2"]
     fault = Fault("kill", "step", 5, rank=1, once=str(setting.directory / "struck"))
     program = [
@@ -361,8 +361,8 @@ def test_two_nodes_restart_when_a_worker_dies(setting, single):
     assert_close(setting.directory / "restarted", single)
 
 
-def test_a_process_takes_the_gpu_of_its_local_rank(monkeypatch):
-    """The sixth process of all may be the second one on its node."""
+def test_gpu_is_selected_by_local_rank(monkeypatch):
+    """Global rank 5 may be local rank 1."""
     taken = []
     for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}.items():
         monkeypatch.setenv(name, value)

@@ -1,4 +1,4 @@
-"""A model that many processes share is whole in the main one alone, and in parts or copies where it belongs."""
+"""Only rank 0 reads and holds full tensors; spread broadcasts or shards them, collect gathers them for saving."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from helpers.faults import free_port, server
 
 
 def on_ranks(function, ranks: int, folder: Path, *arguments) -> list:
-    """What function(processes, *arguments) returns (anything that is JSON) in each of `ranks` processes of a group."""
+    """Calls function(processes, *arguments) on each rank of a new process group and returns the (JSON) results."""
     names = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     names |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     started = []
@@ -41,7 +41,7 @@ def on_ranks(function, ranks: int, folder: Path, *arguments) -> list:
 
 
 def member(function, environment: dict[str, str], result: str, arguments: tuple) -> None:
-    """One process of a group."""
+    """One rank of the process group."""
     from components.distributed import init_distributed
 
     os.environ.update(environment)
@@ -49,7 +49,7 @@ def member(function, environment: dict[str, str], result: str, arguments: tuple)
     os._exit(0)
 
 
-# --- tensors ----------------------------------------------------------------------------------------------------------
+# --- spread and collect -----------------------------------------------------------------------------------------------
 
 
 def there_and_back(processes) -> list[str]:
@@ -75,11 +75,11 @@ def there_and_back(processes) -> list[str]:
     return wrong
 
 
-def test_tensors_are_shared_out_and_collected_again(tmp_path):
+def test_spread_and_collect_round_trip(tmp_path):
     assert on_ranks(there_and_back, 3, tmp_path) == [[], [], []]
 
 
-# --- a model on the meta device --------------------------------------------------------------------------------------
+# --- meta device ------------------------------------------------------------------------------------------------------
 
 V = len(byte_tokenizer())
 MODELS = {
@@ -92,7 +92,7 @@ MODELS = {
 @pytest.mark.parametrize("method", ["cot", "coconut", "pause_token"])
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("source", ["model_id", "from_scratch", "directory", "file"])
-def test_an_outline_is_the_loaded_model_without_its_values(tmp_path, kind, method, source):
+def test_build_on_meta_matches_load_pretrained(tmp_path, kind, method, source):
     lm = MODELS[kind]()
     folder = save_model(tmp_path / "model", lm)
     config = Config({"method": method, "model_id": folder, "from_scratch": source == "from_scratch"})
@@ -110,11 +110,11 @@ def test_an_outline_is_the_loaded_model_without_its_values(tmp_path, kind, metho
     assert sketch.description == loaded.description
 
 
-# --- who holds what in a run ------------------------------------------------------------------------------------------
+# --- files and memory per rank ----------------------------------------------------------------------------------------
 
 
 class Largest(TorchDispatchMode):
-    """The bytes of the largest tensor, not on the meta device, that any operation returns."""
+    """The bytes of the largest tensor (not on the meta device) that any operation returns."""
 
     bytes = 0
 
@@ -127,7 +127,7 @@ class Largest(TorchDispatchMode):
 
 
 def start_and_save(processes, command: list[str]) -> dict:
-    """Loads a model, or continues a run, trains nothing, and saves; what this process held and read on the way."""
+    """Starts or resumes a run and saves without training; returns what this rank held and read."""
     import safetensors
     import transformers.modeling_utils
 
@@ -180,7 +180,7 @@ def start_and_save(processes, command: list[str]) -> dict:
 
 
 @pytest.mark.parametrize(("strategy", "tied"), [("fsdp", False), ("fsdp", True), ("ddp", True)])
-def test_only_the_main_process_reads_files_and_holds_whole_tensors(tmp_path, strategy, tied):
+def test_only_rank_0_reads_files_and_holds_full_tensors(tmp_path, strategy, tied):
     lm = tiny_llama(V, 128, tie_word_embeddings=tied, hidden_size=64, intermediate_size=128)
     values = {"method": "coconut", "model_id": save_model(tmp_path / "model", lm), "save_path": str(tmp_path)}
     values |= {key: write_json(tmp_path / "data.json", make_problems(4)) for key in ("train_path", "val_path")}
@@ -223,7 +223,7 @@ def fail(processes, command: list[str]) -> str:
     return ""
 
 
-def test_what_one_process_cannot_load_all_refuse(tmp_path):
+def test_load_error_on_one_rank_stops_all_ranks(tmp_path):
     values = {"method": "coconut", "model_id": save_model(tmp_path / "model", tiny_llama(V, 128)), "name": "run"}
     values |= {key: write_json(tmp_path / "data.json", make_problems(4)) for key in ("train_path", "val_path")}
     (tmp_path / "config.yaml").write_text("method: coconut\n")

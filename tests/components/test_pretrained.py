@@ -1,4 +1,4 @@
-"""Loading: models, our checkpoints and official files; the markers' new rows; what must be refused."""
+"""Loading models, checkpoints and files of the official code; marker tokens; what is refused."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ TOKENS = {"coconut": [START, END, LATENT], "pause_token": [START, END, LATENT, P
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Model folders: a GPT-2 (tied head), a Llama (head of its own), one without "<<", one with spare rows."""
+    """Model folders: GPT-2 (tied embeddings), Llama (untied), one without the token "<<", one with spare rows."""
     place, short = tmp_path_factory.mktemp("models"), byte_tokenizer(arrows=False)
     return {
         "gpt2": save_model(place / "gpt2"),
@@ -42,7 +42,7 @@ def tables(lm):
 
 
 def random_state(lm, rows=None, seed=5):
-    """Weights for an official file: those of the model with `rows` rows, all of them random."""
+    """A random state dict of the model, with its embeddings resized to `rows`."""
     torch.manual_seed(seed)
     if rows:
         lm.resize_token_embeddings(rows, mean_resizing=False)
@@ -52,7 +52,7 @@ def random_state(lm, rows=None, seed=5):
 
 
 def official_file(path: Path, state: dict, wrapped: bool) -> Path:
-    """A checkpoint as the official code saves it: plain, or (a Coconut module) with prefix and the embedding twice."""
+    """A checkpoint as the official code saves it: plain, or `wrapped` (prefixed, with the embedding a second time)."""
     if wrapped:
         embedding = next(v for name, v in state.items() if name.endswith(("wte.weight", "embed_tokens.weight")))
         state = {f"base_causallm.{name}": value for name, value in state.items()} | {"embedding.weight": embedding}
@@ -60,12 +60,12 @@ def official_file(path: Path, state: dict, wrapped: bool) -> Path:
     return path
 
 
-# --- tokens and rows --------------------------------------------------------------------------------------------------
+# --- marker tokens ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", TOKENS)
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_markers_get_ids_in_order_and_rows_made_from_arrows(folders, kind, method):
+def test_marker_tokens_are_appended_and_initialized_from_init_token(folders, kind, method):
     plain = AutoModelForCausalLM.from_pretrained(folders[kind])
     loaded = load(folders[kind], method=method)
     assert [loaded.token_id(token) for token in TOKENS[method]] == list(range(V, V + len(TOKENS[method])))
@@ -76,20 +76,20 @@ def test_markers_get_ids_in_order_and_rows_made_from_arrows(folders, kind, metho
 
 
 @pytest.mark.parametrize(("kind", "init"), [("no_arrows", "<<"), ("llama", "two words")])
-def test_new_rows_are_the_mean_row_where_the_init_is_not_one_token(folders, kind, init):
+def test_marker_tokens_fall_back_to_mean_embedding(folders, kind, init):
     plain = AutoModelForCausalLM.from_pretrained(folders[kind])
     for table, before in zip(tables(load(folders[kind], new_token_init=init).lm), tables(plain), strict=True):
         torch.testing.assert_close(table[-3:], before.mean(0).expand(3, -1))
 
 
-def test_the_init_token_can_be_chosen(folders):
+def test_new_token_init_selects_the_init_token(folders):
     loaded = load(folders["llama"], new_token_init="a")
     letter = loaded.tokenizer.convert_tokens_to_ids("a")
     for table in tables(loaded.lm):
         assert torch.equal(table[V:], table[letter].expand(3, -1))
 
 
-def test_a_model_with_more_rows_than_its_tokenizer_keeps_its_size(folders):
+def test_model_with_spare_embedding_rows_is_not_resized(folders):
     plain = AutoModelForCausalLM.from_pretrained(folders["spare_rows"])
     loaded = load(folders["spare_rows"])
     assert [loaded.token_id(token) for token in TOKENS["coconut"]] == [V, V + 1, V + 2]
@@ -101,11 +101,11 @@ def test_a_model_with_more_rows_than_its_tokenizer_keeps_its_size(folders):
 
 
 @pytest.mark.parametrize("method", ["cot", "no_cot", "no_thoughts", "icot"])
-def test_methods_without_markers_leave_the_model_as_it_is(folders, method):
+def test_methods_without_markers_do_not_resize_embeddings(folders, method):
     assert len(tables(load(folders["gpt2"], method=method).lm)[0]) == V
 
 
-def test_pad_is_eos_only_where_the_tokenizer_has_no_pad(folders, tmp_path):
+def test_pad_token_defaults_to_eos(folders, tmp_path):
     tokenizer = load(folders["gpt2"]).tokenizer
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     padded = byte_tokenizer(pad=True)
@@ -113,12 +113,12 @@ def test_pad_is_eos_only_where_the_tokenizer_has_no_pad(folders, tmp_path):
     assert own.pad_token_id == padded.pad_token_id != own.eos_token_id
 
 
-def test_weights_are_float32_whatever_the_file_holds(tmp_path):
+def test_bf16_weights_are_loaded_as_float32(tmp_path):
     folder = save_model(tmp_path / "half", tiny_gpt2(V, 128).to(torch.bfloat16))
     assert {p.dtype for p in load(folder).lm.parameters()} == {torch.float32}
 
 
-def test_from_scratch_takes_the_architecture_only_and_loaded_weights_win(folders, tmp_path):
+def test_from_scratch_initializes_randomly_unless_load_model_path_is_set(folders, tmp_path):
     plain = AutoModelForCausalLM.from_pretrained(folders["gpt2"]).transformer.wpe.weight
     torch.manual_seed(1)
     first = load(folders["gpt2"], from_scratch=True).lm.transformer.wpe.weight
@@ -134,7 +134,7 @@ def test_from_scratch_takes_the_architecture_only_and_loaded_weights_win(folders
     assert torch.equal(load(folders["gpt2"], folders["gpt2"], from_scratch=True).lm.transformer.wpe.weight, plain)
 
 
-# --- official files ---------------------------------------------------------------------------------------------------
+# --- official checkpoints ---------------------------------------------------------------------------------------------
 
 MODELS = {"gpt2": tiny_gpt2, "llama": tiny_llama}
 
@@ -142,7 +142,7 @@ MODELS = {"gpt2": tiny_gpt2, "llama": tiny_llama}
 @pytest.mark.parametrize("head", ["with_head", "without_tied_head"])
 @pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "wrapped"])
 @pytest.mark.parametrize("kind", MODELS)
-def test_an_official_file_with_all_rows_is_taken_over_bit_for_bit(folders, tmp_path, kind, wrapped, head):
+def test_official_checkpoint_is_loaded_bit_identically(folders, tmp_path, kind, wrapped, head):
     state = random_state(MODELS[kind](V, 128), rows=V + 3)
     if head == "without_tied_head" and kind == "gpt2":
         state.pop("lm_head.weight")
@@ -153,7 +153,7 @@ def test_an_official_file_with_all_rows_is_taken_over_bit_for_bit(folders, tmp_p
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_a_cot_file_initializes_coconut(folders, tmp_path, kind):
+def test_official_cot_checkpoint_initializes_coconut(folders, tmp_path, kind):
     state = random_state(MODELS[kind](V, 128))
     loaded = load(folders[kind], official_file(tmp_path / "checkpoint_6", state, wrapped=False))
     own = loaded.lm.state_dict()
@@ -165,7 +165,7 @@ def test_a_cot_file_initializes_coconut(folders, tmp_path, kind):
     assert len(own["lm_head.weight"]) == V + 3
 
 
-def test_a_cot_file_with_spare_rows_gets_the_markers_rows_too(folders, tmp_path):
+def test_official_cot_checkpoint_with_spare_rows_initializes_markers(folders, tmp_path):
     state = random_state(tiny_llama(V + 40, 128))
     loaded = load(folders["spare_rows"], official_file(tmp_path / "cot", state, wrapped=False))
     arrows = loaded.tokenizer.convert_tokens_to_ids("<<")
@@ -175,14 +175,14 @@ def test_a_cot_file_with_spare_rows_gets_the_markers_rows_too(folders, tmp_path)
     assert torch.equal(tables(wrapped.lm)[0], state["model.embed_tokens.weight"])
 
 
-def test_names_of_a_wrapped_module_are_understood(folders, tmp_path):
+def test_module_prefix_of_official_checkpoint_is_stripped(folders, tmp_path):
     state = random_state(tiny_gpt2(V, 128), rows=V + 3)
     official_file(tmp_path / "file", state, wrapped=True)
     torch.save({f"module.{k}": v for k, v in torch.load(tmp_path / "file").items()}, tmp_path / "file")
     assert torch.equal(tables(load(folders["gpt2"], tmp_path / "file").lm)[0], state["transformer.wte.weight"])
 
 
-# --- refusals ---------------------------------------------------------------------------------------------------------
+# --- refused checkpoint files -----------------------------------------------------------------------------------------
 
 
 def change(name, value):
@@ -204,7 +204,7 @@ REFUSED = [
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "wrapped"])
 @pytest.mark.parametrize(("damage", "named"), REFUSED, ids=range(len(REFUSED)))
-def test_an_official_file_that_does_not_fit_is_refused_by_name(folders, tmp_path, damage, named, wrapped):
+def test_mismatched_official_checkpoint_is_refused(folders, tmp_path, damage, named, wrapped):
     state = random_state(tiny_gpt2(V, 128))
     damage(state)
     if wrapped:
@@ -226,7 +226,7 @@ class Harmful:
         return Path.touch, (Path(self.path),)
 
 
-def test_a_pickle_with_code_is_refused_and_does_not_run(folders, tmp_path):
+def test_pickled_code_in_official_checkpoint_is_refused(folders, tmp_path):
     torch.save({"transformer.wpe.weight": Harmful(tmp_path / "ran")}, tmp_path / "file")
     with pytest.raises(UserError, match="not a file of plain weights"):
         load(folders["gpt2"], tmp_path / "file")
@@ -236,7 +236,7 @@ def test_a_pickle_with_code_is_refused_and_does_not_run(folders, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 torn"], ids=["empty", "text", "torn"])
-def test_a_file_that_is_no_checkpoint_is_refused(folders, tmp_path, content):
+def test_unreadable_checkpoint_file_is_refused(folders, tmp_path, content):
     (tmp_path / "file").write_bytes(content)
     with pytest.raises(UserError, match=r"load_model_path: .*file"):
         load(folders["gpt2"], tmp_path / "file")
@@ -245,18 +245,18 @@ def test_a_file_that_is_no_checkpoint_is_refused(folders, tmp_path, content):
 @pytest.mark.parametrize(
     "value", [[1], {"a": 1}, {1: torch.zeros(2)}, torch.zeros(2)], ids=["list", "dict", "ids", "tensor"]
 )
-def test_a_file_that_holds_no_state_dict_is_refused(folders, tmp_path, value):
+def test_checkpoint_file_without_state_dict_is_refused(folders, tmp_path, value):
     torch.save(value, tmp_path / "file")
     with pytest.raises(UserError, match="not a state dict"):
         load(folders["gpt2"], tmp_path / "file")
 
 
-# --- our own directories ----------------------------------------------------------------------------------------------
+# --- checkpoint directories -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def runs(folders, tmp_path_factory):
-    """Two short trained runs: cot, and coconut at stage 2 of 2."""
+    """Two short runs: cot, and coconut at stage 2 of 2."""
     place = tmp_path_factory.mktemp("runs")
     config = {"model_id": folders["llama"], "save_path": str(place), "logger": "none", "max_new_tokens": 4, "lr": 1e-3}
     config |= {key: write_json(place / "data.json", make_problems(8)) for key in ("train_path", "val_path")}
@@ -267,7 +267,7 @@ def runs(folders, tmp_path_factory):
     return place
 
 
-def test_transformers_opens_a_checkpoint(runs):
+def test_checkpoint_loads_with_transformers(runs):
     path = runs / "coconut" / "checkpoint_3"
     lm, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
     assert tokenizer.convert_ids_to_tokens([V, V + 1, V + 2]) == [START, END, LATENT]
@@ -276,7 +276,7 @@ def test_transformers_opens_a_checkpoint(runs):
         assert lm(torch.tensor([[1, V, 3]])).logits.shape == (1, 3, V + 3)
 
 
-def test_a_checkpoint_comes_back_bit_for_bit_with_its_description(folders, runs):
+def test_checkpoint_and_coconut_json_round_trip(folders, runs):
     path = runs / "coconut" / "best"
     loaded = load(folders["gpt2"], path)  # the architecture is the checkpoint's
     saved = load_file(path / "model.safetensors")
@@ -288,7 +288,7 @@ def test_a_checkpoint_comes_back_bit_for_bit_with_its_description(folders, runs)
     assert loaded.description["token_ids"] == {START: V, END: V + 1, LATENT: V + 2}
 
 
-def test_a_cot_directory_initializes_coconut(folders, runs):
+def test_cot_checkpoint_initializes_coconut(folders, runs):
     path = runs / "cot" / "best"
     saved = load_file(path / "model.safetensors")
     assert len(saved["lm_head.weight"]) == V
@@ -299,7 +299,7 @@ def test_a_cot_directory_initializes_coconut(folders, runs):
         assert torch.equal(table[V:], saved[name][arrows].expand(3, -1))
 
 
-def test_pause_rows_are_added_to_a_coconut_checkpoint_without_touching_the_others(folders, runs):
+def test_pause_token_is_added_to_a_coconut_checkpoint(folders, runs):
     path = runs / "coconut" / "best"
     saved = load_file(path / "model.safetensors")
     loaded = load(folders["gpt2"], path, method="pause_as_thought")
@@ -340,7 +340,7 @@ def with_extra(path):
         ("model.safetensors", with_extra, "extra.weight"),
     ],
 )
-def test_a_damaged_checkpoint_directory_is_refused(folders, runs, tmp_path, file, damage, named):
+def test_damaged_checkpoint_directory_is_refused(folders, runs, tmp_path, file, damage, named):
     shutil.copytree(runs / "coconut" / "checkpoint_3", tmp_path / "copy")
     damage(tmp_path / "copy" / file)
     with pytest.raises(UserError, match="copy") as refusal:
@@ -350,7 +350,7 @@ def test_a_damaged_checkpoint_directory_is_refused(folders, runs, tmp_path, file
     assert len(str(refusal.value).splitlines()) <= 3
 
 
-def test_a_refused_checkpoint_ends_a_run_with_code_2_and_nothing_written(runs, tmp_path, capsys):
+def test_damaged_checkpoint_exits_with_code_2_and_writes_nothing(runs, tmp_path, capsys):
     shutil.copytree(runs / "coconut" / "checkpoint_3", tmp_path / "copy")
     truncate(tmp_path / "copy" / "model.safetensors")
     command = {
@@ -364,7 +364,7 @@ def test_a_refused_checkpoint_ends_a_run_with_code_2_and_nothing_written(runs, t
     assert not (tmp_path / "saved").exists()
 
 
-def test_a_description_is_written_for_people_and_programs(runs):
+def test_coconut_json_contents(runs):
     text = (runs / "cot" / "best" / "coconut.json").read_text()
     assert json.loads(text)["method"] == "cot"
     assert json.loads(text)["token_ids"] == {}
@@ -385,13 +385,13 @@ SIZES |= {"intermediate_size": 48, "initializer_range": 0.3, "max_position_embed
         ("mamba", {"state_size": 8, "time_step_rank": 4}),  # recurrent
     ],
 )
-def test_a_model_that_cannot_take_thoughts_is_refused(kind, options):
+def test_unsupported_architecture_is_refused(kind, options):
     lm = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**SIZES | options))
     with pytest.raises(UserError, match="cannot be trained with thoughts"):
         check_model(lm, byte_tokenizer().eos_token_id, "model_id")
 
 
-def test_a_model_whose_code_fails_is_refused(folders, monkeypatch):
+def test_model_whose_forward_fails_is_refused(folders, monkeypatch):
     def fail(*_, **__):
         raise AssertionError
 
@@ -409,7 +409,7 @@ def test_a_model_whose_code_fails_is_refused(folders, monkeypatch):
         ("gpt_neox", {}),
     ],
 )
-def test_other_models_are_taken_as_they_are(kind, options):
+def test_supported_architectures_pass_check_model(kind, options):
     lm = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**SIZES | options)).train()
     check_model(lm, byte_tokenizer().eos_token_id, "model_id")
     assert lm.training

@@ -1,4 +1,4 @@
-"""Tiny tokenizers, models, problems and runs that the tests are made of."""
+"""Tiny tokenizers, models, problems and runs for the tests."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ EOS, BOS = "<|endoftext|>", "<|bos|>"
 
 
 def byte_tokenizer(bos: bool = False, pad: bool = False, arrows: bool = True) -> PreTrainedTokenizerFast:
-    """One token per byte, eos, and with `arrows` one for "<<" (as GPT-2 has); with `bos`, one before every text."""
+    """A byte-level tokenizer with eos; `arrows` adds the token "<<" (as in GPT-2), `bos` prepends bos to every text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = [*alphabet, *(["<<"] if arrows else []), EOS]
     ids = {token: id for id, token in enumerate(vocabulary)}
@@ -56,7 +56,7 @@ def byte_tokenizer(bos: bool = False, pad: bool = False, arrows: bool = True) ->
 
 
 def show(ids, tokenizer) -> str:
-    """Token ids as a text, a character for each special one: S, L, E, P the markers, ^ bos, $ eos, . for -100."""
+    """Token ids as text, special tokens as one character: S, L, E, P are the markers, ^ bos, $ eos, . is -100."""
     short = {START: "S", LATENT: "L", END: "E", PAUSE: "P", BOS: "^", EOS: "$"}
     pieces = ["." if id == -100 else tokenizer.convert_ids_to_tokens(id) for id in ids]
     return "".join(short.get(piece, piece) for piece in pieces).replace("Ċ", "\n").replace("Ġ", " ")
@@ -66,7 +66,7 @@ def show(ids, tokenizer) -> str:
 
 
 def tiny_gpt2(vocabulary: int = 50, positions: int = 64, dropout: float = 0.0, **options) -> GPT2LMHeadModel:
-    """A random GPT-2 of 2 layers, width 16, with weights large enough that every token matters."""
+    """A random GPT-2 of 2 layers, width 16; weights are large enough that every token affects the output."""
     drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
     sizes = {"vocab_size": vocabulary, "n_positions": positions, "n_embd": 16, "n_layer": 2, "n_head": 2}
     ends = {"bos_token_id": 0, "eos_token_id": 0}
@@ -74,7 +74,7 @@ def tiny_gpt2(vocabulary: int = 50, positions: int = 64, dropout: float = 0.0, *
 
 
 def llama_sizes(vocabulary: int, positions: int, **options) -> dict:
-    """The sizes of a tiny model of the Llama family."""
+    """Config values of a tiny model of the Llama family."""
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
     sizes = {"vocab_size": vocabulary, "hidden_size": 16, "intermediate_size": 24, "max_position_embeddings": positions}
     ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
@@ -82,23 +82,23 @@ def llama_sizes(vocabulary: int, positions: int, **options) -> dict:
 
 
 def tiny_llama(vocabulary: int = 50, positions: int = 64, **options) -> LlamaForCausalLM:
-    """A random Llama of 2 layers, width 16, grouped queries and a head of its own."""
+    """A random Llama of 2 layers, width 16, with grouped-query attention and an untied LM head."""
     return LlamaForCausalLM(LlamaConfig(**llama_sizes(vocabulary, positions, **options)))
 
 
 def tiny_qwen3(vocabulary: int = 50, positions: int = 64, **options) -> Qwen3ForCausalLM:
-    """A random Qwen3 of 2 layers and width 16, with normalized queries and keys."""
+    """A random Qwen3 of 2 layers and width 16, with QK normalization."""
     return Qwen3ForCausalLM(Qwen3Config(**llama_sizes(vocabulary, positions, head_dim=4, **options)))
 
 
 def tiny_gemma3() -> Gemma3ForCausalLM:
-    """A random Gemma 3 of 2 layers and width 16, whose embedding scales its rows."""
+    """A random Gemma 3 of 2 layers and width 16, with scaled embeddings."""
     sizes = llama_sizes(50, 64, head_dim=4, query_pre_attn_scalar=4, tie_word_embeddings=True)
     return Gemma3ForCausalLM(Gemma3TextConfig(**sizes))
 
 
 def tiny_qwen2(vocabulary: int = 50, positions: int = 64, **options) -> Qwen2ForCausalLM:
-    """A random Qwen2 of width 16, with a layer that sees everything and one that sees four columns, itself included."""
+    """A random Qwen2 of width 16, with a layer of full attention and one with a sliding window of 4."""
     window = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
     return Qwen2ForCausalLM(Qwen2Config(**llama_sizes(vocabulary, positions, **window, **options)))
 
@@ -107,7 +107,7 @@ MODELS = {"gpt2": tiny_gpt2, "llama": tiny_llama, "qwen3": tiny_qwen3, "qwen2": 
 
 
 def exact_model(kind: str, seed: int = 0, **options):
-    """A tiny model in float64 throughout: transformers' RMSNorm rounds to float32, so torch's takes its place."""
+    """A tiny model in float64. RMSNorm of transformers rounds to float32, so it is replaced by that of torch."""
     torch.manual_seed(seed)
     lm = MODELS[kind](**options).double().eval()
     for parent in list(lm.modules()):
@@ -119,7 +119,7 @@ def exact_model(kind: str, seed: int = 0, **options):
 
 
 def saved_bytes(lm, forward) -> int:
-    """The bytes that a forward function keeps for the backward pass, besides the model's own parameters."""
+    """The bytes that `forward` saves for backward, without the model's parameters."""
     own = {p.untyped_storage().data_ptr() for p in lm.parameters()}
     kept = {}
 
@@ -136,7 +136,7 @@ def saved_bytes(lm, forward) -> int:
 
 
 def save_model(folder: Path, lm=None, tokenizer=None, seed: int = 0) -> str:
-    """A folder that AutoModelForCausalLM and AutoTokenizer open; by default a tiny GPT-2 over bytes."""
+    """Saves a model and its tokenizer for from_pretrained; by default a tiny byte-level GPT-2."""
     tokenizer = tokenizer or byte_tokenizer()
     torch.manual_seed(seed)
     (lm or tiny_gpt2(len(tokenizer), positions=128)).save_pretrained(folder)
@@ -159,7 +159,7 @@ def make_problems(count: int, steps: int = 2, seed: int = 0) -> list[dict]:
 
 
 def write_json(path: Path, value) -> str:
-    """Writes a data file."""
+    """Writes a value as JSON and returns the path."""
     path.write_text(json.dumps(value), encoding="utf-8")
     return str(path)
 
@@ -168,12 +168,12 @@ def write_json(path: Path, value) -> str:
 
 
 def words(values: dict) -> list[str]:
-    """Config values as key=value words."""
+    """Config values as key=value arguments."""
     return [f"{key}={'null' if value is None else value}" for key, value in values.items()]
 
 
 def run_script(config, *overrides: str, processes: int = 0, timeout: int = 240, cwd=None, env=None):
-    """run.py as a user starts it: by python, or with `processes` by torchrun. Returns the CompletedProcess."""
+    """Starts run.py by python, or with `processes` by torchrun. Returns the CompletedProcess."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [sys.executable, *(launcher if processes else []), str(REPOSITORY / "run.py"), str(config), *overrides]
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "RANK", "WORLD_SIZE", "LOCAL_"))}
@@ -189,12 +189,12 @@ def run_script(config, *overrides: str, processes: int = 0, timeout: int = 240, 
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The objects in a file of JSON lines."""
+    """The objects in a JSON Lines file."""
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
 def snapshot(directory: Path) -> dict[str, tuple]:
-    """Every file and link under a directory with its content and its time of change: equal only if nothing changed."""
+    """Content and mtime of every file and link under a directory: equal only if nothing changed."""
     return {
         str(path.relative_to(directory)): (path.lstat().st_mtime_ns, path.read_bytes() if path.is_file() else None)
         for path in sorted(Path(directory).rglob("*"))
@@ -202,9 +202,9 @@ def snapshot(directory: Path) -> dict[str, tuple]:
 
 
 def training_state(checkpoint: Path) -> dict:
-    """The training state of a checkpoint, with that of the optimizer as {parameter: {key: tensor}} (if it is kept)."""
+    """The training state of a checkpoint, with the optimizer state (if retained) as {parameter: {key: tensor}}."""
     state = torch.load(checkpoint / "training_state.pt", weights_only=True)
-    assert "optimizer" not in state  # it has a file of its own
+    assert "optimizer" not in state  # it is in optimizer.safetensors
     state["optimizer"] = {}
     if (checkpoint / "optimizer.safetensors").exists():
         for name, value in load_file(checkpoint / "optimizer.safetensors").items():

@@ -1,4 +1,4 @@
-"""Batches with thoughts in all kinds of places, for tiny models of 50 tokens."""
+"""Batches with thoughts at various positions, for tiny models with a vocabulary of 50."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ def make_row(rng, thoughts, before=None, after=None):
 
 
 def pad(rows, offsets, fill=0):
-    """The rows as a tensor (batch, length), each moved to the right by its offset."""
+    """The rows as a tensor (batch, length), each left-padded by its offset."""
     rows = [[fill] * n + row for n, row in zip(offsets, rows, strict=True)]
     length = max(map(len, rows))
     return torch.tensor([row + [fill] * (length - len(row)) for row in rows])
 
 
 def align(rows):
-    """The offsets that bring the first latents into one column; 0 for rows without any."""
+    """The offsets that align the first latents of all rows; 0 for rows without any."""
     firsts = [row.index(LATENT) if LATENT in row else None for row in rows]
     column = max((first for first in firsts if first is not None), default=0)
     return [0 if first is None else column - first for first in firsts]
 
 
 def scattered():
-    """Rows whose thoughts do not follow each other and lie in no common column."""
+    """Rows whose thoughts are neither consecutive nor aligned."""
     L = LATENT
     return [[5, L, 7, L, L, 9, 3], [4, 8, 8, L, 2], [6, 2, L, 3, 3, L, 1, L], [9, 9, 9, 9]]
 
@@ -54,7 +54,7 @@ BATCHES["latent_last"] = [[3, 4, START, LATENT, LATENT], [5, LATENT], [1, 2, 3]]
 
 
 def make_labels(rows):
-    """Supervision after the last marker or thought; nothing at all in the second row of larger batches."""
+    """Labels after the last marker or thought; in batches of more than two, the second row has none at all."""
     labels = []
     for number, row in enumerate(rows):
         prompt = max([i for i, id in enumerate(row) if id in (LATENT, END)], default=1) + 1
@@ -63,7 +63,7 @@ def make_labels(rows):
 
 
 def batch_of(rows, offsets) -> dict:
-    """The tensors that the model takes of rows."""
+    """The model's inputs for rows."""
     mask = pad([[1] * len(row) for row in rows], offsets)
     labels = pad(make_labels(rows), offsets, fill=-100)
     return {"input_ids": pad(rows, offsets), "attention_mask": mask, "labels": labels}

@@ -1,11 +1,11 @@
-"""Faults as objects: what goes wrong, where, at which step and in which process of a run.
+"""Fault injection: what fails, where, at which step and on which rank.
 
-The production code has no hooks for them: `Fault.inject` patches its modules from outside. A run with a fault is
+The production code has no hooks for it: `Fault.inject` patches its modules. A run with a fault is
 
     python tests/helpers/faults.py '{"action": "kill", "place": "step", "step": 3}' CONFIG.yaml [key=value ...]
 
-(under torchrun, too), or `launch(..., fault=Fault("kill", "step", 3))`, which forks it from a server that has
-imported everything, so that a run of a tiny model takes a second.
+(under torchrun, too), or `launch(..., fault=Fault("kill", "step", 3))`, which forks it from a server with all imports
+done, so that a run of a tiny model takes a second.
 """
 
 from __future__ import annotations
@@ -32,20 +32,19 @@ sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tests")) if path not in
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that goes wrong once in a run.
+    """A fault that strikes once in a run.
 
-    action: kill (SIGKILL), sigterm, sigint, impatient (SIGTERM, and later once more), wait (until a signal comes),
-            raise (an exception), full (ENOSPC), limit (no file may grow beyond `limit` bytes from now on, as on a full
-            disk), nan (a loss), inf (all gradients of this process), oom (a GPU is out of memory), hang (for `limit`
-            seconds, of which the others wait for 4), unseen (this process sees no file of the run for `limit` seconds,
-            of which it waits for 3)
-    place:  step (an optimizer step begins), backward (its gradients are there), optimizer (it is about to take it),
-            validation (an answer is there),
-            state (a save has written the weights and begins with the training state), moments (it begins with that of
-            the optimizer), rename (a save is about to rename its files), renamed (it has), slim (an older checkpoint is
-            about to lose its optimizer's state), log (metrics are about to be made durable), forward (for nan)
+    action: kill (SIGKILL), sigterm, sigint, impatient (SIGTERM twice), wait (until a signal arrives), raise (an
+            exception), full (ENOSPC), limit (from then on no file may grow beyond `limit` bytes, as on a full disk),
+            nan (the loss), inf (all gradients of this rank), oom (GPU out of memory), hang (for `limit` seconds; the
+            timeout of collectives is 4 s), unseen (this rank sees no file of the run for `limit` seconds; it waits 3 s)
+    place:  step (an optimizer step begins), backward (its gradients are computed), optimizer (before optimizer.step),
+            validation (after the first prediction),
+            state (in a save, after the weights and before the training state), moments (before the optimizer state),
+            rename (before a checkpoint is renamed to its final name), renamed (after that), slim (before the optimizer
+            state of an older checkpoint is deleted), log (before metrics are flushed to disk), forward (for nan)
     step:   the number of the optimizer step; for places in saves and validation, the last finished one
-    once:   a file that says that the fault has struck, so that a restarted process is spared
+    once:   a file that is created when the fault strikes, so that a restarted process is spared
     """
 
     action: str
@@ -56,11 +55,11 @@ class Fault:
     once: str | None = None
 
     def inject(self) -> None:
-        """Patches the modules of the program so that the fault strikes this process when it comes to its place."""
+        """Patches modules so that the fault strikes when this process reaches its place."""
         import train
         from components import distributed
 
-        if self.action == "hang":  # for all processes
+        if self.action == "hang":  # on all ranks
             distributed.TIMEOUT, distributed.HANG_WARNING = timedelta(seconds=4), timedelta(seconds=1)
         if self.action == "unseen":
             distributed.VISIBILITY_TIMEOUT = 3
@@ -84,7 +83,7 @@ class Fault:
         }[self.place]()
 
     def hide(self, start: float) -> None:
-        """Hides the small files of a run, as a file system does that shows late, or never, what others have written."""
+        """Hides the small files of a run, like a shared filesystem that shows writes of other nodes late or never."""
 
         def before(path, *_):
             is_of_run = any((folder / "metrics.jsonl").exists() for folder in list(path.parents)[:2])
@@ -94,7 +93,7 @@ class Fault:
         wrap(Path, "read_text", before)
 
     def watch_trainer(self, trainer_class) -> None:
-        """Keeps hold of the trainer, which knows the step."""
+        """Keeps a reference to the trainer, which counts the steps."""
         wrap(trainer_class, "fit", lambda trainer, *_: object.__setattr__(self, "trainer", trainer))
 
     def at_gradients(self, trainer, loss, *_) -> None:
@@ -103,11 +102,11 @@ class Fault:
             self.strike(self.step - 1)
 
     def at_validation(self) -> None:
-        """Strikes where the first answer of a validation is there."""
+        """Strikes after the first prediction of a validation."""
         wrap(__import__("evaluate"), "predict", lambda *_: self.strike(self.step))
 
     def at_state(self) -> None:
-        """Strikes where a save writes the training state: some files are complete, this one is torn."""
+        """Strikes where a save writes the training state: earlier files are complete, this one is torn."""
 
         def before(_, path):
             if ".partial" in str(path):
@@ -128,7 +127,7 @@ class Fault:
         wrap(checkpoint, "save_file", before)
 
     def at_slim(self) -> None:
-        """Strikes where the manifest of an older checkpoint is rewritten and the file is still there."""
+        """Strikes after the manifest of an older checkpoint is rewritten and before the optimizer state is deleted."""
         from components import checkpoint_manager
 
         write = checkpoint_manager.write_manifest
@@ -140,7 +139,7 @@ class Fault:
         checkpoint_manager.write_manifest = patched
 
     def at_rename(self, after: bool) -> None:
-        """Strikes before or after a save moves its directory to its place."""
+        """Strikes before or after a save renames its directory."""
         replace = os.replace
 
         def patched(source, target):
@@ -154,7 +153,7 @@ class Fault:
         os.replace = patched
 
     def at_log(self) -> None:
-        """Strikes where the metrics are made durable."""
+        """Strikes before the metrics are flushed to disk."""
 
         def before(descriptor):
             if os.readlink(f"/proc/self/fd/{descriptor}").endswith("metrics.jsonl"):
@@ -163,7 +162,7 @@ class Fault:
         wrap(os, "fsync", before)
 
     def at_forward(self) -> None:
-        """Multiplies the loss of a training step's passes by NaN."""
+        """Multiplies the losses of a training step by NaN."""
         from coconut import Coconut
 
         forward = Coconut.forward
@@ -177,11 +176,11 @@ class Fault:
         Coconut.forward = patched
 
     def due(self, finished: int) -> bool:
-        """Whether the run has finished so many optimizer steps and the fault has not struck before."""
+        """Whether `finished` optimizer steps are done and the fault has not struck before."""
         return self.trainer.state.step == finished and not (self.once and Path(self.once).exists())
 
     def strike(self, finished: int) -> None:
-        """Lets the fault happen, if the run has finished so many optimizer steps."""
+        """Executes the action if `finished` optimizer steps are done."""
         if not self.due(finished):
             return
         if self.once:
@@ -215,7 +214,7 @@ class Fault:
 
 
 def wrap(owner, name: str, before) -> None:
-    """Calls `before` with the same arguments ahead of every call of a function."""
+    """Patches a function so that `before` is called first, with the same positional arguments."""
     function = getattr(owner, name)
 
     def patched(*args, **kwargs):
@@ -226,7 +225,7 @@ def wrap(owner, name: str, before) -> None:
 
 
 def truncate(path: Path) -> None:
-    """Cuts the second half of a file off."""
+    """Cuts off the second half of a file."""
     os.truncate(path, path.stat().st_size // 2)
 
 
@@ -242,16 +241,16 @@ def flip(path: Path) -> None:
 
 @dataclass
 class Outcome:
-    """How the processes of a run ended: their exit codes by rank (-9: SIGKILL), and all that they printed."""
+    """The exit codes of a run by rank (-9: SIGKILL), and the output of all ranks."""
 
     codes: list[int]
     output: str
 
 
 def launch(words: list[str], ranks: int = 1, fault: Fault | None = None, timeout: float = 120, env=None) -> Outcome:
-    """Runs run.main(words) in `ranks` processes of their own, without torchrun: nobody ends them but themselves.
+    """Runs run.main(words) in `ranks` processes, without torchrun: nothing else terminates the peers of a dead rank.
 
-    Raises TimeoutError, and ends them, where one is still there after `timeout` seconds.
+    Raises TimeoutError, and kills them, if one is still running after `timeout` seconds.
     """
     environment = {"HF_HUB_OFFLINE": "1", **(env or {})}
     if ranks > 1:
@@ -278,7 +277,7 @@ def launch(words: list[str], ranks: int = 1, fault: Fault | None = None, timeout
 
 
 def server():
-    """A process with all modules imported, from which runs are forked."""
+    """The fork server, with all modules imported."""
     paths = [str(ROOT), str(ROOT / "tests"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path for path in paths if path))
     context = multiprocessing.get_context("forkserver")
@@ -287,7 +286,7 @@ def server():
 
 
 def work(words: list[str], fault: Fault | None, environment: dict[str, str], output: str) -> None:
-    """One process of a run: everything printed goes to the file `output`."""
+    """One rank of a run; stdout and stderr go to the file `output`."""
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -296,7 +295,7 @@ def work(words: list[str], fault: Fault | None, environment: dict[str, str], out
 
 
 def drive(words: list[str], fault: Fault | None) -> int:
-    """run.main with a fault; returns its exit code."""
+    """Calls run.main with a fault and returns the exit code."""
     import run
 
     if fault is not None:
@@ -305,7 +304,6 @@ def drive(words: list[str], fault: Fault | None) -> int:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]

@@ -1,4 +1,4 @@
-"""A small experiment for runs that are disturbed or divided, and when two of its runs count as equal."""
+"""A small experiment for tests of faults and several ranks, and the comparison of its runs."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from helpers import (
 )
 from helpers.faults import Fault, Outcome, launch
 
-TIMING = ("tokens_per_second", "seconds")  # what may differ between two equal runs
+TIMING = ("tokens_per_second", "seconds")  # suffixes of the metrics that are timings
 
 
 class Setting:
-    """A small experiment with all that a resume has to get right: dropout, random stages, stage switches, warm-up.
+    """A small experiment with everything that resume must restore: dropout, uniform_prob, stage switches, warm-up.
 
-    14 problems make 4 optimizer steps in each of 4 epochs (with two processes, 2 steps), the last of them short.
+    14 problems make 4 optimizer steps in each of 4 epochs (2 steps with two ranks); the last step is smaller.
     """
 
     def __init__(self, directory: Path, dropout: float = 0.1):
@@ -56,15 +56,15 @@ class Setting:
         }
 
     def words(self, name: str, **changes) -> list[str]:
-        """The command line of a run, after run.py."""
+        """The arguments of run.py for a run."""
         return [str(self.config), *words({**self.values, "name": name, **changes})]
 
     def run(self, name: str, ranks: int = 1, fault: Fault | None = None, **changes) -> Outcome:
-        """A run, forked; its directory is directory/name."""
+        """Forks a run, which writes to directory/name."""
         return launch(self.words(name, **changes), ranks, fault)
 
     def reference(self, ranks: int = 1, **changes) -> Path:
-        """The directory of a run that nothing disturbed (made once)."""
+        """The directory of an uninterrupted run (made once)."""
         directory = self.directory / "-".join(["reference", str(ranks), *(f"{k}={v}" for k, v in changes.items())])
         if not directory.exists():
             outcome = self.run(directory.name, ranks, **changes)
@@ -73,13 +73,13 @@ class Setting:
 
 
 def metrics(directory: Path) -> list[dict]:
-    """The lines of metrics.jsonl without what measures time."""
+    """The lines of metrics.jsonl without timings."""
     lines = read_lines(directory / "metrics.jsonl")
     return [{k: v for k, v in line.items() if not k.endswith(TIMING)} for line in lines]
 
 
 def flat_state(checkpoint: Path) -> dict:
-    """The training state of a checkpoint, flat, without the run id and the length of the metrics."""
+    """The training state of a checkpoint as {path: value}, without the run id and the length of metrics.jsonl."""
     flat = {}
 
     def collect(prefix: str, value) -> None:
@@ -96,7 +96,7 @@ def flat_state(checkpoint: Path) -> dict:
 
 
 def differences(mine: dict, theirs: dict) -> list[str]:
-    """The names under which two mappings of tensors and other values differ in a single bit."""
+    """The names whose tensors or other values are not bit-identical in two mappings."""
 
     def same(a, b) -> bool:
         return torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
@@ -109,7 +109,7 @@ def differences(mine: dict, theirs: dict) -> list[str]:
 
 
 def assert_same(run: Path, reference: Path) -> None:
-    """Two finished runs are equal bit by bit: weights, optimizer, random streams, metrics, predictions, best, last."""
+    """Two finished runs are bit-identical: weights, optimizer and random states, metrics, predictions, best, last."""
     assert metrics(run) == metrics(reference)
     for link in ("best", "last"):
         assert os.readlink(run / link) == os.readlink(reference / link)
