@@ -138,7 +138,7 @@ def prepare(place, *words) -> Validator:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 50])
 @pytest.mark.parametrize("stage", [0, 2, 4])
-def test_validation_counts_every_problem_once_in_batches_of_any_size(place, size, stage):
+def test_validation_does_not_depend_on_batch_size_eval(place, size, stage):
     validator = prepare(place, f"batch_size_eval={size}")
     evaluation = validator.validate(stage)
     assert [p["idx"] for p in evaluation.predictions] == list(range(7))
@@ -148,7 +148,7 @@ def test_validation_counts_every_problem_once_in_batches_of_any_size(place, size
     assert evaluation.loss == pytest.approx(alone.loss, rel=1e-6)
 
 
-def test_the_loss_is_the_mean_over_supervised_tokens_not_over_batches(place):
+def test_validation_loss_is_mean_over_supervised_tokens(place):
     validator = prepare(place, "batch_size_eval=3")
     total = count = 0
     for item in get_cot_latent_dataset(1, validator.examples, validator.config, **validator.sequence_tokens):
@@ -159,7 +159,7 @@ def test_the_loss_is_the_mean_over_supervised_tokens_not_over_batches(place):
     assert validator.validate(1).loss == pytest.approx(total / count, rel=1e-6)
 
 
-def test_accuracy_and_cot_match_are_fractions_of_all_problems(place, monkeypatch):
+def test_validation_accuracy_and_cot_match(place, monkeypatch):
     validator = prepare(place, "method=cot", "batch_size_eval=2")
     tokenizer, problems = validator.pretrained.tokenizer, validator.problems
     texts = {problem["question"]: "\n".join([*problem["steps"], "### " + problem["answer"]]) for problem in problems}
@@ -185,7 +185,7 @@ def test_accuracy_and_cot_match_are_fractions_of_all_problems(place, monkeypatch
     assert "accuracy 71.4%, CoT match 71.4%" in evaluation.summary()
 
 
-def test_validation_leaves_the_model_without_dropout_and_gradients(place):
+def test_validation_uses_eval_mode_and_no_gradients(place):
     validator = prepare(place)
     validator.model.train()
     validator.validate(2)
@@ -193,7 +193,7 @@ def test_validation_leaves_the_model_without_dropout_and_gradients(place):
     assert all(p.grad is None for p in validator.model.parameters())
 
 
-def test_no_thoughts_print_no_thoughts(place):
+def test_generated_text_states_number_of_thoughts(place):
     evaluation = prepare(place).validate(0)
     assert not any("thought" in p["generated"] for p in evaluation.predictions)
     evaluation = prepare(place).validate(2)
@@ -201,7 +201,7 @@ def test_no_thoughts_print_no_thoughts(place):
     assert starts == ["[2 thoughts"] * 6 + ["[1 thought"]
 
 
-def test_predictions_of_real_runs_are_lines_of_json(place, tmp_path):
+def test_write_predictions_round_trip(place, tmp_path):
     evaluation = prepare(place).validate(0)
     write_predictions(evaluation.predictions, tmp_path / "p.jsonl")
     assert read_lines(tmp_path / "p.jsonl") == evaluation.predictions

@@ -126,7 +126,7 @@ class Harmful:
         return Path.touch, (Path(self.path),)
 
 
-def test_a_training_state_with_code_is_refused_and_does_not_run(tmp_path):
+def test_pickled_code_in_training_state_is_refused(tmp_path):
     torch.save(
         {"state": {"run_id": Harmful(tmp_path / "ran")}, "random_states": []}, tmp_path / checkpoint.TRAINING_STATE
     )

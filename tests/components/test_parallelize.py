@@ -234,7 +234,7 @@ def test_fsdp_is_refused_by_an_older_torch(monkeypatch):
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_a_step_makes_so_many_collectives(setting, strategy):
+def test_number_of_collectives_per_step(setting, strategy):
     """A small one for each step and one at the start of an epoch. Weights are gathered once in a step, in 3
     units: two blocks and the rest. 3 steps of two, two and one micro-batches have three thoughts each."""
     shape = {"num_epochs": 2, "resume": 1, "max_latent_stage": 1, "c_thought": 3, "parallel": strategy}
