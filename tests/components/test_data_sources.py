@@ -10,7 +10,7 @@ import pytest
 from pyarrow import parquet
 
 from components.data_sources import content_digest, read_problems
-from config import Config, UserError, path_problem
+from config import Config, UserError, path_error
 from helpers import make_problems, write_json
 
 PROBLEMS = [*make_problems(5), {"question": "é\u2028?", "answer": "1,000", "steps": []}]
@@ -142,8 +142,8 @@ def test_what_the_hub_does_not_give_is_a_clear_error(place, path, reason):
     ],
 )
 def test_the_form_of_a_hub_path(key, value, complaint):
-    problems = path_problem(key, Config({key: value}))
-    assert [complaint in problem for problem in problems] == [True] * (complaint is not None)
+    error = path_error(key, Config({key: value}))
+    assert error is None if complaint is None else complaint in error
 
 
 def test_the_digest_is_that_of_the_content_alone(place):
