@@ -15,7 +15,7 @@ from pyarrow import compute
 from components.data_sources import read_problems
 from components.tokenization import TOKENS, tokenize_problems
 from config import UserError
-from curriculum import METHODS, apply_curriculum, num_removed, placeholders, stage_of
+from curriculum import METHODS, apply_curriculum, num_placeholders, num_removed, stage_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -210,7 +210,7 @@ class Lengths:
 
     def placeholders(self, stage: int, configs) -> np.ndarray:
         """The number of placeholders in each training sequence at a stage. (n,)"""
-        counts = [placeholders(stage, steps, configs, training=True) for steps in range(self.steps.max(initial=0) + 1)]
+        counts = [num_placeholders(stage, n, configs, training=True) for n in range(self.steps.max(initial=0) + 1)]
         return np.array(counts)[self.steps]
 
     def supervised(self, stage: int, configs) -> np.ndarray:

@@ -80,7 +80,7 @@ def validate(run: Run, stage: int) -> Evaluation:
     evaluation = Evaluation(
         loss,
         mean(p["correct"] for p in predictions),
-        mean(p["cot_match"] for p in predictions) if METHODS[run.config.method].steps == "kept" else None,
+        mean(p["cot_match"] for p in predictions) if METHODS[run.config.method].steps == "written" else None,
         mean(p["new_tokens"] for p in predictions),
         seconds / len(predictions),
         predictions,
@@ -159,7 +159,7 @@ def predict(problem: dict, idx: int, new: list[int], thoughts: int, tokenizer, m
         "correct": answer == normalize(problem["answer"]),
         "new_tokens": thoughts + len(new),
     }
-    if METHODS[method].steps == "kept":
+    if METHODS[method].steps == "written":
         prediction["cot_match"] = text.split("#")[0].strip() == "\n".join(problem["steps"])
     return prediction
 

@@ -15,7 +15,7 @@ from analysis.graphs import Form, Graph, find_form
 from build import inputs
 from coconut import Coconut, without_head
 from config import UserError
-from curriculum import METHODS, placeholders
+from curriculum import METHODS, num_placeholders
 from dataset import MyCollator
 from evaluate import Opened, open_checkpoint, predict, until_eos
 
@@ -127,7 +127,7 @@ def open_subject(path: str, problems: list[dict], batch_size: int) -> Subject:
     own, config = opened.model, opened.config
     ids = (own.latent_token_id, own.start_latent_id, own.end_latent_id, own.eos_token_id)
     opened = replace(opened, model=Replaceable(own.base_causallm, *ids).eval())
-    thoughts = placeholders(opened.stage, 0, config, training=False)
+    thoughts = num_placeholders(opened.stage, 0, config, training=False)
     forms = [find_form(problem) for problem in problems]
     graphs = [form and form.graph(problem) for form, problem in zip(forms, problems, strict=True)]
     return Subject(config.method, opened, problems, forms, graphs, batch_size, thoughts)

@@ -19,7 +19,7 @@ from components.moments import MOMENTS, TensorFile, load_moments, named_moments,
 from components.pretrained import Pretrained, read_description, read_tensors
 from components.spread import while_collecting
 from config import FREE_KEYS, Config, UserError
-from curriculum import ALL, METHODS, placeholders
+from curriculum import ALL_STEPS, METHODS, num_placeholders
 
 STATE = "training_state.pt"
 
@@ -111,7 +111,7 @@ def describe(config: Config, state: TrainState, pretrained: Pretrained, improved
     keys = ("method", "c_thought", "max_latent_stage", "pad_latent_to_max")
     return {key: getattr(config, key) for key in keys} | {
         "stage": state.stage,
-        "thoughts": placeholders(state.stage, ALL, config, training=False),
+        "thoughts": num_placeholders(state.stage, ALL_STEPS, config, training=False),
         "max_new_tokens": config.answer_limit,
         "epoch": state.epoch,
         "improved": improved,
