@@ -14,7 +14,7 @@ from components.checkpoint_manager import OPTIMIZER_STATES_KEPT, set_links
 from components.distributed import Processes
 from components.export import export
 from components.files import MANIFEST, atomic_directory, read_manifest, saving, verify_manifest
-from components.lora import check_frozen, frozen_checksum, merged, rows_of_tables, trained_weights
+from components.lora import check_frozen, frozen_checksum, merge_adapters, rows_of_tables, trained_weights
 from components.moments import MOMENTS, TensorFile, load_moments, named_moments, write_tensors
 from components.pretrained import Pretrained, read_description, read_tensors
 from components.spread import while_collecting
@@ -85,7 +85,7 @@ def write_files(partial: Path, pretrained: Pretrained, weights: dict, descriptio
     if any(".lora_" in name for name in weights):  # the model's file holds them merged, which rounds
         training["weights"] = trained_weights(pretrained.lm, weights)
         training["frozen"] = frozen_checksum(pretrained.lm)
-    export(pretrained.lm, partial, description, merged(pretrained.lm, weights))
+    export(pretrained.lm, partial, description, merge_adapters(pretrained.lm, weights))
     pretrained.tokenizer.save_pretrained(partial)
     torch.save(training, partial / STATE)
 

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 import run
 from coconut import Coconut
-from components.lora import add_lora, merged, parameter_groups
+from components.lora import add_lora, merge_adapters, parameter_groups
 from helpers import (
     byte_tokenizer,
     exact_model,
@@ -117,7 +117,7 @@ def test_new_rows_train_as_whole_tables_do_whose_other_rows_get_no_gradient(kind
             table, new = getattr(simple, get)().weight, getattr(ours, get)().new_rows
             torch.testing.assert_close(new.grad, table.grad[NEW_IDS], rtol=1e-9, atol=1e-12)
             assert new.grad.abs().max() > 1e-4
-    theirs, mine = merged(simple, simple.state_dict()), merged(ours, ours.state_dict())
+    theirs, mine = merge_adapters(simple, simple.state_dict()), merge_adapters(ours, ours.state_dict())
     assert mine.keys() == theirs.keys()
     for name, value in theirs.items():
         torch.testing.assert_close(mine[name], value, rtol=1e-7, atol=1e-9, msg=name)
@@ -129,7 +129,7 @@ def test_adapters_and_new_rows_are_trained_and_merge_into_the_weights(make, bf16
     lm = make()
     before = {name: value.clone() for name, value in lm.state_dict().items()}
     lm = trained(lm, bf16)
-    after = merged(lm, lm.state_dict())
+    after = merge_adapters(lm, lm.state_dict())
     assert after.keys() == before.keys()
     assert {value.dtype for value in after.values()} == {torch.float32}
     for name in (name for name in before if name.endswith(TABLES)):
