@@ -54,9 +54,7 @@ class Config:
     save_path: str = option("checkpoints", "directory of all runs", free=True)
     only_eval: bool = option(False, "only evaluate load_model_path on val_path", free=True)
     debug: bool = option(False, "dry run: nothing is written; first 5,000 training, 32 validation problems", free=True)
-    logger: str = option(
-        "wandb", "metrics logger besides metrics.jsonl", choices=("wandb", "tensorboard", "none"), free=True
-    )
+    logger: str = option("wandb", "logger besides metrics.jsonl", choices=("wandb", "tensorboard", "none"), free=True)
     # method
     method: str | None = option(None, "training method, a row of the paper's Table 1", choices=(None, *METHODS))
     coconut: bool = option(False, "official spelling of method: coconut")
@@ -67,9 +65,7 @@ class Config:
     c_thought: int = option(1, "continuous thoughts per removed step", low=0)
     epochs_per_stage: int = option(1, "epochs per stage", low=1)
     max_latent_stage: int = option(0, "stages after the initial one; a last one without any steps follows", low=0)
-    pad_latent_to_max: bool = option(
-        True, "problems with fewer steps than max_latent_stage get as many thoughts as others"
-    )
+    pad_latent_to_max: bool = option(True, "problems with fewer steps than max_latent_stage get as many thoughts")
     uniform_prob: float = option(0.0, "probability that a training example takes a random stage", low=0, high=1)
     # curriculum of icot (Deng et al. 2024)
     remove_per_epoch: float = option(8, "step tokens removed per epoch, spread evenly over it", low=0)
@@ -113,9 +109,7 @@ class Config:
         choices=(False, "mlp", "block"),
         free=True,
     )
-    compile: bool = option(
-        False, "torch.compile the training passes (not with fsdp): minutes at first; needs a C++ compiler", free=True
-    )
+    compile: bool = option(False, "torch.compile the training passes: slow to start; needs a C++ compiler", free=True)
     parallel: str = option(
         "auto", "replicate (ddp) or shard (fsdp) the model over processes", choices=("auto", "ddp", "fsdp"), free=True
     )
@@ -206,10 +200,8 @@ def convert(value, hint: type | types.UnionType, option: Mapping):
 
 def load_config(path: str, overrides: list[str] = ()) -> Config:
     """Load the config of a run: defaults < YAML file < `key=value` overrides. Raises UserError with all errors."""
-    values = read_yaml(path)
     given, errors = parse_overrides(overrides)
-    values |= given
-    config = Config()
+    values, config = read_yaml(path) | given, Config()
     errors += config.update(values)
     errors += find_errors(config, values)
     if errors:
@@ -276,7 +268,7 @@ def find_errors(config: Config, given: dict) -> list[str]:
     """Find contradictions, missing keys and missing files in a config whose values are valid by themselves.
 
     Args:
-        given: the values before they were checked: an invalid one is not missing.
+        given: the values before they were checked; an invalid one is not reported as missing.
     """
     errors = []
     methods = sorted({name for name in OFFICIAL_METHODS if getattr(config, name)} | ({config.method} - {None}))
@@ -353,7 +345,7 @@ def path_error(key: str, config: Config) -> str | None:
 
 
 def abbreviated(value) -> str:
-    """Format a value for a message: short, however large, deep or often repeated its parts are."""
+    """Format a value for a message, shortened however large, deep or often repeated its parts are."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = 100
     short.maxlevel = 3
