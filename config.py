@@ -13,6 +13,7 @@ import sys
 import types
 import typing
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -20,156 +21,129 @@ import yaml
 
 from curriculum import METHODS
 
-OFFICIAL_METHODS = ("coconut", "cot", "no_thoughts", "no_cot")  # the official code names a method by four booleans
+OFFICIAL_METHODS = ("coconut", "cot", "no_thoughts", "no_cot")  # the official code selects a method by four booleans
 SPLIT_PATHS = ("train_path", "val_path")
-HUB = "hub:"  # begins a path that names a data set of the Hugging Face hub
+HUB = "hub:"  # prefix of a path that names a data set of the Hugging Face hub
+TYPE_NAMES = {bool: "a bool", int: "an int", float: "a float", str: "a string", types.NoneType: "None"}
 
 
 class UserError(ValueError):
-    """A user's mistake: its message says what and where it is and how to mend it; run.py exits with code 2."""
+    """A user's mistake. The message names the key or file, the value and the remedy; run.py exits with code 2."""
 
 
-def option(
-    default, doc: str, low: float | None = None, high: float | None = None, choices: tuple = (), free: bool = False
-):
-    """Define a config key: its default, its meaning, the values it takes, and whether it is free.
+def option(default, doc: str, low: float = -math.inf, high: float = math.inf, choices: tuple = (), free: bool = False):
+    """Define a config key: its default, meaning and valid values.
 
-    free: a continued run may change the key, since it does not alter what is trained.
+    Args:
+        free: a resumed run may change the key, since it does not affect what is trained.
     """
     return field(default=default, metadata={"doc": doc, "low": low, "high": high, "choices": choices, "free": free})
 
 
 @dataclass(init=False)
 class Config:
-    """Every key of a run. `Config({"cot": True})` takes any subset, the rest keeps its default.
+    """All keys of a run. `Config({"cot": True})` takes any subset of them; the rest keeps its defaults.
 
-    Raises ValueError with all problems at once for unknown keys, wrong types and values out of range. What only
-    a run can know (missing files, contradictions, missing keys) is checked by `load_config`.
+    Raises UserError with all unknown keys, wrong types and values out of range at once. What depends on the run
+    (missing keys and files, contradictions) is checked by `load_config`.
     """
 
     # general
     project: str = option("coconut", "project name for the logger", free=True)
     name: str | None = option(None, "name of the run; its directory is save_path/name", free=True)
     save_path: str = option("checkpoints", "directory of all runs", free=True)
-    only_eval: bool = option(False, "only load a model and test it on val_path (needs load_model_path)", free=True)
-    debug: bool = option(
-        False, "try-out: nothing is written; the first 5,000 training, 32 validation problems", free=True
-    )
-    logger: str = option(
-        "wandb", "where metrics go besides metrics.jsonl", choices=("wandb", "tensorboard", "none"), free=True
-    )
+    only_eval: bool = option(False, "only evaluate load_model_path on val_path", free=True)
+    debug: bool = option(False, "dry run: nothing is written; first 5,000 training, 32 validation problems", free=True)
+    logger: str = option("wandb", "logger besides metrics.jsonl", choices=("wandb", "tensorboard", "none"), free=True)
     # method
-    method: str | None = option(None, "what to train, a row of the paper's Table 1", choices=(None, *METHODS))
+    method: str | None = option(None, "training method, a row of the paper's Table 1", choices=(None, *METHODS))
     coconut: bool = option(False, "official spelling of method: coconut")
     cot: bool = option(False, "official spelling of method: cot")
     no_thoughts: bool = option(False, "official spelling of method: no_thoughts")
     no_cot: bool = option(False, "official spelling of method: no_cot")
     # curriculum
-    c_thought: int = option(1, "continuous thoughts for each removed step", low=0)
-    epochs_per_stage: int = option(1, "epochs of each stage", low=1)
-    max_latent_stage: int = option(0, "stages after the initial one; then one more without any steps", low=0)
-    pad_latent_to_max: bool = option(True, "as many thoughts for problems with fewer steps than stages")
-    uniform_prob: float = option(0.0, "probability that an example trains a random stage", low=0, high=1)
+    c_thought: int = option(1, "continuous thoughts per removed step", low=0)
+    epochs_per_stage: int = option(1, "epochs per stage", low=1)
+    max_latent_stage: int = option(0, "stages after the initial one; a last one without any steps follows", low=0)
+    pad_latent_to_max: bool = option(True, "problems with fewer steps than max_latent_stage get as many thoughts")
+    uniform_prob: float = option(0.0, "probability that a training example takes a random stage", low=0, high=1)
     # curriculum of icot (Deng et al. 2024)
-    remove_per_epoch: float = option(8, "step tokens removed in each epoch, spread evenly over it", low=0)
-    remove_all_when_remove_beyond: int = option(39, "removed tokens at which all that are left go too", low=1)
-    removal_smoothing_lambda: float | None = option(4, "o more go with probability ~ exp(-lambda o)", low=0)
+    remove_per_epoch: float = option(8, "step tokens removed per epoch, spread evenly over it", low=0)
+    remove_all_when_remove_beyond: int = option(39, "number of removed tokens from which on all are removed", low=1)
+    removal_smoothing_lambda: float | None = option(4, "remove o more tokens with probability ~ exp(-lambda o)", low=0)
     # model
-    model_id: str = option("openai-community/gpt2", "hub name or folder of the model to start from")
-    from_scratch: bool = option(False, "build the model from model_id's config.json with random weights")
+    model_id: str = option("openai-community/gpt2", "hub name or directory of the base model")
+    from_scratch: bool = option(False, "random weights for the architecture in model_id's config.json")
     load_model_path: str | None = option(None, "checkpoint (directory or official file) to evaluate or to start from")
-    new_token_init: str = option("<<", "the markers' new rows start as this token's; the mean row if it is not one")
-    lora_rank: int | None = option(None, "train low-rank adapters of this rank (None: all weights); needs peft", low=1)
-    trust_remote_code: bool = option(False, "let a hub model run code of its own", free=True)
-    verify: bool = option(
-        True, "check a checkpoint that is loaded against its manifest; False saves reading it twice", free=True
-    )
+    new_token_init: str = option("<<", "token whose embedding initializes new tokens (mean embedding if not one token)")
+    lora_rank: int | None = option(None, "rank of LoRA adapters (None: train all weights); needs peft", low=1)
+    trust_remote_code: bool = option(False, "allow a hub model to run its own code", free=True)
+    verify: bool = option(True, "check a checkpoint against its manifest before loading it: reads it twice", free=True)
     # data
     train_path: str | None = option(None, "training problems: JSON, JSON lines, Parquet or hub:OWNER/NAME[:SPLIT]")
-    val_path: str | None = option(None, "validation or test problems, likewise; of the hub, name the SPLIT", free=True)
-    data_cache: str | None = option(
-        None, "folder that keeps tokenized data (None: the cache folder of datasets)", free=True
-    )
-    data_workers: int | None = option(
-        None, "processes that make batches ahead (None: 1 for a GPU, else 0)", low=0, free=True
-    )
+    val_path: str | None = option(None, "validation or test problems, likewise; a hub path needs its SPLIT", free=True)
+    data_cache: str | None = option(None, "directory for tokenized data (None: the cache of datasets)", free=True)
+    data_workers: int | None = option(None, "processes that make batches (None: 1 on a GPU, else 0)", low=0, free=True)
     # training
-    seed: int = option(0, "random seed of weights, order, dropout and stage mixing", low=0, high=2**63 - 1)
+    seed: int = option(0, "random seed of new weights, data order, dropout and stage mixing", low=0, high=2**63 - 1)
     num_epochs: int = option(1, "number of epochs", low=1, high=10**6, free=True)
-    resume: int = option(
-        0, "finished epochs to skip at the start; for only_eval, the epoch that fixes the stage", low=0, free=True
-    )
+    resume: int = option(0, "finished epochs to skip; with only_eval, the epoch that sets the stage", low=0, free=True)
     batch_size_training: int = option(32, "problems per process and forward pass", low=1)
     gradient_accumulation_steps: int = option(1, "forward passes per optimizer step", low=1)
     global_batch_size: int | None = option(
-        None, "problems per optimizer step of all processes; sets gradient_accumulation_steps", low=1
+        None, "problems per optimizer step over all processes; sets gradient_accumulation_steps", low=1
     )
-    group_by_length: bool = option(False, "steps of problems of similar length: less padding, another order")
+    group_by_length: bool = option(False, "group problems of similar length: less padding, another order")
     lr: float = option(1e-4, "AdamW's learning rate", low=0)
     weight_decay: float = option(0.01, "AdamW's weight decay", low=0)
-    warmup_steps: int = option(0, "optimizer steps of linear warm-up", low=0)
-    max_grad_norm: float | None = option(None, "clip the gradient to this norm (None: never)", low=0)
+    warmup_steps: int = option(0, "optimizer steps of linear learning-rate warmup", low=0)
+    max_grad_norm: float | None = option(None, "clip the gradient to this norm (None: no clipping)", low=0)
     reset_optimizer: bool | str = option(
-        False,
-        "forget AdamW's moments when the stage switches; every_epoch: always",
-        choices=(False, True, "every_epoch"),
+        False, "reset the optimizer state when the stage switches, or every_epoch", choices=(False, True, "every_epoch")
     )
     bf16: bool = option(False, "bfloat16 autocast over float32 weights")
-    tf32: bool = option(False, "multiply float32 matrices in TF32 on a GPU: faster, 10 bits of mantissa")
+    tf32: bool = option(False, "TF32 for float32 matrix products on a GPU: faster, 10-bit mantissa")
     gradient_checkpointing: bool | str = option(
         False,
-        "less memory, more time: keep of each mlp or block its input alone, and compute it again for the gradient",
+        "recompute the activations of every mlp or block in the backward pass: less memory, more time",
         choices=(False, "mlp", "block"),
         free=True,
     )
-    compile: bool = option(
-        False,
-        "torch.compile the training passes (never sharded); needs a C++ compiler, and minutes at first",
-        free=True,
-    )
+    compile: bool = option(False, "torch.compile the training passes: slow to start; needs a C++ compiler", free=True)
     parallel: str = option(
-        "auto",
-        "several processes: a copy of the model in each (ddp) or shards (fsdp)",
-        choices=("auto", "ddp", "fsdp"),
-        free=True,
+        "auto", "replicate (ddp) or shard (fsdp) the model over processes", choices=("auto", "ddp", "fsdp"), free=True
     )
     # validation and checkpoints
-    batch_size_eval: int | None = option(
-        None, "problems per process in validation (None: batch_size_training)", low=1, free=True
-    )
+    batch_size_eval: int | None = option(None, "batch size in validation (None: batch_size_training)", low=1, free=True)
     max_new_tokens: int | None = option(
-        None, "longest answer (None: 64 where val_path contains gsm, else 128)", low=1, free=True
+        None, "maximum number of generated tokens (None: 64 where val_path contains gsm, else 128)", low=1, free=True
     )
-    save_only_improve: bool = option(
-        False, "keep only checkpoints that improved accuracy, and the newest to go on from", free=True
-    )
-    save_every_steps: int | None = option(
-        None, "also save within an epoch, after so many optimizer steps", low=1, free=True
-    )
+    save_only_improve: bool = option(False, "keep only checkpoints that improve accuracy, and the newest", free=True)
+    save_every_steps: int | None = option(None, "also save every so many optimizer steps", low=1, free=True)
     keep_checkpoints: int | None = option(None, "newest checkpoints to keep besides best (None: all)", low=1, free=True)
-    analyze: bool = option(False, "at the end, scripts/analyze.py on best and val_path; needs matplotlib", free=True)
+    analyze: bool = option(False, "finally run scripts/analyze.py on best and val_path; needs matplotlib", free=True)
 
     def __init__(self, values: dict | None = None):
-        if problems := self.update(values or {}):
-            raise UserError(report(problems))
+        if errors := self.update(values or {}):
+            raise UserError(format_errors(errors))
 
     def update(self, values: dict) -> list[str]:
-        """Takes over the values that are sound and returns one line for each that is not."""
-        options, hints, problems = {f.name: f for f in fields(self)}, typing.get_type_hints(Config), []
+        """Set the keys whose values are valid. Returns an error message for each of the others."""
+        options, hints, errors = {f.name: f.metadata for f in fields(self)}, typing.get_type_hints(Config), []
         for key, value in values.items():
             if key not in options:
                 key = key if isinstance(key, str) else abbreviated(key)
-                near = difflib.get_close_matches(key, options, n=1, cutoff=0)[0]
-                problems.append(f"{key}: unknown key; the nearest known one is {near}")
+                nearest = difflib.get_close_matches(key, options, n=1, cutoff=0)[0]
+                errors.append(f"{key}: unknown key; did you mean {nearest}?")
                 continue
             try:
-                setattr(self, key, check_value(value, hints[key], options[key].metadata))
+                setattr(self, key, convert(value, hints[key], options[key]))
             except ValueError as error:
-                problems.append(f"{key}: {error}")
+                errors.append(f"{key}: {error}")
         named = [name for name in OFFICIAL_METHODS if getattr(self, name)]
         if self.method is None and len(named) == 1:
             self.method = named[0]
-        return problems
+        return errors
 
     @property
     def run_directory(self) -> Path:
@@ -178,15 +152,11 @@ class Config:
 
     @property
     def answer_limit(self) -> int:
-        """The number of new tokens at which an answer is cut off."""
+        """Maximum number of generated tokens."""
         return self.max_new_tokens or (64 if "gsm" in (self.val_path or "") else 128)
 
     def accumulation_steps(self, world_size: int) -> int:
-        """Number of forward passes per optimizer step on each of `world_size` processes.
-
-        Raises:
-            UserError: global_batch_size is not a multiple of what the processes take at once.
-        """
+        """Number of forward passes per optimizer step. Raises UserError if global_batch_size cannot be split evenly."""
         if self.global_batch_size is None:
             return self.gradient_accumulation_steps
         steps, rest = divmod(self.global_batch_size, self.batch_size_training * world_size)
@@ -202,78 +172,91 @@ class Config:
         return self.batch_size_training * self.accumulation_steps(world_size) * world_size
 
     def resolved(self) -> dict:
-        """All keys but the four booleans, which `method` replaces: what config.yaml holds."""
+        """Return all keys except the four booleans, which `method` replaces: the content of config.yaml."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in OFFICIAL_METHODS}
 
 
-FREE_KEYS = {f.name for f in fields(Config) if f.metadata["free"]}  # those that a continued run may change
+FREE_KEYS = {f.name for f in fields(Config) if f.metadata["free"]}  # those that a resumed run may change
 
 
-def report(problems: list[str]) -> str:
-    """Several problems as one message."""
-    return "\n".join(["the configuration has problems:", *(f"  - {problem}" for problem in problems)])
-
-
-def check_value(value, hint, metadata: Mapping):
-    """The value as the type `hint` says, or a ValueError that names it, the expectation and the key's meaning."""
-    doc, low, high, choices = (metadata[name] for name in ("doc", "low", "high", "choices"))
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value == "None" and types.NoneType in kinds:  # official YAML files write the word
+def convert(value, hint: type | types.UnionType, option: Mapping):
+    """Convert the value of a key to its type `hint`. Raises ValueError unless it is as the key's `option` says."""
+    doc, low, high, choices = (option[name] for name in ("doc", "low", "high", "choices"))
+    kinds = typing.get_args(hint) or (hint,)
+    if value == "None" and types.NoneType in kinds:  # as official YAML files spell it
         value = None
     if float in kinds and isinstance(value, int | str) and not isinstance(value, bool):
-        value = to_float(value)  # YAML 1.1 reads 1e-4 as a string
+        with suppress(ValueError):
+            value = float(str(value))  # YAML 1.1 reads 1e-4 as a string; float(10**400) would overflow
     if type(value) not in kinds:
-        names = " or ".join("None" if kind is types.NoneType else kind.__name__ for kind in kinds)
-        raise ValueError(f"{abbreviated(value)} is no {names} ({doc})")
+        raise ValueError(f"expected {' or '.join(map(TYPE_NAMES.get, kinds))}, got {abbreviated(value)} ({doc})")
     if isinstance(value, str) and ("\0" in value or has_lone_surrogate(value)):
-        raise ValueError(f"{abbreviated(value)} holds a null byte or half a character ({doc})")
+        raise ValueError(f"{abbreviated(value)} contains a null byte or a lone surrogate; remove it ({doc})")
     if choices and value not in choices:
-        raise ValueError(f"{abbreviated(value)} is none of {', '.join(str(c) for c in choices if c is not None)}")
+        names = ", ".join(str(choice) for choice in choices if choice is not None)
+        raise ValueError(f"unknown value {abbreviated(value)}; choose one of {names}")
     if isinstance(value, int | float) and not isinstance(value, bool):
-        above, below = low is None or value >= low, high is None or value <= high
-        sane = abs(value) < 2**63 if isinstance(value, int) else math.isfinite(value)
-        if not (above and below and sane):
-            bounds = f"at least {low}" if high is None else f"from {low} to {high}"
-            raise ValueError(f"{abbreviated(value)} is out of range: a finite number, {bounds} ({doc})")
+        finite = abs(value) < 2**63 if isinstance(value, int) else math.isfinite(value)
+        if not finite or not low <= value <= high:
+            bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise ValueError(f"{abbreviated(value)} is out of range; expected a finite number, {bounds} ({doc})")
     return value
 
 
-def to_float(value):
-    """value as a float where it reads as one, else unchanged, so that the type check names it."""
-    try:
-        return float(value)
-    except ValueError:
-        return value
-    except OverflowError:
-        return math.inf
-
-
-def abbreviated(value) -> str:
-    """Format a value for a message: short, however large, deep or often repeated its parts are."""
-    short = reprlib.Repr()
-    short.maxstring = short.maxother = short.maxlong = 100
-    short.maxlevel = 3
-    try:
-        return short.repr(value)
-    except ValueError:  # Python formats no integer of more than 4,300 digits
-        return "a number with too many digits"
-
-
-def has_lone_surrogate(text: str) -> bool:
-    """Whether a text contains half of a surrogate pair, which UTF-8 cannot encode."""
-    return not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text)
-
-
 def load_config(path: str, overrides: list[str] = ()) -> Config:
-    """The config of a run: defaults < YAML < key=value words. Raises UserError with all problems at once."""
-    values, (given, problems) = read_yaml(path), read_words(overrides)
-    values |= given
-    config = Config()
-    problems += config.update(values)
-    problems += run_problems(config, given=values)
-    if problems:
-        raise UserError(report(problems))
+    """Load the config of a run: defaults < YAML file < `key=value` overrides. Raises UserError with all errors."""
+    given, errors = parse_overrides(overrides)
+    values, config = read_yaml(path) | given, Config()
+    errors += config.update(values)
+    errors += find_errors(config, values)
+    if errors:
+        raise UserError(format_errors(errors))
     return config
+
+
+def format_errors(errors: list[str]) -> str:
+    """Format several error messages as one."""
+    return "\n".join(["the config has errors:", *(f"  - {error}" for error in errors)])
+
+
+def parse_overrides(overrides: list[str]) -> tuple[dict, list[str]]:
+    """Parse `key=value` words. Returns the values and an error message for each word that is not one."""
+    values, errors = {}, []
+    for word in overrides:
+        key, separator, text = word.partition("=")
+        if not separator:
+            errors.append(f"{word}: expected key=value")
+            continue
+        try:
+            values[key.removeprefix("--")] = parse_yaml(text)
+        except ValueError:
+            errors.append(f"{key}: {abbreviated(text)} is not a YAML value; quote it")
+    return values, errors
+
+
+def read_yaml(path: str | Path, chain: tuple[Path, ...] = ()) -> dict:
+    """Read the mapping in a YAML file, on top of the one in the file that its `base` key names (relative to the file).
+
+    Args:
+        chain: the files whose `base` keys led here.
+    """
+    path = Path(path)
+    if chain and os.path.realpath(path) in map(os.path.realpath, chain):
+        raise UserError(f"{path}: circular base keys: {' -> '.join(map(str, (*chain, path)))}; remove one")
+    try:
+        values = parse_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the config: {error.strerror}; ready-made ones are in args/") from error
+    except ValueError as error:
+        raise UserError(f"{path}: the config is not valid YAML in UTF-8: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected lines of 'key: value', got {type(values).__name__}")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if not isinstance(base, str) or "\0" in base or has_lone_surrogate(base):
+        raise UserError(f"{path}: base: expected the path of a YAML file from this one, got {abbreviated(base)}")
+    return read_yaml(path.parent / base, (*chain, path)) | values
 
 
 def parse_yaml(text: str):
@@ -286,123 +269,97 @@ def parse_yaml(text: str):
         raise ValueError(f"a value cannot be read: {error!s:.200}") from error
 
 
-def read_words(words: list[str]) -> tuple[dict, list[str]]:
-    """The values in key=value words, and a line for each word that is none."""
-    values, problems = {}, []
-    for word in words:
-        key, separator, text = word.partition("=")
-        if not separator:
-            problems.append(f"{word}: not a key=value word")
-            continue
-        try:
-            values[key.removeprefix("--")] = parse_yaml(text)
-        except ValueError:
-            problems.append(f"{key}: {abbreviated(text)} is not a YAML value; quote it")
-    return values, problems
+def find_errors(config: Config, given: dict) -> list[str]:
+    """Find contradictions, missing keys and missing files in a config whose values are valid by themselves.
 
-
-def read_yaml(path: str | Path, inside: tuple[Path, ...] = ()) -> dict:
-    """The mapping in a YAML file, on top of that in the file which its `base` key names (relative to the file)."""
-    path = Path(path)
-    if inside and os.path.realpath(path) in map(os.path.realpath, inside):
-        raise UserError(f"{path}: the base keys lead back to this file: {' -> '.join(map(str, (*inside, path)))}")
-    try:
-        values = parse_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the config: {error.strerror}. args/ holds ready ones.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: the config is not UTF-8 text: {error}") from error
-    except ValueError as error:
-        raise UserError(f"{path}: the config is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: the config must be lines of 'key: value', this is {type(values).__name__}")
-    base = values.pop("base", None)
-    if base is None:
-        return values
-    if not isinstance(base, str) or "\0" in base or has_lone_surrogate(base):
-        raise UserError(f"{path}: base: {abbreviated(base)} is no path; name a YAML file, relative to this one")
-    return read_yaml(path.parent / base, (*inside, path)) | values
-
-
-def run_problems(config: Config, given: dict) -> list[str]:
-    """What makes a well-formed config unfit for a run: contradictions, missing keys, missing files."""
-    problems = []
-    named = [name for name in OFFICIAL_METHODS if getattr(config, name)]
-    if len({*named, config.method} - {None}) > 1:
-        both = ", ".join(sorted({*named, config.method} - {None}))
-        problems.append(f"method: two methods at once ({both}); choose one")
-    elif config.method is None and given.get("method") in (None, "None"):
-        problems.append(f"method: none chosen; set method to one of {', '.join(METHODS)}")
+    Args:
+        given: the values before they were checked; an invalid one is not reported as missing.
+    """
+    errors = []
+    methods = sorted({name for name in OFFICIAL_METHODS if getattr(config, name)} | ({config.method} - {None}))
+    if len(methods) > 1:
+        errors.append(f"method: two methods at once ({', '.join(methods)}); choose one")
+    elif not methods and given.get("method") in (None, "None"):
+        errors.append(f"method: none chosen; choose one of {', '.join(METHODS)}")
     if config.only_eval and not config.load_model_path:
-        problems.append("load_model_path: only_eval needs a checkpoint to evaluate; set it, or only_eval: False")
+        errors.append("load_model_path: missing; only_eval needs a checkpoint; set it, or only_eval: False")
     if not config.only_eval and config.resume >= config.num_epochs:
-        problems.append(f"resume: {config.resume} leaves nothing of num_epochs {config.num_epochs}; raise num_epochs")
+        errors.append(f"resume: {config.resume} leaves nothing of num_epochs {config.num_epochs}; raise num_epochs")
     for key in ("lora_rank", "compile"):
         if getattr(config, key) and config.parallel == "fsdp":
-            problems.append(f"parallel: fsdp does not go with {key}; use ddp")
+            errors.append(f"parallel: fsdp cannot be combined with {key}; use ddp")
     if config.compile and config.gradient_checkpointing:
-        problems.append("gradient_checkpointing: does not go with compile; drop one of them")
+        errors.append("gradient_checkpointing: cannot be combined with compile; disable one of them")
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # as torch chooses it
     if config.compile and not config.only_eval and not shutil.which(compiler):
-        problems.append(f"compile: no C++ compiler {compiler}; install it, or name another in CXX, or compile: False")
+        errors.append(f"compile: no C++ compiler {compiler}; install it, set CXX to another, or set compile: False")
     needed = ("name", "val_path") if config.only_eval else ("name", *SPLIT_PATHS)
-    problems += [f"{key}: missing; a run needs it" for key in needed if given.get(key) in (None, "", "None")]
-    if config.name and (
-        Path(config.name).name != config.name or config.name == ".." or len(config.name.encode()) > 255
-    ):
-        problems.append(
-            f"name: {abbreviated(config.name)} must be a plain directory name, of 255 bytes at most; directories "
-            "belong into save_path"
-        )
-    problems += missing_packages(config)
-    return problems + [p for key in PATH_KEYS for p in path_problem(key, config)]
+    errors += [f"{key}: missing; every run needs it" for key in needed if given.get(key) in (None, "", "None")]
+    name = config.name
+    if name and (Path(name).name != name or name == ".." or len(name.encode()) > 255):
+        rule = "expected a plain directory name of at most 255 bytes"
+        errors.append(f"name: {rule}, got {abbreviated(name)}; directories belong in save_path")
+    errors += missing_packages(config)
+    return errors + [error for key in PATH_KEYS if (error := path_error(key, config))]
 
 
 def missing_packages(config: Config) -> list[str]:
-    """A line for each optional package that a training run asks for and that is not installed."""
-    asked = {"logger": config.logger if config.logger != "none" else None}  # each key with the package that it needs
-    asked |= {"lora_rank": config.lora_rank and "peft", "analyze": config.analyze and "matplotlib"}
+    """Return an error message for each optional package that a training run needs and that is not installed."""
+    needs = {  # key -> (package, the value that needs none)
+        "logger": (config.logger, "none"),
+        "lora_rank": (config.lora_rank and "peft", None),
+        "analyze": (config.analyze and "matplotlib", False),
+    }
     return [
-        f"{key}: the package {package} is not installed; pip install {package}, or do without ({key}: {off})"
-        for (key, package), off in zip(asked.items(), ("none", "None", "False"), strict=True)
-        if package and not config.only_eval and importlib.util.find_spec(package) is None
+        f"{key}: the package {package} is not installed; pip install {package}, or set {key}: {off}"
+        for key, (package, off) in needs.items()
+        if package != off and not config.only_eval and importlib.util.find_spec(package) is None
     ]
 
 
-PATH_KEYS = ("save_path", "data_cache", "model_id", "load_model_path", *SPLIT_PATHS)
-
-
-def path_problem(key: str, config: Config) -> list[str]:
-    """At most one line: the placeholder or missing file that a path key of the config names."""
-    value = getattr(config, key)
-    if not value or (key == "train_path" and config.only_eval):
-        return []
-    if "YOUR_" in value:
-        return [f"{key}: {value!r} is a placeholder; put your own path there"]
-    if key in SPLIT_PATHS and value.startswith(HUB):
-        return hub_problem(key, value)
-    try:
-        os.stat(Path(value, config.name or "") if key == "save_path" else value)
-    except (FileNotFoundError, NotADirectoryError):
-        local = key not in ("save_path", "data_cache") and (key != "model_id" or value.startswith((".", "/", "~")))
-        return [f"{key}: {value!r} does not exist; {REMEDIES[key]}"] if local else []
-    except OSError as error:  # a name that is too long, a folder that this user may not enter
-        return [f"{key}: {abbreviated(value)} cannot be used: {error.strerror}; choose another path"]
-    return []
-
-
-def hub_problem(key: str, value: str) -> list[str]:
-    """At most one line: what is wrong with a path that names a data set of the hub."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+(:\w+)?", value.removeprefix(HUB), re.ASCII):
-        return [f"{key}: {value!r} is not of the form hub:OWNER/NAME[:SPLIT]"]
-    if key == "val_path" and value.count(":") == 1:
-        return [f"{key}: {value!r} names no split; add one, such as {value}:validation"]
-    return []
-
-
-REMEDIES = {
-    "model_id": "give a hub name or an existing folder",
+REMEDIES = {  # for paths that do not exist
+    "model_id": "give a hub name or an existing directory",
     "load_model_path": "train that run first, or give another checkpoint",
     "train_path": "preprocessing/ makes the data files (see data/README.md)",
     "val_path": "preprocessing/ makes the data files (see data/README.md)",
 }
+PATH_KEYS = ("save_path", "data_cache", *REMEDIES)
+
+
+def path_error(key: str, config: Config) -> str | None:
+    """Return an error message if a path key holds a placeholder, a malformed hub path or a missing file, or None."""
+    value = getattr(config, key)
+    if not value or (key == "train_path" and config.only_eval):
+        return None
+    if "YOUR_" in value:
+        return f"{key}: {value!r} is a placeholder; put your own path there"
+    if key in SPLIT_PATHS and value.startswith(HUB):
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+(:\w+)?", value.removeprefix(HUB), re.ASCII):
+            return f"{key}: expected hub:OWNER/NAME[:SPLIT], got {value!r}"
+        if key == "val_path" and value.count(":") == 1:
+            return f"{key}: {value!r} names no split; add one, such as {value}:validation"
+        return None
+    try:
+        os.stat(Path(value, config.name or "") if key == "save_path" else value)
+    except (FileNotFoundError, NotADirectoryError):
+        is_hub_name = key == "model_id" and not value.startswith((".", "/", "~"))
+        return f"{key}: {value!r} does not exist; {REMEDIES[key]}" if key in REMEDIES and not is_hub_name else None
+    except OSError as error:  # a name that is too long, a directory without permission
+        return f"{key}: {abbreviated(value)} cannot be used: {error.strerror}; choose another path"
+    return None
+
+
+def abbreviated(value) -> str:
+    """Format a value for a message, shortened however large, deep or often repeated its parts are."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 100
+    short.maxlevel = 3
+    try:
+        return short.repr(value)
+    except ValueError:  # Python formats no integer of more than 4,300 digits
+        return "a number with too many digits"
+
+
+def has_lone_surrogate(text: str) -> bool:
+    """Whether a text contains half of a surrogate pair, which UTF-8 cannot encode."""
+    return not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text)

@@ -1,23 +1,24 @@
-"""The methods of the paper's Table 1 and the stage curriculum: which thoughts replace which steps, and when."""
+"""The methods of the paper's Table 1 and the curriculum: how many thoughts replace which steps at each stage."""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
 
-# The tokens that the methods add to a tokenizer, in this order; the last one for pause methods only.
+# Special tokens that are added to a tokenizer, in this order; <|pause|> for the methods that use it only.
 START, END, LATENT, PAUSE = "<|start-latent|>", "<|end-latent|>", "<|latent|>", "<|pause|>"
-ALL = sys.maxsize  # more steps than there are
+ALL_STEPS = sys.maxsize  # a number of steps, or of step tokens, that no example exceeds
 
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the paper's Table 1, described by two independent choices.
+    """A row of the paper's Table 1, described by two independent choices.
 
-    steps:       what happens to the written reasoning steps: "kept" (always written), "by stage" (removed one after
-                 another, stage by stage), "by token" (removed token by token) or "removed" (gone from the start).
-    placeholder: what stands, between the two markers, in the place of removed steps: "latent" (continuous
-                 thoughts), "pause" (a learned token) or None (nothing, and no markers either).
+    Attributes:
+        steps: what happens to the language reasoning steps: "written" (always), "by stage" (removed one by one, stage
+            by stage), "by token" (removed token by token) or "removed" (from the start).
+        placeholder: what replaces removed steps, between the two markers: "latent" (continuous thoughts), "pause" (a
+            learned token) or None (nothing, and no markers).
     """
 
     steps: str
@@ -25,17 +26,17 @@ class Method:
 
     @property
     def markers(self) -> bool:
-        """Whether the sequences hold <|start-latent|> and <|end-latent|>, so that the model needs their rows."""
+        """Whether sequences contain <|start-latent|> and <|end-latent|>, so that the model needs their embeddings."""
         return self.placeholder is not None
 
     @property
     def tokens(self) -> tuple[str, ...]:
-        """The added tokens that this method's sequences hold."""
+        """Special tokens in this method's sequences."""
         return {None: (), "latent": (START, END, LATENT), "pause": (START, END, PAUSE)}[self.placeholder]
 
 
 METHODS = {
-    "cot": Method(steps="kept"),
+    "cot": Method(steps="written"),
     "no_cot": Method(steps="removed"),
     "icot": Method(steps="by token"),
     "pause_token": Method(steps="removed", placeholder="pause"),
@@ -47,21 +48,23 @@ METHODS = {
 
 
 def last_stage(config) -> int:
-    """The stage from which on no written step is left; for icot, whose stages count tokens, where all are dropped."""
+    """Return the first stage without written steps; beyond it nothing changes. icot's stages count step tokens."""
     icot = METHODS[config.method].steps == "by token"
     return config.remove_all_when_remove_beyond if icot else config.max_latent_stage + 1
 
 
 def stage_of(progress: float, config) -> int:
-    """The stage that is trained after `progress` epochs, 0 .. last_stage, past which nothing changes."""
-    last = last_stage(config)
-    stages = {
-        "kept": 0,
-        "removed": last,
-        "by stage": int(progress // config.epochs_per_stage),
-        "by token": int(progress * config.remove_per_epoch),
-    }
-    return min(stages[METHODS[config.method].steps], last)
+    """Return the stage that is trained after `progress` epochs, in 0 .. last_stage."""
+    if METHODS[config.method].steps == "by token":
+        stage = int(progress * config.remove_per_epoch)
+    else:
+        stage = int(progress // config.epochs_per_stage)
+    return min(effective_stage(stage, config), last_stage(config))
+
+
+def effective_stage(stage: int, config) -> int:
+    """Return the stage itself, or for methods without a curriculum the one at which they always are."""
+    return {"written": 0, "removed": last_stage(config)}.get(METHODS[config.method].steps, stage)
 
 
 def evaluation_stage(config, description: dict) -> int:
@@ -72,44 +75,46 @@ def evaluation_stage(config, description: dict) -> int:
 def apply_curriculum(
     stage: int, steps: list[list[int]], config, training: bool, offset: int = 0
 ) -> tuple[int, list[int]]:
-    """The curriculum rule: the number of placeholder tokens, and the step tokens that are still written.
+    """Apply the curriculum rule to an example.
 
-    Args: the stage, the tokens of each step, the config, whether the sequence is for training (else a prompt for
-    generation, which never holds steps), and for icot the tokens that an example drops beyond the stage.
     Sources: the paper, section 3 "Training procedure"; for icot Deng et al. 2024 (arXiv 2405.14838), section 3.
+
+    Args:
+        stage: the scheduled stage, or the one drawn for the example.
+        steps: the token ids of each step.
+        training: whether the sequence is for training; else it is a prompt for generation, without written steps.
+        offset: icot's removal smoothing: number of tokens that are removed in addition.
+
+    Returns:
+        The number of placeholder tokens, and the token ids of the steps that are still written.
     """
-    first = num_removed(stage, config, training) + offset
+    start = num_removed(stage, config, training) + offset
     if METHODS[config.method].steps == "by token":
-        rest = [token for step in steps for token in step][first:]
+        written = [token for step in steps for token in step][start:]
     else:
-        rest = [token for step in steps[first:] for token in step]
-    return num_placeholders(stage, len(steps), config, training), rest
+        written = [token for step in steps[start:] for token in step]
+    return num_placeholders(stage, len(steps), config, training), written
 
 
 def num_removed(stage: int, config, training: bool) -> int:
-    """How many of an example's steps (icot: of its step tokens), from the first on, are not written; ALL: none is."""
+    """Return the number of leading steps (icot: step tokens) that are removed at a stage; ALL_STEPS if none is left."""
     stage = effective_stage(stage, config)
-    return ALL if stage >= last_stage(config) or not training else stage
+    return ALL_STEPS if stage >= last_stage(config) or not training else stage
 
 
-def num_placeholders(stage: int, steps: int, config, training: bool) -> int:
-    """The number of placeholder tokens of an example with so many steps."""
+def num_placeholders(stage: int, num_steps: int, config, training: bool) -> int:
+    """Return the number of placeholder tokens at a stage in an example of `num_steps` steps."""
     if not METHODS[config.method].placeholder:
         return 0
-    most = config.max_latent_stage if config.pad_latent_to_max else min(steps, config.max_latent_stage)
     thoughts = effective_stage(stage, config)
-    if num_removed(stage, config, training) == ALL:
+    if num_removed(stage, config, training) == ALL_STEPS:
+        most = config.max_latent_stage if config.pad_latent_to_max else min(num_steps, config.max_latent_stage)
         thoughts = min(thoughts, most)
     return thoughts * config.c_thought
 
 
-def effective_stage(stage: int, config) -> int:
-    """The stage at which the method stays, whatever the epoch, if it has no curriculum."""
-    return {"kept": 0, "removed": last_stage(config)}.get(METHODS[config.method].steps, stage)
-
-
 def schedule_table(config) -> str:
-    """The curriculum of a run as text: for each stage its epochs (counted from 1), placeholders and steps left."""
+    """Format the curriculum of a run as a table: for each stage its epochs (from 1), placeholders and steps left."""
     placeholder = METHODS[config.method].placeholder
     unit = "tokens" if METHODS[config.method].steps == "by token" else "steps"
     rows, first = [("epochs", "stage", "pauses" if placeholder == "pause" else "thoughts", f"{unit} left")], 1
@@ -117,9 +122,9 @@ def schedule_table(config) -> str:
         stage = stage_of(epoch, config)
         if epoch + 1 < config.num_epochs and stage_of(epoch + 1, config) == stage:
             continue
-        steps = [[0]] * (last_stage(config) + 1)  # any problem with more steps than there are stages
-        count, rest = apply_curriculum(stage, steps, config, training=True)
-        left = {len(steps): "all", 0: "none"}.get(len(rest), f"all but the first {stage}")
+        steps = [[0]] * (last_stage(config) + 1)  # an example with more steps than stages
+        count, written = apply_curriculum(stage, steps, config, training=True)
+        left = {len(steps): "all", 0: "none"}.get(len(written), f"all but the first {stage}")
         rows.append((f"{first}-{epoch + 1}", str(stage), str(count), left))
         first = epoch + 2
     return "\n".join(f"{a:>10}  {b:>5}  {c:>8}  {d}" for a, b, c, d in rows)

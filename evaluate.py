@@ -200,7 +200,7 @@ def predict(problem: dict, idx: int, new: list[int], thoughts: int, tokenizer, m
         "correct": answer == normalize(problem["answer"]),
         "new_tokens": thoughts + len(new),
     }
-    if METHODS[method].steps == "kept":
+    if METHODS[method].steps == "written":
         prediction["cot_match"] = text.split("#")[0].strip() == "\n".join(problem["steps"])
     return prediction
 

@@ -1,4 +1,4 @@
-"""Reading problems from a JSON list, JSON lines, Parquet or the hub, and what each of them must be."""
+"""Read and validate problems from a JSON list, JSON lines, Parquet or the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -19,27 +19,34 @@ SHAPE = '{"question": "...", "answer": "...", "steps": ["...", ...]}'
 
 
 def read_problems(path: str, max_size: int | None = None) -> list[dict]:
-    """The first max_size problems of a source: dicts with question (str), answer (str) and steps (list of str).
+    """Read the first max_size problems of a source.
 
-    path: a file (its content tells the format) or hub:OWNER/NAME[:SPLIT]. What else the problems hold is left out.
-    Raises UserError that names the source, the problem's index (from 0) and the field.
+    Args:
+        path: a file, whose content tells its format, or hub:OWNER/NAME[:SPLIT].
+        max_size: None reads all.
+
+    Returns:
+        Dicts with question (str), answer (str) and steps (list of str); other fields are dropped.
+
+    Raises:
+        UserError: names the source, the problem's index (from 0) and the field.
     """
     problems = []
     for index, problem in enumerate(islice(read_source(path), max_size)):
-        if complaint := validate_problem(problem):
-            raise UserError(f"{path}: problem {index}: {complaint}; expected {SHAPE}")
+        if error := problem_error(problem):
+            raise UserError(f"{path}: problem {index}: {error}; a problem is {SHAPE}")
         problems.append({name: problem[name] for name in FIELDS})
     if not problems:
-        raise UserError(f"{path}: expected a list of problems {SHAPE}, found an empty list")
+        raise UserError(f"{path}: expected a list of problems {SHAPE}, got an empty list")
     return problems
 
 
 def read_source(path: str) -> Iterable:
-    """The problems of a source as they are there."""
+    """Read the problems of a source without checking them."""
     if path.startswith(HUB):
         table = hub_dataset(path).with_format("arrow")
-        present = [name for name in FIELDS if name in table.column_names]
-        return table_rows(table.select_columns(present).iter(batch_size=1000))
+        columns = [name for name in FIELDS if name in table.column_names]
+        return table_rows(table.select_columns(columns).iter(batch_size=1000))
     try:
         content = Path(path).read_bytes()
     except OSError as error:
@@ -53,22 +60,22 @@ def read_source(path: str) -> Iterable:
 
 
 def json_rows(text: str, path: str) -> Iterable:
-    """The problems of a JSON list, or of JSON lines."""
+    """Parse the problems of a JSON list, or of JSON lines."""
     try:
         problems = json.loads(text)
     except (ValueError, RecursionError) as error:
         if getattr(error, "msg", None) == "Extra data" and text.lstrip().startswith("{"):
             return json_lines(text, path)
         raise UserError(f"{path}: not valid JSON: {error}; expected a list of {SHAPE}") from error
-    if isinstance(problems, dict) and "question" in problems:  # JSON lines, of which there is one
+    if isinstance(problems, dict) and "question" in problems:  # a single JSON line
         return [problems]
     if not isinstance(problems, list):
-        raise UserError(f"{path}: expected a list of problems {SHAPE}, found {type(problems).__name__}")
+        raise UserError(f"{path}: expected a list of problems {SHAPE}, got {type(problems).__name__}")
     return problems
 
 
 def json_lines(text: str, path: str) -> Iterator:
-    """The problems of JSON lines; empty lines are passed over."""
+    """Parse the problems of JSON lines; empty lines are skipped."""
     lines = ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
     for index, (number, line) in enumerate(lines):
         try:
@@ -79,17 +86,17 @@ def json_lines(text: str, path: str) -> Iterator:
 
 
 def parquet_rows(content: bytes, path: str) -> Iterator[dict]:
-    """The problems of a Parquet file."""
+    """Read the problems of a Parquet file."""
     try:
         file = parquet.ParquetFile(pyarrow.BufferReader(content))
-        present = [name for name in FIELDS if name in file.schema_arrow.names]
-        yield from table_rows(file.iter_batches(columns=present))
+        columns = [name for name in FIELDS if name in file.schema_arrow.names]
+        yield from table_rows(file.iter_batches(columns=columns))
     except (OSError, pyarrow.ArrowException, ValueError, ArithmeticError) as error:  # also texts that are not UTF-8
-        raise UserError(f"{path}: not a sound Parquet file: {error}") from error
+        raise UserError(f"{path}: not a valid Parquet file: {error}") from error
 
 
 def table_rows(tables: Iterable) -> Iterator[dict]:
-    """The rows of Arrow tables; a string of lines in the column `steps` stands for the list of the lines."""
+    """Convert Arrow tables to dicts, one per row; where the column `steps` holds a string, its lines are the steps."""
     for table in tables:
         for row in table.to_pylist():
             if isinstance(row.get("steps"), str):
@@ -98,22 +105,22 @@ def table_rows(tables: Iterable) -> Iterator[dict]:
 
 
 def hub_dataset(path: str):
-    """The datasets.Dataset that hub:OWNER/NAME[:SPLIT] names; without SPLIT its train split."""
+    """Load the datasets.Dataset that hub:OWNER/NAME[:SPLIT] names; SPLIT defaults to train."""
     import datasets  # slow to import
 
     name, _, split = path.removeprefix(HUB).partition(":")
     try:
         return datasets.load_dataset(name, split=split or "train")
-    except Exception as error:  # the libraries raise all kinds for a data set that is missing or cannot be reached
+    except Exception as error:  # the libraries raise all kinds for a data set that is missing or out of reach
         reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"{path}: cannot be loaded from the hub: {reason}; check name, split and network (HF_HUB_OFFLINE leaves "
-            f"only what was downloaded before), or give a file"
+            f"{path}: cannot be loaded from the hub: {reason}; check the name, the split and the network "
+            "(HF_HUB_OFFLINE allows only what was downloaded before), or give a file"
         ) from error
 
 
 def content_digest(path: str) -> str:
-    """A checksum of all that a source holds. Raises UserError where it cannot be read."""
+    """Compute the SHA-256 of a source's content. Raises UserError if it cannot be read."""
     files = [file["filename"] for file in hub_dataset(path).cache_files] if path.startswith(HUB) else [path]
     digest = hashlib.sha256()
     for name in files:
@@ -125,22 +132,22 @@ def content_digest(path: str) -> str:
     return digest.hexdigest()
 
 
-def validate_problem(problem) -> str | None:
-    """What is wrong with one problem of a source, or None."""
+def problem_error(problem) -> str | None:
+    """Return what is wrong with one problem of a source, or None."""
     if not isinstance(problem, dict):
-        return f"is no object but {type(problem).__name__}"
+        return f"expected an object, got {type(problem).__name__}"
     for name in FIELDS:
         if name not in problem:
             return f'has no "{name}"'
     if not isinstance(problem["steps"], list):
-        return f'"steps" is no list but {abbreviated(problem["steps"])}'
+        return f'"steps": expected a list, got {abbreviated(problem["steps"])}'
     texts = {"question": problem["question"], "answer": problem["answer"]}
     texts |= {f"steps[{i}]": step for i, step in enumerate(problem["steps"])}
     for name, text in texts.items():
         if not isinstance(text, str):
-            return f'"{name}" is no string but {abbreviated(text)}'
+            return f'"{name}": expected a string, got {abbreviated(text)}'
         if has_lone_surrogate(text):
-            return f'"{name}" holds half a surrogate pair, which is no character'
+            return f'"{name}" contains a lone surrogate, which is not a character'
         if "<|" in text and (marker := next((m for m in (START, END, LATENT, PAUSE) if m in text), None)):
-            return f'"{name}" holds {marker}, which only the curriculum may insert'
+            return f'"{name}" contains {marker}, which only the curriculum may insert'
     return None if problem["question"].strip() else '"question" is empty'

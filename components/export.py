@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from components.files import make_private
 from config import Config, UserError, abbreviated
-from curriculum import ALL, METHODS, num_placeholders
+from curriculum import ALL_STEPS, METHODS, num_placeholders
 
 DESCRIPTION = "coconut.json"
 GENERATE = Path("custom_generate") / "generate.py"  # where transformers looks for it
@@ -45,7 +45,7 @@ def describe(config: Config, tokenizer: PreTrainedTokenizerBase, stage: int, **t
     keys = ("method", "c_thought", "max_latent_stage", "pad_latent_to_max")
     return {key: getattr(config, key) for key in keys} | {
         "stage": stage,
-        "thoughts": num_placeholders(stage, ALL, config, training=False),
+        "thoughts": num_placeholders(stage, ALL_STEPS, config, training=False),
         "max_new_tokens": config.answer_limit,
         **training,
         "token_ids": {token: tokenizer.convert_tokens_to_ids(token) for token in METHODS[config.method].tokens},

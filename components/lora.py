@@ -1,7 +1,7 @@
-"""Low-rank adapters by peft: a small part of a large model is trained, and saved merged into its weights.
+"""LoRA with peft: train adapters and the new tokens' rows only, and merge them into the weights of a checkpoint.
 
-Besides the adapters, `new_rows` are trained: the embedding and head rows of the added tokens, which no adapter could
-teach. They lie beside the frozen tables as small parameters of their own, and forward hooks put them in their places.
+No adapter covers the rows of the added tokens in embedding and head. They are trained as `new_rows`, small parameters
+next to the frozen tables, and forward hooks use them in place of the tables' own rows.
 """
 
 from __future__ import annotations
@@ -16,12 +16,17 @@ from transformers.pytorch_utils import Conv1D
 
 from config import UserError
 
-ADAPTER = "default"  # peft's name for the only adapter
+ADAPTER = "default"  # peft's name of the only adapter
 
 
 def add_lora(lm: nn.Module, rank: int, new_ids: list[int], bf16: bool = False) -> None:
-    """Freezes the model but for adapters of the given rank in its linear layers (alpha twice the rank, no dropout) and
-    for the rows of the added tokens. With bf16 the frozen linear layers are stored in what autocast computes with."""
+    """Freeze the model, and add adapters to its linear layers (alpha = 2 * rank, no dropout) and `new_rows`.
+
+    Args:
+        lm: changed in place.
+        new_ids: ids of the added tokens.
+        bf16: store the frozen linear layers in bfloat16, in which autocast computes them anyway.
+    """
     from peft import LoraConfig, inject_adapter_in_model  # an optional package
 
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
@@ -33,12 +38,12 @@ def add_lora(lm: nn.Module, rank: int, new_ids: list[int], bf16: bool = False) -
 
 
 def add_new_rows(lm: nn.Module, ids: list[int]) -> None:
-    """Gives the embedding and the head a parameter new_rows (rows, hidden) for these tokens; tied tables share it."""
+    """Add a parameter new_rows (new, hidden), a copy of these rows, to embedding and head; tied tables share it."""
     embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
     tied = head.weight is embedding.weight
     for table in (embedding, head):
-        table.register_buffer("new_ids", torch.tensor(ids), persistent=False)  # (rows,)
-        table.new_rows = nn.Parameter(table.weight.detach()[ids])  # (rows, hidden), a copy
+        table.register_buffer("new_ids", torch.tensor(ids), persistent=False)  # (new,)
+        table.new_rows = nn.Parameter(table.weight.detach()[ids])  # (new, hidden)
     if tied:
         head.new_rows = embedding.new_rows
     embedding.register_forward_hook(embed_new_tokens)
@@ -46,25 +51,26 @@ def add_new_rows(lm: nn.Module, ids: list[int]) -> None:
 
 
 def embed_new_tokens(embedding: nn.Module, args: tuple, embeds: Tensor) -> Tensor:
-    """Forward hook: the embeddings (batch, length, hidden) of the (batch, length) tokens, new rows in their places."""
-    is_new = args[0][..., None] == embedding.new_ids  # (batch, length, rows)
+    """Forward hook: replace the embeddings (batch, length, hidden) of new tokens in args[0] (batch, length)."""
+    is_new = args[0][..., None] == embedding.new_ids  # (batch, length, new)
     new = F.embedding(is_new.int().argmax(-1), embedding.new_rows)  # (batch, length, hidden), any row for old tokens
-    new = new * getattr(embedding, "embed_scale", 1)  # Gemma 3's
+    new = new * getattr(embedding, "embed_scale", 1)  # Gemma 3
     return torch.where(is_new.any(-1, keepdim=True), new, embeds)
 
 
 def project_to_new_tokens(head: nn.Module, args: tuple, logits: Tensor) -> Tensor:
-    """Forward hook: the logits (..., vocabulary) of hidden states (..., hidden), the new tokens' from their rows."""
+    """Forward hook: replace the logits (..., vocabulary) of new tokens, from hidden states args[0] (..., hidden)."""
     bias = None if head.bias is None else head.bias[head.new_ids]
     return logits.index_copy_(-1, head.new_ids, F.linear(args[0], head.new_rows, bias))
 
 
 def store_in_bf16(lm: nn.Module) -> None:
-    """Turns the frozen linear layers to bfloat16, in which autocast computes them anyway.
+    """Convert the frozen linear layers to bfloat16, in which autocast computes them anyway.
 
-    Autocast keeps casts only of weights that require a gradient, so every pass would make, and save for its backward
-    pass, a copy of every frozen weight. What is computed in float32 stays so: tables, norms and the head. So do the
-    matrices of mixtures of experts, into which peft adds the adapters in every pass: bfloat16 would round the sums.
+    Autocast caches its casts only for weights that require a gradient: with float32 weights every forward pass would
+    cast every frozen weight anew and save the copy for the backward pass. Tables, norms and head, which are computed in
+    float32, stay float32. So do the weights of mixture-of-experts layers: peft adds the adapters to them in every
+    forward pass, and bfloat16 would round the sums.
     """
     for module in lm.modules():
         base = module.get_base_layer() if hasattr(module, "get_delta_weight") else None
@@ -73,7 +79,7 @@ def store_in_bf16(lm: nn.Module) -> None:
 
 
 def parameter_groups(lm: nn.Module, weight_decay: float) -> list[dict]:
-    """The trainable parameters for the optimizer; new rows of frozen tables do not decay, as the others do not."""
+    """Return the optimizer's parameter groups; new rows do not decay, like the rest of their frozen tables."""
     trainable = {name: p for name, p in lm.named_parameters() if p.requires_grad}
     new_rows = [p for name, p in trainable.items() if name.endswith(".new_rows")]
     others = [p for name, p in trainable.items() if not name.endswith(".new_rows")]
@@ -82,11 +88,11 @@ def parameter_groups(lm: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def merge_adapters(lm: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of the model without adapters that computes the same; `weights` itself and the model stay.
+    """Return the weights of the equivalent model without adapters. Neither `lm` nor `weights` is changed.
 
-    They are float32, also where the frozen ones are bfloat16, which would round small updates away.
+    They are float32, even where the frozen ones are bfloat16, which would round small updates away.
     """
-    plain = {
+    merged = {
         name.replace(".base_layer", ""): value.float() if value.dtype == torch.bfloat16 else value
         for name, value in weights.items()
         if ".lora_" not in name and not name.endswith(".new_rows")
@@ -95,20 +101,20 @@ def merge_adapters(lm: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tenso
         # peft adapts parameters of other names than weight in mixtures of experts
         name = f"{name.replace('.base_layer', '')}.{getattr(module, 'parameter_name', 'weight')}"
         if hasattr(module, "get_delta_weight"):
-            plain[name] = plain[name] + module.get_delta_weight(ADAPTER).detach().to(plain[name])
-        if hasattr(module, "new_rows") and name in plain:  # a tied table is there once
-            rows = module.new_rows.detach().to(plain[name])
-            plain[name] = plain[name].index_copy(0, module.new_ids.to(rows.device), rows)
-    return plain
+            merged[name] = merged[name] + module.get_delta_weight(ADAPTER).detach().to(merged[name])
+        if hasattr(module, "new_rows") and name in merged:  # of tied tables, only one is
+            rows = module.new_rows.detach().to(merged[name])
+            merged[name] = merged[name].index_copy(0, module.new_ids.to(rows.device), rows)
+    return merged
 
 
 def trainable_weights(lm: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Those of the model's weights that are trained: adapters and new rows."""
+    """Select the trained weights: adapters and new rows."""
     return {name: weights[name] for name, p in lm.named_parameters() if p.requires_grad}
 
 
 def frozen_checksum(lm: nn.Module) -> str:
-    """The SHA-256 of all frozen weights, names included."""
+    """Compute the SHA-256 of the names and values of all frozen weights."""
     digest = hashlib.sha256()
     for name, parameter in lm.named_parameters():
         if not parameter.requires_grad:
@@ -118,10 +124,10 @@ def frozen_checksum(lm: nn.Module) -> str:
 
 
 def check_frozen(lm: nn.Module, checksum: str, checkpoint: Path) -> None:
-    """Raises UserError unless the frozen weights have the `frozen_checksum` of those that a checkpoint is over."""
+    """Raise UserError unless the frozen weights have the `frozen_checksum` that a checkpoint was trained with."""
     if checksum != frozen_checksum(lm):
         raise UserError(
-            f"lora_rank: {checkpoint} was trained over other frozen weights than model_id or load_model_path bring; "
-            "put back what they brought when the run began, or start a new run from its model: another name, "
+            f"lora_rank: {checkpoint} was trained on other frozen weights than those of model_id or load_model_path; "
+            "restore the weights that the run started from, or start a new run from its model: another name and "
             f"load_model_path={checkpoint}"
         )

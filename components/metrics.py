@@ -15,10 +15,17 @@ from config import Config, UserError
 
 
 class MetricLogger:
-    """Writes metrics to metrics.jsonl and, as the config's `logger` says, to wandb or tensorboard.
+    """Log metrics to metrics.jsonl and, as the config's `logger` says, to wandb or tensorboard.
 
-    Args: the run's directory (None: log nowhere), the config, the run id that a continued run keeps, and what the
-    checkpoint being continued knows of: the bytes of metrics.jsonl and the finished steps; what is later is cut off.
+    Args:
+        directory: the run's; None logs nowhere.
+        run_id: identifies the run to wandb; a resumed run keeps it.
+        keep_bytes, steps: size of metrics.jsonl and finished optimizer steps as of the checkpoint that is resumed;
+            what was logged later is dropped.
+
+    Raises:
+        UserError: another process is training in the directory.
+        SaveError: metrics.jsonl cannot be written.
     """
 
     def __init__(self, directory: Path | None, config: Config, run_id: str, keep_bytes: int = 0, steps: int = 0):
@@ -29,17 +36,17 @@ class MetricLogger:
         self.path = directory / "metrics.jsonl"
         with saving(self.path):
             self.file = open(self.path, "ab")  # noqa: SIM115 (closed by close)
-            lock(self.file, directory)
-            self.cut(keep_bytes)
+            acquire_lock(self.file, directory)
+            self.truncate(keep_bytes)
         if config.logger == "wandb":
-            self.tell(lambda: setattr(self, "backend", start_wandb(directory, config, run_id)))
+            self.call_backend(lambda: setattr(self, "backend", start_wandb(directory, config, run_id)))
         elif config.logger == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter  # an optional package
 
             self.backend = SummaryWriter(str(directory / "tensorboard"), purge_step=steps + 1)
 
-    def cut(self, keep_bytes: int) -> None:
-        """Cuts off what the checkpoint does not know of: the steps that will be made again."""
+    def truncate(self, keep_bytes: int) -> None:
+        """Drop the lines of metrics.jsonl after the first keep_bytes bytes: their steps will be repeated."""
         size = self.path.read_bytes().rfind(b"\n", 0, keep_bytes) + 1  # whole lines
         if size < keep_bytes:
             print(f"warning: {self.path} lacks lines that it had when the checkpoint was saved", flush=True)
@@ -47,7 +54,7 @@ class MetricLogger:
         self.file.seek(0, os.SEEK_END)
 
     def write(self, metrics: dict, step: int) -> None:
-        """Logs named numbers of the given optimizer step. `flush` tells of an error."""
+        """Log named numbers at an optimizer step. A full disk is reported by `flush`."""
         if self.file is None:
             return
         try:
@@ -55,32 +62,37 @@ class MetricLogger:
         except OSError as error:
             self.error = error
         if hasattr(self.backend, "add_scalar"):
-            self.tell(lambda: [self.backend.add_scalar(name, value, step) for name, value in metrics.items()])
+            self.call_backend(lambda: [self.backend.add_scalar(name, value, step) for name, value in metrics.items()])
         elif self.backend is not None:
-            self.tell(lambda: self.backend.log(metrics, step=step))
+            self.call_backend(lambda: self.backend.log(metrics, step=step))
 
     def show(self, name: str, rows: list[dict], step: int) -> None:
-        """Shows texts, the same keys in each line: a table of wandb, or the text of one in tensorboard."""
+        """Log rows of texts, all with the same keys, as a wandb table or a tensorboard text."""
         if self.backend is None:
             return
-        columns, lines = list(rows[0]), [list(map(str, row.values())) for row in rows]
+        columns, cells = list(rows[0]), [list(map(str, row.values())) for row in rows]
         if hasattr(self.backend, "add_text"):
-            self.tell(lambda: self.backend.add_text(name, markdown([columns, ["---"] * len(columns), *lines]), step))
+            text = markdown_table([columns, ["---"] * len(columns), *cells])
+            self.call_backend(lambda: self.backend.add_text(name, text, step))
         else:
-            self.tell(lambda: self.backend.log({name: table(columns, lines)}, step=step))
+            import wandb  # slow to import, and not needed by other loggers
 
-    def tell(self, function: Callable) -> None:
-        """Calls a function of the backend; the run goes on without one that fails."""
+            self.call_backend(lambda: self.backend.log({name: wandb.Table(columns=columns, data=cells)}, step=step))
+
+    def call_backend(self, function: Callable) -> None:
+        """Call a function of the backend. If it fails, the run continues without the backend."""
         try:
             function()
         except Exception as error:  # whatever a service, its network or its disk may raise
             self.backend = None
             reason = str(error).strip().split("\n")[0] or type(error).__name__
-            advice = f"the run goes on, and {self.path} has all metrics"
-            print(f"warning: {self.name} failed ({reason}); {advice}", flush=True)
+            print(
+                f"warning: {self.name} failed ({reason}); the run continues, and {self.path} has all metrics",
+                flush=True,
+            )
 
     def flush(self) -> int:
-        """Makes what was logged durable and returns the size of metrics.jsonl in bytes."""
+        """Make everything logged so far durable. Returns the size of metrics.jsonl in bytes."""
         if self.file is None:
             return 0
         with saving(self.path):
@@ -91,54 +103,44 @@ class MetricLogger:
         return self.file.tell()
 
     def close(self) -> None:
-        """Ends the log."""
+        """Close metrics.jsonl and the backend."""
         if self.file is not None:
-            with suppress(OSError):  # flush has complained
+            with suppress(OSError):  # flush has reported it
                 self.file.close()
         if hasattr(self.backend, "add_scalar"):
-            self.tell(self.backend.close)
+            self.call_backend(self.backend.close)
         elif self.backend is not None:
-            self.tell(self.backend.finish)
+            self.call_backend(self.backend.finish)
 
 
-def markdown(lines: list[list[str]]) -> str:
-    """A table in Markdown whose cells are shown as they are."""
-    escaped = [[html.escape(cell).replace("|", "&#124;").replace("\n", "<br>") for cell in line] for line in lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in escaped)
+def markdown_table(rows: list[list[str]]) -> str:
+    """Format rows as a Markdown table whose cells are escaped."""
+    escaped = [[html.escape(cell).replace("|", "&#124;").replace("\n", "<br>") for cell in row] for row in rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in escaped)
 
 
-def table(columns: list[str], lines: list[list[str]]):
-    """A wandb table."""
-    import wandb  # slow to import, and not needed by other loggers
-
-    return wandb.Table(columns=columns, data=lines)
-
-
-def lock(file, directory: Path) -> None:
-    """Claims a run's directory for this process, until it ends. Raises UserError if another one works there."""
+def acquire_lock(file, directory: Path) -> None:
+    """Lock a run's directory until this process ends. Raises UserError if another process holds the lock."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        advice = "wait for its end or stop it, or choose another name"
-        raise UserError(f"name: another process is training in {directory}; {advice}") from error
+        remedy = "wait until it ends, stop it, or choose another name"
+        raise UserError(f"name: another process is training in {directory}; {remedy}") from error
     except OSError:
         pass  # a file system without locks
 
 
 def start_wandb(directory: Path, config: Config, run_id: str):
-    """A wandb run, offline where no account is set up or it cannot be reached; never asks for one."""
+    """Start a wandb run; offline if no account is set up or wandb cannot be reached. Never prompts for an account."""
     import wandb  # slow to import, and not needed by other loggers
 
     settings = {"project": config.project, "name": config.name, "id": run_id, "dir": str(directory)}
     settings |= {"config": config.resolved(), "resume": "allow"}
     if os.environ.get("WANDB_MODE") is None and not wandb.login(prompt=False):
-        print(
-            "wandb: no account is set up, so this run is logged offline; `wandb sync` uploads it later",
-            flush=True,
-        )
+        print("wandb: no account is set up, so this run is logged offline; `wandb sync` uploads it later", flush=True)
         return wandb.init(mode="offline", **settings)
     try:
         return wandb.init(**settings)
-    except Exception as error:  # its own, and those of the network
+    except Exception as error:  # wandb's own errors, and those of the network
         print(f"wandb: {error}; this run is logged offline", flush=True)
         return wandb.init(mode="offline", **settings)

@@ -1,4 +1,4 @@
-"""Prints docs/config.md, the page of all config keys, from config.py.
+"""Print docs/config.md, the page of all config keys, from config.py.
 
 python scripts/config_page.py > docs/config.md
 """
@@ -16,28 +16,29 @@ from config import OFFICIAL_METHODS, Config
 TOP = """\
 # Config
 
-Defaults < YAML < `key=value` words. An unknown key, a wrong type, a value out of range, a contradiction or a missing
-file is refused before anything is written, all at once, with exit code 2. A YAML file may name a `base:` file (relative
-to itself) that it changes. The official YAML files run once their YOUR_... placeholders are filled in.
+Defaults < YAML file < `key=value` on the command line. Unknown keys, wrong types, values out of range, contradictions
+and missing files are all reported at once, with exit code 2 and before anything is written. A YAML file may extend
+another one, which its `base:` key names (relative to itself). The official YAML files run once their YOUR_...
+placeholders are filled in.
 
-| key | default | |
+| key | default | meaning |
 |---|---|---|
 """
 BOTTOM = """
-The official code's booleans `coconut`, `cot`, `no_thoughts` and `no_cot` name a method as well.
+The official code's booleans `coconut`, `cot`, `no_thoughts` and `no_cot` select a method as well.
 
-This page is made by `python scripts/config_page.py > docs/config.md`.
+`python scripts/config_page.py > docs/config.md` generates this page.
 """
 
 
 def row(option) -> str:
-    """A key's line of the table; where it takes few values, they are named."""
+    """Format a key's row of the table, with its choices if it has any."""
     choices = ", ".join(str(choice) for choice in option.metadata["choices"] if choice is not None)
     return f"| `{option.name}` | {option.default} | {option.metadata['doc']}{choices and f' ({choices})'} |\n"
 
 
 def page() -> str:
-    """The whole page."""
+    """Format the whole page."""
     return TOP + "".join(row(option) for option in fields(Config) if option.name not in OFFICIAL_METHODS) + BOTTOM
 
 

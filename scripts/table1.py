@@ -22,7 +22,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from config import Config, UserError, read_words, read_yaml  # noqa: E402
+from config import Config, UserError, parse_overrides, read_yaml  # noqa: E402
 from curriculum import METHODS  # noqa: E402
 
 # Table 1 of the paper, GPT-2: accuracy in % with its standard deviation, and generated tokens.
@@ -75,7 +75,7 @@ def launch(processes: int, config: Path, words: list[str]) -> None:
 
 def train(path: Path, seed: int, processes: int, words: list[str]) -> tuple[Config, list[str]]:
     """Trains one config with one seed, and before it the run that it starts from; returns the config and its words."""
-    config = Config(read_yaml(path) | read_words(words)[0])  # run.py tells of those that are none
+    config = Config(read_yaml(path) | parse_overrides(words)[0])  # run.py tells of those that are none
     own = [*words, f"name={config.name}-seed{seed}", f"seed={seed}"]
     if config.load_model_path and not any(word.startswith("load_model_path=") for word in words):
         start = Path(config.load_model_path)  # save_path/NAME/best, of the NAME in some config beside this one

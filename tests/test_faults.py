@@ -595,6 +595,6 @@ def test_training_continues_when_wandb_fails(setting, name, fails, monkeypatch, 
         setattr(wandb, function, partial(call, function))
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     assert run.main(setting.words(name, logger="wandb")) == 0
-    assert "warning: wandb failed (the network is down); the run goes on" in capsys.readouterr().out
+    assert "warning: wandb failed (the network is down); the run continues" in capsys.readouterr().out
     assert calls["log"] == {"login": 0, "init": 0, "log": 6, "finish": 26}[fails]
     assert_same(setting.directory / name, setting.reference())

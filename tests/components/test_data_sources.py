@@ -10,7 +10,7 @@ import pytest
 from pyarrow import parquet
 
 from components.data_sources import content_digest, read_problems
-from config import Config, UserError, path_problem
+from config import Config, UserError, path_error
 from helpers import make_problems, write_json
 
 PROBLEMS = [*make_problems(5), {"question": "é\u2028?", "answer": "1,000", "steps": []}]
@@ -80,10 +80,10 @@ def test_in_a_table_steps_may_be_a_string_of_lines(place, source):
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        ({"answer": None}, ["problem 2", '"answer" is no string but None']),
+        ({"answer": None}, ["problem 2", '"answer": expected a string, got None']),
         ({"question": " "}, ["problem 2", '"question" is empty']),
-        ({"steps": ["1", "<|latent|>"]}, ["problem 2", '"steps[1]" holds <|latent|>']),
-        ({"steps": None}, ["problem 2", '"steps" is no list but None']),
+        ({"steps": ["1", "<|latent|>"]}, ["problem 2", '"steps[1]" contains <|latent|>']),
+        ({"steps": None}, ["problem 2", '"steps": expected a list, got None']),
     ],
     ids=str,
 )
@@ -100,7 +100,7 @@ def test_a_missing_or_numeric_column_is_a_mistake(place, source):
     with pytest.raises(UserError, match='problem 0: has no "answer"'):
         read_problems(path)
     parquet_file(place, [{**PROBLEMS[0], "answer": 5}])
-    with pytest.raises(UserError, match='problem 0: "answer" is no string but 5'):
+    with pytest.raises(UserError, match='problem 0: "answer": expected a string, got 5'):
         read_problems("file.parquet")
 
 
@@ -115,7 +115,7 @@ def test_a_broken_json_line_is_named(place):
 def test_a_torn_parquet_file_is_refused(place, size):
     parquet_file(place, PROBLEMS)
     os.truncate("file.parquet", size)
-    with pytest.raises(UserError, match=r"file\.parquet: not a sound Parquet file"):
+    with pytest.raises(UserError, match=r"file\.parquet: not a valid Parquet file"):
         read_problems("file.parquet")
 
 
@@ -142,8 +142,8 @@ def test_what_the_hub_does_not_give_is_a_clear_error(place, path, reason):
     ],
 )
 def test_the_form_of_a_hub_path(key, value, complaint):
-    problems = path_problem(key, Config({key: value}))
-    assert [complaint in problem for problem in problems] == [True] * (complaint is not None)
+    error = path_error(key, Config({key: value}))
+    assert error is None if complaint is None else complaint in error
 
 
 def test_the_digest_is_that_of_the_content_alone(place):

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from torch.distributed.run import get_args_parser  # noqa: E402
 
-from config import Config, read_words, read_yaml  # noqa: E402
+from config import Config, parse_overrides, read_yaml  # noqa: E402
 
 PAGES = [*sorted(ROOT.glob("*.md"), key=lambda page: page.name != "README.md"), *sorted(ROOT.glob("*/*.md"))]
 STARTS = ("bash", "conda", "head", "pip", "printf", "python", "source", "srun", "time", "torchrun")
@@ -75,7 +75,7 @@ def check(command: str) -> None:
     folder = (ROOT / words[place]).parent  # scripts share options
     check_options(words[place:], "".join(path.read_text(encoding="utf-8") for path in folder.glob("*.py")))
     if words[place] == "run.py" and (ROOT / words[place + 1]).exists():
-        keys, problems = read_words([word for word in words[place + 2 :] if not word.startswith("[")])
+        keys, problems = parse_overrides([word for word in words[place + 2 :] if not word.startswith("[")])
         Config(read_yaml(ROOT / words[place + 1]) | keys)
         if problems:
             raise ValueError("; ".join(problems))
