@@ -1,7 +1,4 @@
-"""Prints docs/config.md, the page of all config keys, from config.py.
-
-python scripts/config_page.py > docs/config.md
-"""
+"""Generate docs/config.md, the reference of all config keys: python scripts/config_page.py > docs/config.md"""
 
 from __future__ import annotations
 
@@ -31,13 +28,13 @@ This page is made by `python scripts/config_page.py > docs/config.md`.
 
 
 def row(option) -> str:
-    """A key's line of the table; where it takes few values, they are named."""
+    """Render a key as a table row, with its allowed values."""
     choices = ", ".join(str(choice) for choice in option.metadata["choices"] if choice is not None)
     return f"| `{option.name}` | {option.default} | {option.metadata['doc']}{choices and f' ({choices})'} |\n"
 
 
 def page() -> str:
-    """The whole page."""
+    """Render the page."""
     return TOP + "".join(row(option) for option in fields(Config) if option.name not in OFFICIAL_METHODS) + BOTTOM
 
 

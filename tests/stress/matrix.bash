@@ -15,9 +15,11 @@ export OMP_NUM_THREADS=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 pinned() { grep -h "^$1==" requirements.txt | sed 's/.*==\([0-9.]*\).*/\1/'; }
 torches=("2.6.0" "$(pinned torch)" "2.14.1")             # the oldest, the pinned one, the newest tried
 transformers=("4.57.6" "$(pinned transformers)")
-tests=(tests/scripts/test_share.py tests/components/test_kv_cache.py tests/components/test_tokenization.py tests/components/test_lora.py)
+tests=(tests/scripts/test_{ask,convert,hub,lm_eval}.py)
+tests+=(tests/components/test_{custom_generate,kv_cache,tokenization,lora}.py)
 tests+=("tests/components/test_parallelize.py::test_the_division_of_labour_changes_nothing[2-8-1-ddp]")  # FSDP needs torch 2.8
-few=(tests/scripts/test_share.py tests/components/test_lora.py -k "same_tokens or matter or sampl or embeddings or closest or gemma3")
+few=(tests/components/test_custom_generate.py tests/scripts/test_ask.py tests/components/test_lora.py)
+few+=(-k "in_transformers or trust_remote_code or sampling or logits or inputs_embeds or top_tokens or gemma3")
 place=$(mktemp -d)
 trap 'rm -rf "$place"' EXIT
 table=()
