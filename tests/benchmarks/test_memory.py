@@ -1,4 +1,4 @@
-"""The memory of a training step: what is estimated at the start, against the simulation of the step itself."""
+"""Memory of a training step: estimate, simulation and real step."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ CONFIGS = {
 }
 
 
-def arguments(*words: str):
-    """The benchmark's command line for a small batch."""
-    return memory.parse(["--batch", "8", "--length", "96", *words])
+def arguments(*options: str):
+    """Parse the benchmark's command line for a small batch."""
+    return memory.parse(["--batch", "8", "--length", "96", *options])
 
 
 @pytest.mark.parametrize(
-    "model, thoughts, words",
+    "model, thoughts, options",
     [
         ("gpt2", 0, ""),
         ("gpt2", 2, "--bf16"),
@@ -41,9 +41,9 @@ def arguments(*words: str):
         ("tables", 1, "--batch 1 --gpus 2 --strategy fsdp"),
     ],
 )
-def test_estimate_is_near_the_simulation(model, thoughts, words):
+def test_estimate_is_near_the_simulation(model, thoughts, options):
     """The estimate's total is within 15 % of the simulated peak, and the state between steps within 1 %."""
-    given = arguments(*words.split())
+    given = arguments(*options.split())
     found = memory.simulate(CONFIGS[model], given, thoughts)
     expected = memory.estimated(CONFIGS[model], given, thoughts)
     assert expected.total == pytest.approx(found.total, rel=0.15)
@@ -52,8 +52,8 @@ def test_estimate_is_near_the_simulation(model, thoughts, words):
 
 
 @pytest.mark.parametrize("model", CONFIGS)
-def test_simulation_equals_a_real_step(model, thoughts=2):
-    """Tensors without content add up to the bytes of real ones."""
+def test_simulation_matches_real_step(model, thoughts=2):
+    """Fake tensors add up to the bytes of real ones."""
     given = arguments("--batch", "2")
     job = memory.Job(CONFIGS[model], given, Processes())
     job.step(job.make_batch(1, 8, 0, 1))
@@ -67,8 +67,8 @@ def test_simulation_equals_a_real_step(model, thoughts=2):
     assert simulated.total == pytest.approx(tracker.footprint().total, rel=0.01)
 
 
-def test_what_saves_memory():
-    """Sharding, gathering anew, computing again and bfloat16 each take less; batches that add up take more."""
+def test_estimate_orders_memory_options():
+    """Sharding, resharding, activation checkpointing and bfloat16 save memory; gradient accumulation takes more."""
     with torch.device("meta"):
         lm = LlamaForCausalLM(LlamaConfig(**{**LLAMA, "num_hidden_layers": 8}, vocab_size=500, hidden_size=128))
     model = Coconut(lm, 3, 1, 2, 0)
