@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="write the tokenizer instead of problems")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write problems with the options below")
-    parser.add_argument("--nodes", type=int, default=RECIPE.nodes, help="nodes per graph, before dropping isolated ones")
+    parser.add_argument("--nodes", type=int, default=RECIPE.nodes, help="nodes per graph, including isolated ones")
     parser.add_argument("--parents", type=float, default=RECIPE.parents, help="mean number of parents of a node")
     parser.add_argument("--hops", type=int, default=HOPS, help="distance from a root to its end")
     parser.add_argument("--num", type=int, default=SPLITS["test"], help="number of problems")
