@@ -175,19 +175,18 @@ def influence(subject: Subject, thoughts: Tensor, answers: list[dict]) -> Figure
     vocabulary, and averaged over the tokens that the untouched model generates.
     """
     prompts = subject.prompts
-    answer_ids = [own["ids"] for own in answers]
+    outputs = [own["ids"] for own in answers]
     if subject.positions:  # an eos may lie beyond the last position
-        answer_ids = [
-            ids[: subject.positions - len(prompt["input_ids"])] for ids, prompt in zip(answer_ids, prompts, strict=True)
-        ]
-    items = [extended(prompt, ids) for prompt, ids in zip(prompts, answer_ids, strict=True)]
+        room = [subject.positions - len(prompt["input_ids"]) for prompt in prompts]
+        outputs = [ids[:limit] for ids, limit in zip(outputs, room, strict=True)]
+    items = [extended(prompt, ids) for prompt, ids in zip(prompts, outputs, strict=True)]
     changed = noise(thoughts)  # (problems, thoughts, hidden)
     sums = torch.zeros(subject.thoughts, subject.thoughts + 1)  # (replaced thought, later thought or answer)
     for part, batch in subject.batches(items, "influence"):
-        before = projections(subject, batch, [len(answer_ids[index]) for index in part])
+        before = projections(subject, batch, [len(outputs[index]) for index in part])
         for place in range(subject.thoughts):
             forced = [other == place for other in range(subject.thoughts)]
-            after = projections(subject, batch, [len(answer_ids[index]) for index in part], changed[part], forced)
+            after = projections(subject, batch, [len(outputs[index]) for index in part], changed[part], forced)
             for later in range(place + 1, subject.thoughts):
                 sums[place, later] += divergence(before[0][:, later], after[0][:, later]).sum().item()
             sums[place, -1] += sum(divergence(a, b).mean().item() for a, b in zip(before[1], after[1], strict=True))

@@ -17,7 +17,7 @@ from analysis.thoughts import Subject, write_answers
 
 CAPTION = (
     "Rows are models and k, the number of steps replaced by thoughts (or pause tokens); trained: as many as at most in "
-    "training. All rows have the same problems. Correct Path: the output is a shortest path or a part of one; Longer "
+    "training. All rows have the same problems. Correct Path: the output is a shortest path or the end of one; Longer "
     "Path: another valid path; Wrong Target: a valid path to another node; Hallucination: an edge that does not exist, "
     "or no path; Correct and Incorrect Label: only an answer. Further counts: the path reaches the target; path and "
     "answer disagree."
@@ -57,9 +57,8 @@ def sweep(model: Subject) -> list[tuple[int | None, Subject]]:
     """Return each k with the subject of that many thoughts, if positions suffice; k is None without placeholders."""
     if not model.has_placeholders:
         return [(None, model)]
-    each = (
-        (k, model.with_thoughts(k * model.per_stage)) for k in range(2 * model.checkpoint.config.max_latent_stage + 1)
-    )
+    ks = range(2 * model.checkpoint.config.max_latent_stage + 1)
+    each = ((k, model.with_thoughts(k * model.per_stage)) for k in ks)
     longest = max(len(prompt["input_ids"]) for prompt in model.with_thoughts(0).prompts)
     return [(k, at) for k, at in each if not model.positions or longest + at.thoughts <= model.positions]
 

@@ -183,9 +183,7 @@ def attention_rows(subject: Subject) -> list[dict]:
     lm = subject.model.base_causallm
     kernel, sums, counts = lm.config._attn_implementation, Counter(), Counter()
     lm.set_attn_implementation("eager")  # other kernels return no weights
-    few = replace(
-        subject, batch_size=max(subject.batch_size // 8, 1)
-    )  # the weights of all layers are in memory at once
+    few = replace(subject, batch_size=max(subject.batch_size // 8, 1))  # the weights of all layers need memory
     try:
         for part, batch in few.batches(few.prompts, "attention"):
             weights = attention_weights(subject, batch)  # (batch, length, length)

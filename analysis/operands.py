@@ -48,11 +48,14 @@ def changeable(subject: Subject) -> list[tuple[dict, tuple[str, str, str]]]:
 def analyze(subject: Subject) -> Findings:
     """Measure how often the old and new result are among the top tokens of any thought, before and after the change."""
     pairs = changeable(subject)
-    asked = replace(subject, problems=[problem for problem, _ in pairs])
+    original = replace(subject, problems=[problem for problem, _ in pairs])
     changed = replace(subject, problems=[problem | {"question": new[0]} for problem, new in pairs])
-    thoughts = read_thoughts(asked)  # (problems, thoughts, hidden)
-    found = {"before the change": decoded(asked, thoughts), "after the change": decoded(asked, read_thoughts(changed))}
-    found[NOISE] = decoded(asked, noise(thoughts))
+    thoughts = read_thoughts(original)  # (problems, thoughts, hidden)
+    found = {
+        "before the change": decoded(original, thoughts),
+        "after the change": decoded(original, read_thoughts(changed)),
+    }
+    found[NOISE] = decoded(original, noise(thoughts))
     cells = {}
     for name, texts in found.items():
         for which, place in (("old", 1), ("new", 2)):

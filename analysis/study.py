@@ -63,11 +63,8 @@ def study(
             raise UserError(f"--questions {question}: not applicable: {reasons[question]}; leave it out")
     selected = questions or [question for question in QUESTIONS if question not in reasons]
     findings = [QUESTIONS[question](subject, others, chosen) for question in selected]
-    facts = {
-        "checkpoint": checkpoint,
-        "method": subject.checkpoint.config.method,
-        "problems": f"{len(problems)} of {data}",
-    }
+    facts = {"checkpoint": checkpoint, "method": subject.checkpoint.config.method}
+    facts |= {"problems": f"{len(problems)} of {data}"}
     facts |= {"baselines": ", ".join(baselines) or "none", "seconds": round(time.time() - started)}
     facts |= {"device": device_name(), "torch": torch.__version__, "transformers": transformers.__version__}
     facts |= {"commit": git_commit()}

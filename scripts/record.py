@@ -57,10 +57,8 @@ def recorded_metrics(run: FinishedRun) -> Iterator[dict]:
 def config_text(run: FinishedRun) -> str:
     """Return the text of RUN.yaml: the run's config, with project paths made relative and other local paths reset."""
     comments = re.findall(r"^#.*\n", read_file(files(run.directory)[0]), re.MULTILINE)
-    paths = {key: project_relative(run.config[key]) for key in PATH_KEYS} | {
-        "save_path": "checkpoints",
-        "data_cache": None,
-    }
+    paths = {key: project_relative(run.config[key]) for key in PATH_KEYS}
+    paths |= {"save_path": "checkpoints", "data_cache": None}
     return "".join(comments) + yaml.safe_dump(run.config | paths, sort_keys=False)
 
 

@@ -100,7 +100,7 @@ def train_and_test(dataset: str, method: str, seed: int, processes: int, overrid
 
 
 def format_table(dataset: str, results: dict[str, list[dict]]) -> str:
-    """Render the results as Markdown: mean ± standard deviation over seeds, beside the paper's numbers."""
+    """Render the results as Markdown: mean ± standard deviation over seeds, next to the paper's numbers."""
     paper = PAPER.get(dataset, {})
     rows = ["| method | accuracy % | generated tokens | seconds per problem |" + (" paper |" if paper else "")]
     rows.append("|---|---|---|---|" + ("---|" if paper else ""))

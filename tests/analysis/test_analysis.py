@@ -110,8 +110,9 @@ def test_replaced_thoughts_change_answers(subject):
 def test_write_answers_matches_validation(save_path, subject):
     directory = next(path for path in save_path.glob("*/best") if str(path) == subject.checkpoint.path).parent
     expected = [json.loads(line) for line in (directory / "predictions_4.jsonl").read_text().splitlines()]
-    assert [said["answer"] for said in write_answers(subject, "")] == [line["answer"] for line in expected]
-    assert [said["new_tokens"] for said in write_answers(subject, "")] == [line["new_tokens"] for line in expected]
+    answers = write_answers(subject, "")
+    for key in ("answer", "new_tokens"):
+        assert [answer[key] for answer in answers] == [line[key] for line in expected]
 
 
 def test_log_probabilities_match_single_pass(subject):
@@ -246,8 +247,8 @@ def read_csv(path):
 
 def test_analyze_writes_full_report_with_baselines(save_path, capsys):
     best = save_path / "brief" / "best"
-    beside = [str(save_path / name / "best") for name in ("cot", "pause")]
-    assert analyze.main([str(best), "--beside", *beside, "--limit", "10", "--batch", "5", "--problem", "2"]) == 0
+    baselines = [str(save_path / name / "best") for name in ("cot", "pause")]
+    assert analyze.main([str(best), "--beside", *baselines, "--limit", "10", "--batch", "5", "--problem", "2"]) == 0
     folder = save_path / "brief" / f"analysis_{best.resolve().name}"
     assert (folder / "report.html").exists() and str(folder) in capsys.readouterr().out
     sweep = read_csv(folder / "k_sweep.csv")

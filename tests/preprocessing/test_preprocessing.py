@@ -321,8 +321,8 @@ def generator(tree):
 def test_prontoqa_with_generator_folder(tree, generator):
     result = run(tree, "prontoqa.bash", "generator")
     assert result.returncode == 0 and "9,000 problems" in result.stdout, result.stderr
-    made = ["prontoqa_test.json", "prontoqa_train.json", "prontoqa_valid.json"]
-    assert files(tree / "data") == ["5hop_0shot_random.json", "prontoqa_env", *made]
+    splits = ["prontoqa_test.json", "prontoqa_train.json", "prontoqa_valid.json"]
+    assert files(tree / "data") == ["5hop_0shot_random.json", "prontoqa_env", *splits]
     shutil.rmtree(generator)
     assert run(tree, "prontoqa.bash").returncode == 0  # converts the existing generator output again
 

@@ -226,7 +226,7 @@ def test_recorded_run_has_curves_and_evaluations_of_original(evaluated_runs, tmp
 def test_record_spread_is_student_t_interval():
     assert record.spread([50.0]) == "50.0"
     assert record.spread([74.0, 76.0, 78.0]) == "76.0 ± 2.0 (71.0 to 81.0)"  # 4.303 * 2 / sqrt(3) = 4.97
-    assert record.spread([0.0, 100.0]) == "50.0 ± 70.7 (0.0 to 100.0)"  # no rate lies beyond
+    assert record.spread([0.0, 100.0]) == "50.0 ± 70.7 (0.0 to 100.0)"  # clipped to 0..100
 
 
 def test_evaluations_table_with_wilson_intervals(tmp_path, capsys):
