@@ -1,1 +1,1 @@
-"""What the paper asks of a trained model, a module per question; scripts/analyze.py asks them and writes a report."""
+"""Analysis of trained models, one module per question; scripts/analyze.py runs them and writes a report."""

@@ -1,4 +1,4 @@
-"""What a question of the analysis finds: figures, a record for every problem, and a few lines for the terminal."""
+"""The result of one question of the analysis."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from analysis.report import Figure
 
 @dataclass
 class Findings:
-    """figures: for the report; problems: for each problem by its place, what was found of it; summary: lines of text;
-    tensors: what is kept as safetensors."""
+    """The result of one question.
+
+    figures: of the report; problems: {index: values for problems.jsonl}; summary: lines for the terminal; tensors:
+    saved as safetensors.
+    """
 
     figures: list[Figure] = field(default_factory=list)
     problems: dict[int, dict] = field(default_factory=dict)

@@ -1,6 +1,6 @@
-"""The graphs that problems ask about, the two forms in which they are written, and the classes of what a model wrote.
+"""Parse the graph of a problem, and classify generated text by it.
 
-Two data sets state a graph, ProsQA in sentences and preprocessing/mini.py's in letters:
+Two formats: sentences (ProsQA) and letters (preprocessing/mini.py). Question, and steps:
 
     Every lorpus is a rempus. Tom is a lorpus. ... Is Tom a rempus or jelpus?      Tom is a lorpus. | Every lorpus ...
     c>a h>e ... b e c                                                              h | e | b
@@ -26,14 +26,14 @@ CLASSES = CORRECT_PATH, LONGER_PATH, HALLUCINATION, WRONG_TARGET, CORRECT_LABEL,
     "Correct Label",
     "Incorrect Label",
 )
-FIELDS = ("idx_to_symbol", "edges", "root", "target", "neg_target")  # a ProsQA file's own graph
+FIELDS = ("idx_to_symbol", "edges", "root", "target", "neg_target")  # the graph in a ProsQA file
 
 Edge = tuple[str, str]  # parent, child
 
 
 @dataclass(frozen=True)
 class Graph:
-    """A problem's graph: its edges in the question's order, the root asked about, the right end and the wrong one."""
+    """The graph of a problem: edges in the question's order, the root, the correct and the wrong end."""
 
     edges: tuple[Edge, ...]
     root: str
@@ -42,14 +42,14 @@ class Graph:
 
     @cached_property
     def children(self) -> dict[str, list[str]]:
-        """The children of each node that has some."""
+        """Map each inner node to its children."""
         children = defaultdict(list)
         for parent, child in self.edges:
             children[parent].append(child)
         return dict(children)
 
     def levels(self, start: str) -> list[list[str]]:
-        """The nodes that 0, 1, 2, .. edges lead to from a node (in a circle of facts: as many as there are edges)."""
+        """Return the nodes reached by 0, 1, 2, .. edges from a node (with cycles, as many levels as edges)."""
         levels = [[start]]
         while len(levels) <= len(self.edges):
             after = dict.fromkeys(child for node in levels[-1] for child in self.children.get(node, ()))
@@ -59,24 +59,24 @@ class Graph:
         return levels
 
     def level(self, k: int) -> list[str]:
-        """The nodes that k edges lead to from the root."""
+        """Return the nodes reached by k edges from the root."""
         levels = self.levels(self.root)
         return levels[k] if k < len(levels) else []
 
     def distance(self, start: str, goal: str) -> int | None:
-        """The fewest edges from one node to another; None where there is no way."""
+        """Return the length of a shortest path, or None if there is no path."""
         return next((k for k, nodes in enumerate(self.levels(start)) if goal in nodes), None)
 
     def reachable(self, start: str) -> set[str]:
-        """The nodes that a node leads to, itself among them."""
+        """Return the nodes reachable from a node, including itself."""
         return set().union(*self.levels(start))
 
     def leads_to_target(self, node: str) -> bool:
-        """Whether a node is the target or on a way to it."""
+        """Return whether the target is reachable from a node."""
         return self.target in self.reachable(node)
 
     def height(self, node: str, longest: bool) -> int | None:
-        """The longest or the shortest distance from a node to a leaf; None where only a circle follows."""
+        """Return the longest or shortest distance from a node to a leaf; None if only a cycle follows."""
         levels = self.levels(node)
         if longest:
             return len(levels) - 1
@@ -84,7 +84,7 @@ class Graph:
 
     @cached_property
     def roles(self) -> dict[str, str]:
-        """ON_PATH or REACHABLE for each node that the root leads to; on the path: on a shortest one to the target."""
+        """Map each reachable node to ON_PATH (on a shortest path from root to target) or REACHABLE."""
         shortest, roles = self.distance(self.root, self.target), {}
         for node in self.reachable(self.root):
             rest = self.distance(node, self.target)
@@ -93,11 +93,11 @@ class Graph:
         return roles
 
     def role(self, node: str) -> str:
-        """Which of ROLES a node has."""
+        """Return the role of a node, one of ROLES."""
         return self.roles.get(node, UNREACHABLE)
 
     def edge_role(self, edge: Edge) -> str:
-        """Which of ROLES an edge has: on a shortest path, else by whether the root leads to its parent."""
+        """Return the role of an edge: ON_PATH on a shortest path, otherwise by whether its parent is reachable."""
         parent, child = edge
         if self.role(parent) == self.role(child) == ON_PATH:
             follows = self.distance(self.root, child) == self.distance(self.root, parent) + 1
@@ -107,12 +107,12 @@ class Graph:
 
 @dataclass(frozen=True)
 class Form:
-    """How a data set writes its graphs; the groups of the patterns are named.
+    """The text format of a data set's graphs, as regular expressions with named groups and format strings.
 
-    fact: parent and child; query, after the last fact: root and the options one and two; step: child, and parent where
-    a step names it; answer, with {root} and {node}; opening: what is written of a step before the concept that it
-    names first, naming: that concept's {node} as it follows; lead: how many edges beyond k that concept lies from the
-    root in the first step after k thoughts.
+    fact: parent, child; query: root and the options one, two, after the facts; step: child, and parent if the format
+    names it; answer: with {root} and {node}; opening: the text of a step before the first concept that it names,
+    naming: that concept's {node} as it follows; lead: after k thoughts, the first concept of the next step is k + lead
+    edges from the root.
     """
 
     fact: str
@@ -124,36 +124,36 @@ class Form:
     lead: int
 
     def graph(self, problem: dict) -> Graph | None:
-        """The graph of a problem, from its own fields or else its text; None where it isn't written in this form."""
-        asked = re.fullmatch(f"(?:{self.fact} )+{self.query}", problem["question"].strip())
-        if not asked:
+        """Parse the graph of a problem from its fields or its text; return None if the text has another format."""
+        query = re.fullmatch(f"(?:{self.fact} )+{self.query}", problem["question"].strip())
+        if not query:
             return None
         edges = tuple(edge for *_, edge in self.facts(problem["question"]))
         if all(field in problem for field in FIELDS):
             return graph_of_fields(problem, edges)
-        root, one, two = (asked[name] for name in ("root", "one", "two"))
+        root, one, two = (query[name] for name in ("root", "one", "two"))
         answer = normalize(problem["answer"])
         if answer not in (self.answers(root, one), self.answers(root, two)):
             return None
         return Graph(edges, root, *((one, two) if answer == self.answers(root, one) else (two, one)))
 
     def facts(self, question: str) -> list[tuple[int, int, Edge]]:
-        """Where each fact of a question starts and ends (in characters), and its edge."""
+        """Find the facts of a question: start, end (in characters) and edge of each."""
         return [(*fact.span(), (fact["parent"], fact["child"])) for fact in re.finditer(self.fact, question)]
 
     def answers(self, root: str, node: str) -> str:
-        """The answer that names a node, as answers are compared."""
+        """Return the normalized answer that names a node."""
         return normalize(self.answer.format(root=root, node=node))
 
     def written(self, node: str) -> str:
-        """What follows `opening` in a step that names a node first."""
+        """Return what follows `opening` in a step that names a node first."""
         return self.naming.format(node=node)
 
     def chain(self, text: str, thoughts: int, graph: Graph) -> list[str] | None:
-        """The nodes of the steps in a generated text, a step per line; [] where there are none.
+        """Parse the steps of a generated text, one per line, into a chain of nodes ([] if there are none).
 
-        None where a line is no step, or does not go on where the one before it ended. Steps that name their child
-        alone start at the root if no thought stands for the first of them.
+        Returns None for a malformed step, or one that does not continue the previous one. If steps name only their
+        child, the chain starts at the root unless a thought replaced the first step.
         """
         lines = [line.strip() for line in text.split("#")[0].splitlines()]
         steps = [re.fullmatch(self.step, line) for line in lines if line]
@@ -188,20 +188,20 @@ LETTERS = Form(
 
 
 def find_form(problem: dict) -> Form | None:
-    """The form in which a problem states a graph; None where it states none (GSM8k, ProntoQA)."""
+    """Return the format of a problem's graph, or None if it has none (GSM8k, ProntoQA)."""
     return next((form for form in (PROSQA, LETTERS) if form.graph(problem)), None)
 
 
 def graph_of_fields(problem: dict, stated: tuple[Edge, ...]) -> Graph:
-    """The graph of a ProsQA problem's own fields, its edges in the order in which the question states them."""
+    """Read the graph from the fields of a ProsQA problem, edges in the order of the question."""
     try:
         names = problem["idx_to_symbol"]
         edges = [(names[parent], names[child]) for parent, child in problem["edges"]]
         ends = [names[problem[key]] for key in ("root", "target", "neg_target")]
     except (LookupError, TypeError, ValueError) as error:
         raise UserError(
-            f"{', '.join(FIELDS)} of the problem {problem['question'][-60:]!r} are no graph ({error}); mend them, "
-            "or leave them out: the question states the graph too"
+            f"{', '.join(FIELDS)} of the problem {problem['question'][-60:]!r} are not a valid graph ({error}); fix "
+            "or remove them: the question states the graph too"
         ) from error
     place = {edge: number for number, edge in enumerate(stated)}
     return Graph(tuple(sorted(edges, key=lambda edge: place.get(edge, len(place)))), *ends)
@@ -209,10 +209,11 @@ def graph_of_fields(problem: dict, stated: tuple[Edge, ...]) -> Graph:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a generated text is.
+    """The class of a generated text.
 
-    kind: one of CLASSES; chain: the nodes of its steps (Form.chain); answer: as evaluate reads it. None where what they
-    compare is missing: answer_right; path_right, the chain ends at the target; agree, the answer names the chain's end.
+    kind: one of CLASSES; chain: nodes of its steps (Form.chain); answer: as extracted in validation; answer_right: the
+    answer is correct; path_right: the chain ends at the target; agree: the answer names the chain's end. None where
+    there is nothing to compare.
     """
 
     kind: str
@@ -224,7 +225,7 @@ class Verdict:
 
 
 def classify(text: str, form: Form, graph: Graph, thoughts: int) -> Verdict:
-    """Judges the text that a model generated after some thoughts (0: no step is hidden, as for CoT and no CoT)."""
+    """Classify the text generated after some thoughts (0: no step is replaced, as for CoT and no-CoT)."""
     chain, answer = form.chain(text, thoughts, graph), extract_answer(text)
     right = None if answer is None else answer == form.answers(graph.root, graph.target)
     path_right = chain[-1] == graph.target if chain else None
@@ -234,7 +235,7 @@ def classify(text: str, form: Form, graph: Graph, thoughts: int) -> Verdict:
 
 
 def path_kind(chain: list[str] | None, graph: Graph) -> str:
-    """The class of a chain, whole or partial: the steps before it may be hidden, but must be possible."""
+    """Classify a whole or partial chain; the steps before a partial one must exist in the graph."""
     if chain is None or not set(pairwise(chain)) <= set(graph.edges):
         return HALLUCINATION
     before = graph.distance(graph.root, chain[0])

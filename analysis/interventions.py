@@ -1,7 +1,7 @@
-"""Are the thoughts used? What the model answers when they are replaced, and what one thought changes in the next.
+"""Replace thoughts and measure the effect on the answer and on later thoughts.
 
-*frozen*: thoughts after a replaced one stay as they were; *propagated*: they are computed anew from it. Where nothing
-that is not replaced follows, the two are the same.
+*frozen*: the thoughts after a replaced one keep their values; *propagated*: they are recomputed from it. If no
+unreplaced thought follows, the two are the same.
 """
 
 from __future__ import annotations
@@ -21,26 +21,25 @@ from analysis.thoughts import SEED, Subject, extended, noise, read_thoughts, thi
 from evaluate import normalize
 
 UNTOUCHED = "untouched"
-OF_ALL = ("in another order", "the first, repeated")  # these replace all thoughts, or some would stay as they are
-WHOLE = ("", "all")  # the places of controls, and of replacements of all thoughts
+OF_ALL = ("in another order", "the first, repeated")  # only applied to all thoughts at once
+WHOLE = ("", "all")  # `places` of controls and of replacements of all thoughts
 AS_MANY, OTHER = "another problem's, as many steps", "another problem's, other steps"
 
 
 @dataclass(frozen=True)
 class Replacement:
-    """What takes the place of thoughts: values (problems, thoughts, hidden), and the problem that each is taken from,
-    where they are another problem's."""
+    """Values (problems, thoughts, hidden) for thoughts, and the problems they are taken from, if any."""
 
     values: Tensor
     donors: list[int] | None = None
 
 
-def analyze(subject: Subject, beside: list[Subject]) -> Findings:
-    """Every replacement in every set of places; the untouched model, k = 0 and the models beside it as controls."""
+def analyze(subject: Subject, baselines: list[Subject]) -> Findings:
+    """Run every replacement at every subset of places, with the untouched model, k = 0 and other models as controls."""
     thoughts = read_thoughts(subject)  # (problems, thoughts, hidden)
     answers = {(UNTOUCHED, "", ""): write_answers(subject, UNTOUCHED)}
     answers["no thoughts (k = 0)", "", ""] = write_answers(subject.with_thoughts(0), "k = 0")
-    for model in beside:
+    for model in baselines:
         answers[model.name, "", ""] = write_answers(model, "control")
     options = replacements(subject, thoughts)
     cells = [
@@ -53,24 +52,24 @@ def analyze(subject: Subject, beside: list[Subject]) -> Findings:
     for name, places, mode in tqdm(cells, desc=f"{subject.name}: interventions", leave=False):
         values, forced = options[name].values, subsets(subject.thoughts)[places]
         if mode == "frozen":
-            kept = torch.tensor(forced)[:, None]  # (thoughts, 1)
-            values = torch.where(kept, values, thoughts)  # (problems, thoughts, hidden)
+            replaced = torch.tensor(forced)[:, None]  # (thoughts, 1)
+            values = torch.where(replaced, values, thoughts)  # (problems, thoughts, hidden)
             forced = [True] * subject.thoughts
         answers[name, places, mode] = write_answers(subject, name, values, forced)
     figures = [table(subject, answers, options), influence(subject, thoughts, answers[UNTOUCHED, "", ""])]
     problems = {
         index: {
-            "interventions": {cell[0]: said[index]["generated"] for cell, said in answers.items() if cell[1] in WHOLE}
+            "interventions": {cell[0]: own[index]["generated"] for cell, own in answers.items() if cell[1] in WHOLE}
         }
         for index in range(len(subject.problems))
     }
     rates = [f"{row['thoughts are']} {row['rate']:.1%}" for row in figures[0].rows if row["places"] in WHOLE]
-    summary = [f"accuracy where all thoughts are replaced, and of controls: {'; '.join(rates)}"]
+    summary = [f"accuracy with all thoughts replaced, and of controls: {'; '.join(rates)}"]
     return Findings(figures, problems, summary + donor_notes(subject, options))
 
 
 def replacements(subject: Subject, thoughts: Tensor) -> dict[str, Replacement]:
-    """What takes the place of thoughts (problems, thoughts, hidden), drawn with a seed of their own."""
+    """Draw the replacements for thoughts (problems, thoughts, hidden), with a fixed seed."""
     random = torch.Generator().manual_seed(SEED)
     found = {
         "zero": Replacement(torch.zeros_like(thoughts)),
@@ -81,7 +80,7 @@ def replacements(subject: Subject, thoughts: Tensor) -> dict[str, Replacement]:
     if subject.thoughts > 1:
         moves = torch.randint(1, subject.thoughts, (len(thoughts),), generator=random).tolist()
         turned = [own.roll(move, 0) for own, move in zip(thoughts, moves, strict=True)]
-        found["in another order"] = Replacement(torch.stack(turned))  # no thought in its own place
+        found["in another order"] = Replacement(torch.stack(turned))  # no thought keeps its place
         found["the first, repeated"] = Replacement(thoughts[:, :1].expand_as(thoughts))
     steps = [len(problem["steps"]) for problem in subject.problems]
     for name, alike in ((AS_MANY, True), (OTHER, False)):
@@ -91,8 +90,11 @@ def replacements(subject: Subject, thoughts: Tensor) -> dict[str, Replacement]:
 
 
 def draw_donors(steps: list[int], alike: bool, random: torch.Generator) -> list[int] | None:
-    """For each problem another one at random: with as many steps, or the nearest number that another problem has; or
-    with another number. None where a problem has none."""
+    """Draw another problem for each problem at random.
+
+    alike: with the same number of steps (or the nearest that exists), else with another number. Returns None if a
+    problem has no donor.
+    """
     donors = []
     for index, own in enumerate(steps):
         others = [other for other in range(len(steps)) if other != index and (alike or steps[other] != own)]
@@ -106,8 +108,8 @@ def draw_donors(steps: list[int], alike: bool, random: torch.Generator) -> list[
 
 
 def donor_notes(subject: Subject, options: dict[str, Replacement]) -> list[str]:
-    """What is to be said of the donors: a control that could not be made, problems with the nearest number of steps."""
-    notes = [f"left out, since not every problem has one: {name}" for name in (AS_MANY, OTHER) if name not in options]
+    """Report left-out controls, and problems whose donor has a different number of steps."""
+    notes = [f"left out (not every problem has a donor): {name}" for name in (AS_MANY, OTHER) if name not in options]
     steps = [len(problem["steps"]) for problem in subject.problems]
     if AS_MANY in options:
         others = sum(steps[donor] != own for donor, own in zip(options[AS_MANY].donors, steps, strict=True))
@@ -116,7 +118,7 @@ def donor_notes(subject: Subject, options: dict[str, Replacement]) -> list[str]:
 
 
 def subsets(n: int) -> dict[str, list[bool]]:
-    """The places that are replaced: all, each one alone, the first few, the last few."""
+    """Return the subsets of places to replace: all, each alone, the first few, the last few."""
     found = {"all": [True] * n}
     if n > 1:
         found |= {f"only {place + 1}": [other == place for other in range(n)] for place in range(n)}
@@ -125,37 +127,37 @@ def subsets(n: int) -> dict[str, list[bool]]:
 
 
 def modes(chosen: list[bool]) -> list[str]:
-    """Frozen and propagated, or "" where they are the same: nothing follows the replaced places."""
+    """Return the modes of a subset, or [""] if no unreplaced place follows."""
     return [""] if all(chosen[chosen.index(True) :]) else ["frozen", "propagated"]
 
 
 def table(subject: Subject, answers: dict[tuple, list[dict]], options: dict[str, Replacement]) -> Figure:
-    """Accuracy in every cell against the untouched model, and how often a donor's answer comes out."""
-    cells = {cell: {index: said["correct"] for index, said in enumerate(own)} for cell, own in answers.items()}
+    """Tabulate accuracy of every cell against the untouched model, and how often the donor's answer is given."""
+    cells = {cell: {index: answer["correct"] for index, answer in enumerate(own)} for cell, own in answers.items()}
     expected = [normalize(problem["answer"]) for problem in subject.problems]
-    same = [said["answer"] for said in answers[UNTOUCHED, "", ""]]
+    untouched = [answer["answer"] for answer in answers[UNTOUCHED, "", ""]]
     rows = []
     for row in compare(cells, (UNTOUCHED, "", "")):
         name, places, mode = row.pop("cell")
-        own = [said["answer"] for said in answers[name, places, mode]]
-        changed = sum(a != b for a, b in zip(own, same, strict=True))
+        own = [answer["answer"] for answer in answers[name, places, mode]]
+        changed = sum(a != b for a, b in zip(own, untouched, strict=True))
         donors = options[name].donors if name in options else None
         from_donor = donors and sum(a == expected[d] for a, d in zip(own, donors, strict=True))
-        before = donors and sum(a == expected[d] for a, d in zip(same, donors, strict=True))
+        before = donors and sum(a == expected[d] for a, d in zip(untouched, donors, strict=True))
         rows.append(
             {"thoughts are": name, "places": places, "later thoughts": mode} | row | {"answers changed": changed}
         )
         rows[-1] |= {"donor's answer": from_donor, "donor's answer, untouched": before}
-    words = (
-        "Thoughts in some places are replaced; frozen: later ones stay, propagated: they are computed anew, "
-        "empty: the same. Differences are to the untouched model, paired; p by McNemar, adjusted over all rows by"
-        " Holm. The rows without places are controls. Counts are of n problems."
+    caption = (
+        "Thoughts at some places are replaced. Later thoughts are frozen (kept), propagated (recomputed), or, if "
+        "empty, there are none. Differences are to the untouched model, paired by problem; McNemar p, Holm-corrected "
+        "over all rows. Rows without places are controls. Counts are out of n problems."
     )
-    return Figure("interventions", "Are the thoughts used?", words, rows, lambda canvas: draw(canvas, rows))
+    return Figure("interventions", "Are the thoughts used?", caption, rows, lambda canvas: draw(canvas, rows))
 
 
 def draw(canvas: Canvas, rows: list[dict]) -> None:
-    """Accuracy with its interval for the controls and where all thoughts are replaced."""
+    """Plot the accuracy of the controls and of the replacements of all thoughts, with intervals."""
     own = [row for row in rows if row["places"] in WHOLE]
     canvas.set_size_inches(9, 1 + 0.35 * len(own))
     axes = canvas.subplots()
@@ -167,23 +169,24 @@ def draw(canvas: Canvas, rows: list[dict]) -> None:
 
 
 def influence(subject: Subject, thoughts: Tensor, answers: list[dict]) -> Figure:
-    """How far a thought that is replaced by noise of its norm changes the later thoughts, and the answer.
+    """Replace each thought by noise of the same norm and measure the effect on later thoughts and on the answer.
 
-    KL divergence from the untouched to the changed model, in nats: of what later thoughts project to, and of each token
-    that the untouched model writes, on average.
+    KL divergence (nats) from the untouched to the changed model: of the projection of later thoughts onto the
+    vocabulary, and averaged over the tokens that the untouched model generates.
     """
     prompts = subject.prompts
-    said = [own["ids"] for own in answers]
-    if subject.positions:  # an eos may stand behind the last position
-        said = [ids[: subject.positions - len(prompt["input_ids"])] for ids, prompt in zip(said, prompts, strict=True)]
-    items = [extended(prompt, ids) for prompt, ids in zip(prompts, said, strict=True)]
+    outputs = [own["ids"] for own in answers]
+    if subject.positions:  # an eos may lie beyond the last position
+        room = [subject.positions - len(prompt["input_ids"]) for prompt in prompts]
+        outputs = [ids[:limit] for ids, limit in zip(outputs, room, strict=True)]
+    items = [extended(prompt, ids) for prompt, ids in zip(prompts, outputs, strict=True)]
     changed = noise(thoughts)  # (problems, thoughts, hidden)
     sums = torch.zeros(subject.thoughts, subject.thoughts + 1)  # (replaced thought, later thought or answer)
     for part, batch in subject.batches(items, "influence"):
-        before = projections(subject, batch, [len(said[index]) for index in part])
+        before = projections(subject, batch, [len(outputs[index]) for index in part])
         for place in range(subject.thoughts):
             forced = [other == place for other in range(subject.thoughts)]
-            after = projections(subject, batch, [len(said[index]) for index in part], changed[part], forced)
+            after = projections(subject, batch, [len(outputs[index]) for index in part], changed[part], forced)
             for later in range(place + 1, subject.thoughts):
                 sums[place, later] += divergence(before[0][:, later], after[0][:, later]).sum().item()
             sums[place, -1] += sum(divergence(a, b).mean().item() for a, b in zip(before[1], after[1], strict=True))
@@ -192,17 +195,20 @@ def influence(subject: Subject, thoughts: Tensor, answers: list[dict]) -> Figure
         row = {"replaced by noise": f"thought {place + 1}", "n": len(items)}
         row |= {f"thought {later + 1}": line[later] if later > place else None for later in range(subject.thoughts)}
         rows.append(row | {"answer": line[-1]})
-    words = (
-        "Mean KL divergence (nats) between what the untouched and the changed model project: at later thoughts, "
-        "and at each token of the untouched model's text."
+    caption = (
+        "Mean KL divergence (nats) between the vocabulary distributions of the untouched and the changed model, at "
+        "later thoughts and at each token of the untouched model's output."
     )
-    return Figure("influence", "What a thought changes", words, rows)
+    return Figure("influence", "What a thought changes", caption, rows)
 
 
 @torch.no_grad()
 def projections(subject: Subject, batch: dict, written: list[int], values: Tensor | None = None, forced=()):
-    """Log probabilities at the thoughts, (batch, thoughts, vocabulary), and for each row at the `written` tokens that
-    end it, (tokens, vocabulary)."""
+    """Project thoughts and outputs onto the vocabulary.
+
+    Returns: log probabilities at the thoughts, (batch, thoughts, vocabulary), and for each row at its last `written`
+    tokens, (tokens, vocabulary).
+    """
     hidden, embeds = think(subject, batch, values, forced)
     is_latent = batch["input_ids"] == subject.model.latent_token_id  # (batch, length)
     own = embeds[is_latent.to(embeds.device)].view(len(hidden), subject.thoughts, -1)  # (batch, thoughts, hidden)
@@ -215,5 +221,5 @@ def projections(subject: Subject, batch: dict, written: list[int], values: Tenso
 
 
 def divergence(before: Tensor, after: Tensor) -> Tensor:
-    """KL divergence of (n, vocabulary) log probabilities, (n,)."""
+    """Compute the KL divergence, (n,), of (n, vocabulary) log probabilities."""
     return F.kl_div(after, before, log_target=True, reduction="none").sum(-1)

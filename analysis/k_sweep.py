@@ -1,6 +1,6 @@
-"""k thoughts, then language: what the same weights write after fewer or more thoughts than they were trained with.
+"""Generate with fewer or more thoughts than trained: k thoughts, then language.
 
-The paper's figure 6 (arXiv v1; figure 4 in v3): accuracy, and six classes of what is written, for each k.
+The paper's figure 6 (arXiv v1; figure 4 in v3): accuracy and six classes of output for each k.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from analysis.report import COLOURS, Figure, draw_rates
 from analysis.statistics import compare, wilson
 from analysis.thoughts import Subject, write_answers
 
-WORDS = (
-    "Rows are models and k, the number of steps that thoughts (or pauses) take the place of; trained: the most of "
-    "them in training. Every row has the same problems. Correct Path: what is written is, or can be completed to, a "
-    "shortest path; Longer Path: a valid one; Wrong Target: a valid path elsewhere; Hallucination: an edge that is "
-    "not there, or no path at all; Correct and Incorrect Label: an answer alone. Two more counts: the path reaches "
-    "the target, and path and answer disagree."
+CAPTION = (
+    "Rows are models and k, the number of steps replaced by thoughts (or pause tokens); trained: as many as at most in "
+    "training. All rows have the same problems. Correct Path: the output is a shortest path or the end of one; Longer "
+    "Path: another valid path; Wrong Target: a valid path to another node; Hallucination: an edge that does not exist, "
+    "or no path; Correct and Incorrect Label: only an answer. Further counts: the path reaches the target; path and "
+    "answer disagree."
 )
 
 
-def analyze(subject: Subject, beside: list[Subject]) -> Findings:
-    """k = 0 .. twice the steps trained, for the subject and for the models beside it that have placeholders."""
+def analyze(subject: Subject, baselines: list[Subject]) -> Findings:
+    """Sweep k from 0 to twice the trained steps, for the subject and for baselines with thoughts or pause tokens."""
     findings, rows, cells = Findings(), [], {}
-    for model in [subject, *beside]:
+    for model in [subject, *baselines]:
         for k, at in sweep(model):
             label = f"{model.name}, k = {k}" if model.has_placeholders else model.name
             answers = write_answers(at, label)
@@ -40,30 +40,31 @@ def analyze(subject: Subject, beside: list[Subject]) -> Findings:
                 own |= {"class": verdict.kind} if verdict else {}
                 findings.problems.setdefault(index, {"k_sweep": {}})["k_sweep"][label] = own
     title = "k thoughts, then language"
-    findings.figures.append(Figure("k_sweep", title, WORDS, rows, lambda canvas: draw(canvas, rows)))
+    findings.figures.append(Figure("k_sweep", title, CAPTION, rows, lambda canvas: draw(canvas, rows)))
     first = rows[0]["cell"]
-    words = f"Accuracy of every row of the figure above, against {first}; paired, the same problems in all."
-    findings.figures.append(Figure("k_sweep_tests", f"{title}: differences", words, compare(cells, first)))
-    for model in [subject, *beside]:
+    tests_caption = f"Accuracy of each row of the figure above against {first}, paired by problem."
+    findings.figures.append(Figure("k_sweep_tests", f"{title}: differences", tests_caption, compare(cells, first)))
+    for model in [subject, *baselines]:
         own = [row for row in rows if row["model"] == model.name]
         rates = [f"{row['accuracy']:.1%}" + ("" if row["k"] is None else f" at k = {row['k']}") for row in own]
         findings.summary.append(f"{model.name}: accuracy {', '.join(rates)}")
-        if model.has_placeholders and own[-1]["k"] < 2 * model.opened.config.max_latent_stage:
-            findings.summary[-1] += f"; k ends there, since the model takes {model.positions} positions"
+        if model.has_placeholders and own[-1]["k"] < 2 * model.checkpoint.config.max_latent_stage:
+            findings.summary[-1] += f"; larger k exceed the model's {model.positions} positions"
     return findings
 
 
 def sweep(model: Subject) -> list[tuple[int | None, Subject]]:
-    """Each k that the model has positions for, with the model that has so many thoughts; None for one without any."""
+    """Return each k with the subject of that many thoughts, if positions suffice; k is None without placeholders."""
     if not model.has_placeholders:
         return [(None, model)]
-    each = ((k, model.with_thoughts(k * model.per_stage)) for k in range(2 * model.opened.config.max_latent_stage + 1))
+    ks = range(2 * model.checkpoint.config.max_latent_stage + 1)
+    each = ((k, model.with_thoughts(k * model.per_stage)) for k in ks)
     longest = max(len(prompt["input_ids"]) for prompt in model.with_thoughts(0).prompts)
     return [(k, at) for k, at in each if not model.positions or longest + at.thoughts <= model.positions]
 
 
 def judge(model: Subject, answers: list[dict]) -> list[Verdict | None]:
-    """The class of each answer; None for a problem without a graph."""
+    """Classify each answer; None for a problem without a graph."""
     steps = model.thoughts // model.per_stage
     return [
         form and classify(answer["generated"], form, graph, steps)
@@ -72,22 +73,22 @@ def judge(model: Subject, answers: list[dict]) -> list[Verdict | None]:
 
 
 def row(answers: list[dict], verdicts: list[Verdict | None]) -> dict:
-    """Accuracy with its interval, tokens, and the counts of the classes."""
+    """Compute accuracy with interval, tokens, and counts of classes."""
     n, right = len(answers), sum(answer["correct"] for answer in answers)
     low, high = wilson(right, n)
-    found = {"n": n, "accuracy": right / n, "low": low, "high": high}
-    found["tokens"] = sum(answer["new_tokens"] for answer in answers) / n
+    result = {"n": n, "accuracy": right / n, "low": low, "high": high}
+    result["tokens"] = sum(answer["new_tokens"] for answer in answers) / n
     known = [verdict for verdict in verdicts if verdict]
     if known:
         counts = Counter(verdict.kind for verdict in known)
-        found |= {name: counts[name] for name in CLASSES}
-        found["path reaches target"] = sum(verdict.path_right is True for verdict in known)
-        found["path and answer disagree"] = sum(verdict.agree is False for verdict in known)
-    return found
+        result |= {name: counts[name] for name in CLASSES}
+        result["path reaches target"] = sum(verdict.path_right is True for verdict in known)
+        result["path and answer disagree"] = sum(verdict.agree is False for verdict in known)
+    return result
 
 
 def draw(canvas: Canvas, rows: list[dict]) -> None:
-    """Horizontal stacked bars of the classes, and accuracy with its interval beside them."""
+    """Draw stacked bars of the classes, with accuracy and interval next to them."""
     canvas.set_size_inches(10, 1.6 + 0.32 * len(rows))
     bars, accuracy = canvas.subplots(1, 2, sharey=True, width_ratios=(3, 1))
     places = range(len(rows))

@@ -1,5 +1,4 @@
-"""Each thought by itself: what the vocabulary projection reads in it, its size and direction, what attends to it, and
-what the answer is when it is forced after fewer of them."""
+"""Thoughts one by one: projection onto the vocabulary, norm and direction, attention, early forced answers."""
 
 from __future__ import annotations
 
@@ -17,13 +16,12 @@ from analysis.report import Cell, Figure
 from analysis.statistics import compare
 from analysis.thoughts import NOISE, Subject, look, noise, read_thoughts, write_answers
 
-TOP = 8  # tokens that are shown of each thought
+TOP = 8  # tokens shown per thought
 NO_NODE, SEVERAL = "no node", "several nodes"
 
 
-def analyze(subject: Subject, beside: list[Subject], chosen: int) -> Findings:
-    """Everything above for the subject with the thoughts that it was trained with; models beside it with pauses or
-    thoughts answer early, too."""
+def analyze(subject: Subject, baselines: list[Subject], chosen: int) -> Findings:
+    """Analyze the thoughts of the subject, as many as trained; early answers and attention also of the baselines."""
     thoughts = read_thoughts(subject)  # (problems, thoughts, hidden)
     vectors = {"thought": thoughts, NOISE: noise(thoughts)}
     probabilities, tokens = top_tokens(subject, thoughts)  # (problems, thoughts, TOP) each
@@ -31,19 +29,19 @@ def analyze(subject: Subject, beside: list[Subject], chosen: int) -> Findings:
     figures = [grid(subject, probabilities[chosen], tokens[chosen], meanings[chosen], chosen)]
     if any(meanings):
         figures.append(decoded(subject, vectors, meanings))
-    early = early_answers([subject, *beside])
-    figures += [early, geometry(subject, vectors), attention([subject, *beside])]
-    decode, problems = subject.opened.pretrained.tokenizer.decode, {}
+    early = early_answers([subject, *baselines])
+    figures += [early, geometry(subject, vectors), attention([subject, *baselines])]
+    decode, problems = subject.checkpoint.pretrained.tokenizer.decode, {}
     for index, (values, ids) in enumerate(zip(probabilities.tolist(), tokens.tolist(), strict=True)):
         rows = [[[decode(id), p] for id, p in zip(i, v, strict=True)] for i, v in zip(ids, values, strict=True)]
         problems[index] = {"top_tokens": rows}
     rates = [f"{row['cell']} {row['rate']:.1%}" for row in early.rows]
-    line = f"accuracy of the answer forced after so many thoughts or pauses: {', '.join(rates)}"
+    line = f"accuracy of the answer forced after a number of thoughts or pause tokens: {', '.join(rates)}"
     return Findings(figures, problems, [line], {"thoughts": thoughts})
 
 
 def top_tokens(subject: Subject, thoughts: Tensor) -> tuple[Tensor, Tensor]:
-    """The probabilities and the ids of the tokens that each thought projects to, (problems, thoughts, TOP) each."""
+    """Project thoughts onto the vocabulary: probabilities and ids of the top tokens, (problems, thoughts, TOP) each."""
     device, found = subject.model.base_causallm.device, []
     with torch.no_grad():
         for part in thoughts.split(subject.batch_size):
@@ -52,8 +50,7 @@ def top_tokens(subject: Subject, thoughts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def roles_of_tokens(subject: Subject, form: Form | None, graph: Graph | None) -> dict[int, str]:
-    """The role of the node that a token begins the name of, as a step writes it or a question states it; {} without a
-    graph."""
+    """Map each token that begins a node's name (in a step or in the question) to the node's role; {} without graph."""
     if form is None:
         return {}
     roles = {}
@@ -65,8 +62,8 @@ def roles_of_tokens(subject: Subject, form: Form | None, graph: Graph | None) ->
 
 
 def grid(subject: Subject, probabilities: Tensor, tokens: Tensor, meanings: dict, chosen: int) -> Figure:
-    """The top tokens of one problem's thoughts, rank by thought; probabilities, tokens (thoughts, TOP)."""
-    rows, decode = [], subject.opened.pretrained.tokenizer.decode
+    """Tabulate the top tokens of one problem's thoughts, rank by thought; probabilities, tokens (thoughts, TOP)."""
+    rows, decode = [], subject.checkpoint.pretrained.tokenizer.decode
     for rank in range(TOP):
         row = {"rank": rank + 1}
         for number in range(len(tokens)):
@@ -74,17 +71,17 @@ def grid(subject: Subject, probabilities: Tensor, tokens: Tensor, meanings: dict
             text = f"{decode(id)!r} {probabilities[number, rank]:.3f}"
             row[f"thought {number + 1}"] = Cell(text, meanings.get(id, ""))
         rows.append(row)
-    words = (
-        "What each thought is closest to through the vocabulary projection, with probabilities; coloured by the "
-        "role of the node that a token begins."
+    caption = (
+        "Top tokens of each thought projected onto the vocabulary, with probabilities; coloured by the role of the "
+        "node whose name the token begins."
     )
-    return Figure("thought_tokens", f"Thoughts of problem {chosen} in tokens", words, rows)
+    return Figure("thought_tokens", f"Thoughts of problem {chosen} in tokens", caption, rows)
 
 
 def decoded(subject: Subject, vectors: dict[str, Tensor], meanings: list[dict]) -> Figure:
-    """How often a thought's first token names a node of each role, and what probability its top tokens give them.
+    """Tabulate how often the top token of a thought names a node of each role, and the probability of each role.
 
-    vectors: the thoughts and their controls, (problems, thoughts, hidden) each.
+    vectors: thoughts and controls, (problems, thoughts, hidden) each.
     """
     rows = []
     for name, own in vectors.items():
@@ -92,15 +89,15 @@ def decoded(subject: Subject, vectors: dict[str, Tensor], meanings: list[dict]) 
         for number in range(own.shape[1]):
             row = {"vectors": name, "place": number + 1}
             rows += [row | found for found in decoded_roles(probabilities[:, number], tokens[:, number], meanings)]
-    words = (
-        "Over all problems: the share whose first token names a node of the role (several nodes: the token begins"
-        " names of different roles), and the mean probability of such tokens."
+    caption = (
+        "Share of problems whose top token names a node of the role (several nodes: the token begins names of "
+        "different roles), and the mean probability of such tokens."
     )
-    return Figure("decoded_roles", "What thoughts decode to", words, rows)
+    return Figure("decoded_roles", "What thoughts decode to", caption, rows)
 
 
 def decoded_roles(probabilities: Tensor, tokens: Tensor, meanings: list[dict]) -> list[dict]:
-    """What the vectors of one place decode to, a row for each role; probabilities, tokens (problems, TOP)."""
+    """Count the roles that the vectors of one place decode to; probabilities, tokens (problems, TOP)."""
     n, first, mass = len(meanings), Counter(), Counter()
     for index, roles in enumerate(meanings):
         named = [roles.get(id, NO_NODE) for id in tokens[index].tolist()]
@@ -114,46 +111,48 @@ def decoded_roles(probabilities: Tensor, tokens: Tensor, meanings: list[dict]) -
 
 
 def early_answers(models: list[Subject]) -> Figure:
-    """The answer forced after j thoughts: the text goes on with the mark of an answer."""
+    """Force the answer after j thoughts by continuing with the answer mark."""
     cells, first = {}, models[0]
     for model in (model for model in models if model.has_placeholders):
         begun = mark_of_answer(model)
         for j in range(model.thoughts + 1):
             answers = write_answers(model.with_thoughts(j), f"answer after {j}", begun=begun)
             cells[f"{model.name}, {j}"] = {index: answer["correct"] for index, answer in enumerate(answers)}
-    words = (
-        f"Accuracy when the answer is forced after so many thoughts (or pauses), against {first.name} with the number "
-        "trained."
+    caption = (
+        f"Accuracy when the answer is forced after a number of thoughts (or pause tokens), against {first.name} with "
+        "as many as trained."
     )
     return Figure(
-        "early_stopping", "The answer, forced early", words, compare(cells, f"{first.name}, {first.thoughts}")
+        "early_stopping", "The answer, forced early", caption, compare(cells, f"{first.name}, {first.thoughts}")
     )
 
 
 def mark_of_answer(subject: Subject) -> list[int]:
-    """The tokens that every answer begins with: those of "### " that an answer behind it leaves as they are."""
+    """Return the tokens that all answers begin with: those of "### " that do not merge with the answer after it."""
     with_answer = subject.tokenize(f"### {subject.problems[0]['answer']}")
     pairs = zip(subject.tokenize("### "), with_answer, strict=False)
     return [id for id, other in takewhile(lambda pair: pair[0] == pair[1], pairs)]
 
 
 def geometry(subject: Subject, vectors: dict[str, Tensor]) -> Figure:
-    """Norms against those of the embeddings, and cosines; vectors: the thoughts and their controls, (problems,
-    thoughts, hidden) each."""
+    """Tabulate norms (compared with embeddings) and cosine similarities.
+
+    vectors: thoughts and controls, (problems, thoughts, hidden) each.
+    """
     rows = [row for name, own in vectors.items() for row in directions(name, own)]
     table = subject.model.base_causallm.get_input_embeddings().weight.detach().float()  # (vocabulary, hidden)
     norms = table.norm(dim=1).cpu()  # (vocabulary,)
     blank = {"cosine to the one before": None, "cosine to the mean": None}
     rows.append({"vectors": "token embeddings", "n": len(norms)} | spread("norm", norms) | blank)
-    words = (
-        "Lengths of thoughts beside those of the token embeddings, in whose place they stand; cosines are means "
-        "over the problems, to the thought before and to the mean of a place. Noise of any norm has cosines near 0."
+    caption = (
+        "Norms of thoughts, and of the token embeddings they replace; mean cosine similarities over problems, to the "
+        "previous thought and to the mean at the same place. Noise has cosines near 0."
     )
-    return Figure("geometry", "Norms and directions", words, rows)
+    return Figure("geometry", "Norms and directions", caption, rows)
 
 
 def directions(name: str, vectors: Tensor) -> list[dict]:
-    """Norms and cosines of (problems, places, hidden) vectors, a row for each place."""
+    """Compute norms and cosines of (problems, places, hidden) vectors, one row per place."""
     rows = []
     for place in range(vectors.shape[1]):
         own = vectors[:, place]  # (problems, hidden)
@@ -165,27 +164,26 @@ def directions(name: str, vectors: Tensor) -> list[dict]:
 
 
 def spread(name: str, numbers: Tensor) -> dict[str, float]:
-    """The mean and the standard deviation of (n,) numbers."""
+    """Compute mean and standard deviation of (n,) numbers."""
     return {f"{name}, mean": numbers.mean().item(), f"{name}, standard deviation": numbers.std().item()}
 
 
 def attention(models: list[Subject]) -> Figure:
-    """How much the thoughts (or pauses) and the answer's first token attend to facts by role, to the question's rest,
-    and to thoughts: the mean over layers, heads and problems of the weights to all tokens of a kind."""
+    """Tabulate how much thoughts and the answer attend to facts (by role), the rest of the question and thoughts."""
     rows = [row for model in models if model.has_placeholders for row in attention_rows(model)]
-    words = (
-        "Mean attention over all layers and heads, from a thought (or pause) or from the answer's place (the end "
-        "marker, where its first token is chosen), to all tokens of a kind; the weights from one place add up to 1."
+    caption = (
+        "Mean attention over layers, heads and problems, from a thought (or pause token) or from the answer (the end "
+        "marker, which predicts its first token), to all tokens of a kind; the weights from one place sum to 1."
     )
-    return Figure("attention", "Attention", words, rows)
+    return Figure("attention", "Attention", caption, rows)
 
 
 def attention_rows(subject: Subject) -> list[dict]:
-    """The rows of one model."""
+    """Compute the rows of one model."""
     lm = subject.model.base_causallm
     kernel, sums, counts = lm.config._attn_implementation, Counter(), Counter()
-    lm.set_attn_implementation("eager")  # others do not tell their weights
-    few = replace(subject, batch_size=max(subject.batch_size // 8, 1))  # all weights of all layers are held at once
+    lm.set_attn_implementation("eager")  # other kernels return no weights
+    few = replace(subject, batch_size=max(subject.batch_size // 8, 1))  # the weights of all layers need memory
     try:
         for part, batch in few.batches(few.prompts, "attention"):
             weights = attention_weights(subject, batch)  # (batch, length, length)
@@ -209,27 +207,26 @@ def attention_rows(subject: Subject) -> list[dict]:
 
 
 def attention_weights(subject: Subject, batch: dict) -> Tensor:
-    """The mean attention weights over layers and heads, (batch, length, length) on the CPU, with the thoughts."""
+    """Average attention weights over layers and heads, (batch, length, length) on the CPU."""
     layers = look(subject, batch, output_attentions=True).attentions  # (batch, heads, length, length) each
     return torch.stack([layer.float().mean(1) for layer in layers]).mean(0).cpu()
 
 
 def kinds_of_tokens(subject: Subject, index: int, length: int) -> list[str]:
-    """What each token of a problem's prompt is: the first one (which takes what has no other place), a fact by its
-    role, the question's rest, a marker or a thought."""
+    """Label each token of a prompt: first token (attention sink), fact by role, question's rest, marker, thought."""
     question, form, graph = subject.problems[index]["question"], subject.forms[index], subject.graphs[index]
-    offsets = subject.opened.pretrained.tokenizer(question + "\n", return_offsets_mapping=True)["offset_mapping"]
+    offsets = subject.checkpoint.pretrained.tokenizer(question + "\n", return_offsets_mapping=True)["offset_mapping"]
     facts = [(*place, f"facts {graph.edge_role(edge)}") for *place, edge in form.facts(question)] if form else []
     kinds = [next((kind for a, b, kind in facts if start < b and end > a), "question's rest") for start, end in offsets]
     kinds[0] = "first token"
     thoughts = [f"thought {number + 1}" for number in range(subject.thoughts)]
     kinds += ["start marker", *thoughts, "end marker"]
-    assert len(kinds) == length, "the prompt is not what its parts say"
+    assert len(kinds) == length, "prompt length differs from that of its parts"
     return kinds
 
 
 def sources(subject: Subject, own: Tensor) -> list[tuple[str, list[float]]]:
-    """The thoughts and the answer's place with their weights to all tokens; own (tokens, tokens) of one prompt."""
+    """Return the attention weights (tokens,) from each thought and the answer; own (tokens, tokens) of one prompt."""
     first = len(own) - 1 - subject.thoughts
     named = [(f"thought {number + 1}", own[first + number].tolist()) for number in range(subject.thoughts)]
     return [*named, ("answer", own[-1].tolist())]

@@ -1,8 +1,8 @@
-"""GSM8k: change a number of the question, and see whether what the thoughts decode to follows.
+"""GSM8k: change a number in the question and test whether decoded thoughts follow.
 
-The paper's figure 4 (arXiv v1) shows a thought that decodes to the first step's intermediate results. Here the first
-step's first operand, where it stands once in the question, is raised by one, and the first step's result is looked for
-among the top tokens of every thought, before and after.
+The paper's figure 4 (arXiv v1) shows a thought that decodes to intermediate results of the first step. Here the first
+operand of the first step is incremented in the question (if it occurs only once), and the step's result is searched
+among the top tokens of all thoughts, before and after.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ OPERATIONS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b
 
 
 def change(problem: dict) -> tuple[str, str, str] | None:
-    """The question with the first step's first operand raised by one, and the step's results before and after.
+    """Increment the first operand of the first step in the question; return the question, and the old and new result.
 
-    None where the first step is no such sum, the operand does not stand once in the question, or a result stands there.
+    Returns None if the first step has another form, if the operand does not occur exactly once in the question, or if a
+    result occurs there.
     """
     step = STEP.fullmatch(problem["steps"][0]) if problem["steps"] else None
     if not step:
@@ -39,20 +40,22 @@ def change(problem: dict) -> tuple[str, str, str] | None:
 
 
 def changeable(subject: Subject) -> list[tuple[dict, tuple[str, str, str]]]:
-    """The problems that can be changed so, each with its change; those with a result of several tokens are left out,
-    since no thought can project to it."""
+    """Return the problems that can be changed, with the change; both results must be single tokens to be decodable."""
     found = [(problem, new) for problem in subject.problems if (new := change(problem))]
     return [(problem, new) for problem, new in found if all(len(subject.tokenize(text)) == 1 for text in new[1:])]
 
 
 def analyze(subject: Subject) -> Findings:
-    """How often the old and the new result stand among the top tokens of any thought, before and after the change."""
+    """Measure how often the old and new result are among the top tokens of any thought, before and after the change."""
     pairs = changeable(subject)
-    asked = replace(subject, problems=[problem for problem, _ in pairs])
+    original = replace(subject, problems=[problem for problem, _ in pairs])
     changed = replace(subject, problems=[problem | {"question": new[0]} for problem, new in pairs])
-    thoughts = read_thoughts(asked)  # (problems, thoughts, hidden)
-    found = {"before the change": decoded(asked, thoughts), "after the change": decoded(asked, read_thoughts(changed))}
-    found[NOISE] = decoded(asked, noise(thoughts))
+    thoughts = read_thoughts(original)  # (problems, thoughts, hidden)
+    found = {
+        "before the change": decoded(original, thoughts),
+        "after the change": decoded(original, read_thoughts(changed)),
+    }
+    found[NOISE] = decoded(original, noise(thoughts))
     cells = {}
     for name, texts in found.items():
         for which, place in (("old", 1), ("new", 2)):
@@ -60,24 +63,24 @@ def analyze(subject: Subject) -> Findings:
                 index: new[place] in own for index, ((_, new), own) in enumerate(zip(pairs, texts, strict=True))
             }
     rows = [row for which in ("old", "new") for row in compared(cells, which)]
-    words = (
-        f"Whether the first step's result is among the {TOP} top tokens of any thought, for the problems whose "
-        "first operand can be raised by one in the question. If thoughts hold the intermediate, the new result "
-        "takes the old one's place after the change. Noise is the control."
+    caption = (
+        f"Share of problems in which the result of the first step is among the {TOP} top tokens of any thought. Only "
+        "problems whose first operand can be incremented in the question. If thoughts encode intermediate results, "
+        "the new result replaces the old one after the change. Noise is the control."
     )
     summary = [f"{row['cell']}: decoded in {row['rate']:.1%} of {row['n']}" for row in rows]
-    return Findings([Figure("operands", "Do the thoughts follow a changed operand?", words, rows)], {}, summary)
+    return Findings([Figure("operands", "Do the thoughts follow a changed operand?", caption, rows)], {}, summary)
 
 
 def compared(cells: dict[str, dict[int, bool]], which: str) -> list[dict]:
-    """The old or the new result after the change, and in noise, against before."""
+    """Compare the old or new result, after the change and in noise, with before the change."""
     return compare(
         {name: cell for name, cell in cells.items() if name.startswith(which)}, f"{which} result, before the change"
     )
 
 
 def decoded(subject: Subject, thoughts: Tensor) -> list[set[str]]:
-    """For each problem the texts, without blanks, of the top tokens of its thoughts (problems, thoughts, hidden)."""
+    """Decode the top tokens of thoughts (problems, thoughts, hidden) to a set of stripped texts per problem."""
     _, tokens = top_tokens(subject, thoughts)  # (problems, thoughts, TOP)
-    decode = subject.opened.pretrained.tokenizer.decode
+    decode = subject.checkpoint.pretrained.tokenizer.decode
     return [{decode(id).strip() for id in own.flatten().tolist()} for own in tokens]

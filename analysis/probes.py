@@ -1,8 +1,8 @@
-"""Linear probes: which node of the path can be read off the hidden states at a thought, layer by layer.
+"""Linear probes: which node of the path can be read from the hidden state at a thought, by layer.
 
-Ridge regression to the nodes' names, cross-validated, so that every problem is tested once. The control task (after
-Hewitt and Liang 2019) gives each root's name a node: what a probe reaches there it has by telling roots apart;
-selectivity is what it reaches beyond.
+Ridge regression onto node names, cross-validated, so that each problem is tested once. The control task (Hewitt and
+Liang 2019) assigns a random node to each root's name: accuracy on it comes from recognizing the root; selectivity is
+the difference.
 """
 
 from __future__ import annotations
@@ -27,19 +27,18 @@ FOLDS, RIDGE = 5, 1.0
 
 
 def obstacle(subject: Subject) -> str | None:
-    """Why no probe can be made: too few problems, or steps that are no path."""
+    """Return why probes are not possible (too few problems, steps that are not a path), or None."""
     if len(subject.problems) < 2 * FOLDS:
-        return f"{2 * FOLDS} problems are needed"
-    return None if all(gold_paths(subject)) else "not every problem's steps are a path from its root"
+        return f"at least {2 * FOLDS} problems are needed"
+    return None if all(gold_paths(subject)) else "not all problems have steps that form a path from the root"
 
 
-def analyze(subject: Subject, beside: list[Subject]) -> Findings:
-    """A probe for each model, layer, thought and step: all steps that every problem has, so that all cells have the
-    same problems. Models beside it count that have thoughts or pauses."""
+def analyze(subject: Subject, baselines: list[Subject]) -> Findings:
+    """Train a probe per model, layer, thought and step (the steps that all problems have)."""
     paths, rows = gold_paths(subject), []
     nodes = list(zip(*(path[: min(map(len, paths))] for path in paths), strict=True))  # [step][problem]
     tasks = [labels(names) for names in nodes] + [labels(control(subject.graphs, names)) for names in nodes]
-    for model in (model for model in [subject, *beside] if model.thoughts):
+    for model in (model for model in [subject, *baselines] if model.thoughts):
         states = hidden_states(model)  # (problems, layers, thoughts, hidden)
         places = list(product(range(states.shape[1]), range(states.shape[2])))
         for layer, thought in tqdm(places, desc=f"{model.name}: probes", leave=False):
@@ -47,40 +46,38 @@ def analyze(subject: Subject, beside: list[Subject]) -> Findings:
             for step, (own, by_control) in enumerate(zip(right[: len(nodes)], right[len(nodes) :], strict=True)):
                 place = {"model": model.name, "step": step + 1, "layer": layer, "thought": thought + 1}
                 rows.append(place | row(own, by_control, most_common(tasks[step]), len(paths)))
-    words = (
-        "Accuracy of a linear probe of the hidden state at a thought's (or pause's) place, after a layer (0: what goes "
-        "into the first), for the node that the step of the given number leads to. control: the same for other nodes, "
-        "tied to the root's name; selectivity: the difference; most common: always the same node. Every problem is "
-        "tested once, by probes trained on four fifths of the problems that do not hold it."
+    caption = (
+        "Accuracy of a linear probe of the hidden state at a thought (or pause token) after a layer (0: the input), "
+        "for the node that a step leads to. control: random nodes assigned to root names; selectivity: the difference; "
+        "most common: accuracy of always predicting the most frequent node. Five-fold cross-validation."
     )
     lines = [summary(rows, step + 1, subject.name) for step in range(len(nodes))]
     own = [row for row in rows if row["model"] == subject.name]
-    return Findings([Figure("probes", "Linear probes", words, rows, lambda canvas: draw(canvas, own))], {}, lines)
+    return Findings([Figure("probes", "Linear probes", caption, rows, lambda canvas: draw(canvas, own))], {}, lines)
 
 
 def summary(rows: list[dict], step: int, model: str) -> str:
-    """The best probe for a step."""
+    """Format the best probe for a step."""
     best = max((r for r in rows if (r["step"], r["model"]) == (step, model)), key=lambda r: r["accuracy"])
     place = f"layer {best['layer']}, thought {best['thought']}"
-    return f"probe for step {step}: at best {best['accuracy']:.1%} ({place}), control {best['control']:.1%} there"
+    return f"best probe for step {step}: {best['accuracy']:.1%} ({place}), control {best['control']:.1%}"
 
 
 def row(right: int, by_control: int, common: float, n: int) -> dict:
-    """The numbers of a line of the table."""
+    """Compute accuracy, interval, control and selectivity of a probe."""
     low, high = wilson(right, n)
-    found = {"n": n, "accuracy": right / n, "low": low, "high": high, "control": by_control / n}
-    return found | {"selectivity": (right - by_control) / n, "most common": common}
+    result = {"n": n, "accuracy": right / n, "low": low, "high": high, "control": by_control / n}
+    return result | {"selectivity": (right - by_control) / n, "most common": common}
 
 
 def gold_paths(subject: Subject) -> list[list[str]]:
-    """The nodes after the root on the path that each problem's steps write; [] where they write none."""
+    """Return the nodes after the root on the reference path of each problem; [] if its steps are not a path."""
     pairs = zip(subject.forms, subject.graphs, subject.problems, strict=True)
     return [(form.chain("\n".join(problem["steps"]), 0, graph) or [])[1:] for form, graph, problem in pairs]
 
 
 def control(graphs: list[Graph], nodes: Sequence[str]) -> list[str]:
-    """For each problem a node that belongs to its root's name: the names of roots are given the nodes at random, each
-    another one as far as there are enough."""
+    """Assign a random node to each root name (distinct if there are enough); return the node of each problem."""
     drawn, roots = sorted(set(nodes)), sorted({graph.root for graph in graphs})
     random.Random(SEED).shuffle(drawn)
     belongs = dict(zip(roots, cycle(drawn), strict=False))
@@ -88,19 +85,21 @@ def control(graphs: list[Graph], nodes: Sequence[str]) -> list[str]:
 
 
 def labels(names: Sequence[str]) -> Tensor:
-    """The number of each name among all that occur. (problems,)"""
+    """Map names to label ids (problems,)."""
     places = {name: place for place, name in enumerate(sorted(set(names)))}
     return torch.tensor([places[name] for name in names])
 
 
 def most_common(truth: Tensor) -> float:
-    """The share of the most common label of (problems,)."""
+    """Return the share of the most frequent label of (problems,)."""
     return truth.bincount().max().item() / len(truth)
 
 
 def cross_validate(features: Tensor, tasks: list[Tensor]) -> list[int]:
-    """How many problems' labels are found by a probe that did not see them, for each task of (problems,) labels;
-    features (problems, hidden)."""
+    """Count the problems that held-out probes predict correctly, for each task of (problems,) labels.
+
+    features: (problems, hidden).
+    """
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(SEED))
     targets = [F.one_hot(truth).double() for truth in tasks]  # (problems, labels) each
     right = [0] * len(tasks)
@@ -121,20 +120,22 @@ def cross_validate(features: Tensor, tasks: list[Tensor]) -> list[int]:
 
 
 def hidden_states(subject: Subject) -> Tensor:
-    """What goes into the first block and comes out of each at the places of the thoughts or pauses, on the CPU:
-    (problems, layers + 1, thoughts, hidden)."""
-    found = {}
+    """Collect the hidden states at thoughts or pause tokens, before the first block and after each.
+
+    Returns: (problems, layers + 1, thoughts, hidden) on the CPU.
+    """
+    result = {}
     for part, batch in subject.batches(subject.prompts, "hidden states"):
         outputs = look(subject, batch, output_hidden_states=True).hidden_states  # (batch, length, hidden) each
         places = (batch["input_ids"] == subject.placeholder_id).to(outputs[0].device)  # (batch, length)
         layers = [layer[places].view(len(part), subject.thoughts, -1) for layer in outputs]
         states = torch.stack(layers, dim=1).cpu().float()  # (batch, layers + 1, thoughts, hidden)
-        found |= dict(zip(part, states, strict=True))
-    return torch.stack([found[index] for index in range(len(found))])
+        result |= dict(zip(part, states, strict=True))
+    return torch.stack([result[index] for index in range(len(result))])
 
 
 def draw(canvas: Canvas, rows: list[dict]) -> None:
-    """A panel for each step: accuracy over layers, a line for each thought; the control dotted."""
+    """Draw accuracy over layers: a panel per step, a line per thought, the control dotted."""
     steps = sorted({row["step"] for row in rows})
     canvas.set_size_inches(3.2 * len(steps) + 0.6, 3.6)
     panels = canvas.subplots(1, len(steps), sharey=True, squeeze=False)[0]

@@ -1,6 +1,6 @@
-"""The report of an analysis: one HTML page that needs no network, and the CSV, SVG and JSON lines behind it.
+"""Write the report of an analysis: a self-contained HTML page, with CSV, SVG and JSON lines files.
 
-All that comes from data or from a model is text to be escaped: questions, tokens and names may hold anything.
+Text from data or models (questions, tokens, names) is untrusted and always escaped.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from analysis.graphs import ROLES
 from components.files import write_atomic
 from config import UserError
 
-# Okabe and Ito's colours, which colour-blind people tell apart.
+# Okabe and Ito's colour-blind-safe palette.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
 ROLE_COLOURS = dict(zip(ROLES, (COLOURS[0], COLOURS[5], COLOURS[7]), strict=True))
 STYLE = {
     "font.size": 11,
-    "svg.fonttype": "none",  # text stays text, in a font that the reader has
-    "text.parse_math": False,  # a question's $ is a dollar; an axis with powers of ten needs a formatter, as "{x:g}"
+    "svg.fonttype": "none",  # keep text as text
+    "text.parse_math": False,  # $ in a question is not math; log axes need an explicit formatter, such as "{x:g}"
     "legend.edgecolor": "0.6",
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -35,51 +35,51 @@ STYLE = {
     "grid.alpha": 0.3,
 }
 NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")  # no character of HTML or XML
+CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")  # invalid in HTML and XML
 PAGE = Path(__file__).with_name("page.html")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A table's text coloured by a role: one of graphs.ROLES, or "" for none."""
+    """Table text coloured by a role: one of graphs.ROLES, or ""."""
 
     text: str
     role: str = ""
 
     def __str__(self) -> str:
-        """What stands in the CSV."""
+        """Return the text, which the CSV contains."""
         return self.text
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A part of the report.
+    """A section of the report.
 
-    name: of its files; words: how it is to be read; rows: the values, dicts with the same keys; draw: draws them into
-    the matplotlib figure that it is given. In the page, black and white turn with the reader's colours; text stays as
-    it is where it has another colour than black ("white" on dark bars, "#111111" on light ones).
+    name: of its files; caption: how to read it; rows: dicts with the same keys; draw: function that draws them into a
+    matplotlib figure. In the page, black and white follow the reader's colour scheme; text in other colours keeps them
+    ("white" on dark bars, "#111111" on light ones).
     """
 
     name: str
     title: str
-    words: str
+    caption: str
     rows: list[dict]
     draw: Callable | None = None
 
 
 def refuse_existing(folder: Path) -> None:
-    """Raises UserError where a folder holds a report; ask before the work that fills one."""
+    """Raise UserError if a folder already contains a report; call this before the analysis."""
     if (folder / "report.html").exists():
-        raise UserError(f"{folder}: holds a report already; remove or rename it, or give another name")
+        raise UserError(f"{folder}: already contains a report; remove or rename it")
 
 
 def write(
     folder: Path, title: str, facts: dict, summary: list[str], figures: list[Figure], problems: list[dict]
 ) -> None:
-    """Writes report.html, a CSV and (if it is drawn) an SVG per figure, and problems.jsonl into a folder.
+    """Write report.html, problems.jsonl, and per figure a CSV and (if it draws) an SVG.
 
-    facts: what was analysed, by name; summary: what came out, in sentences; problems: a dict of JSON values for each.
-    The page comes last: a folder without it was not finished, and may be written again.
+    facts: what was analyzed; summary: results in sentences; problems: a JSON object per problem. The page is written
+    last: a folder without it is incomplete and may be overwritten.
     """
     refuse_existing(folder)
     drawings = {figure.name: drawing(figure) for figure in figures if figure.draw}
@@ -92,11 +92,11 @@ def write(
         for name, content in files.items():
             write_atomic(folder / name, content)
     except OSError as error:
-        raise UserError(f"{error.filename or folder}: the report cannot be written: {error.strerror}") from error
+        raise UserError(f"{error.filename or folder}: cannot write the report: {error.strerror}") from error
 
 
 def csv_text(rows: list[dict]) -> str:
-    """Rows as CSV, numbers in full."""
+    """Format rows as CSV, numbers in full precision."""
     file = io.StringIO()
     writer = csv.DictWriter(file, list(rows[0]) if rows else [], lineterminator="\n")
     writer.writeheader()
@@ -108,7 +108,7 @@ def csv_text(rows: list[dict]) -> str:
 
 
 def drawing(figure: Figure) -> str:
-    """A figure as an SVG file, black on white; the same values make the same file."""
+    """Render a figure as SVG, black on white; the same values give the same file."""
     try:
         import matplotlib
         from matplotlib.figure import Figure as Canvas
@@ -117,7 +117,7 @@ def drawing(figure: Figure) -> str:
     style = STYLE | {"svg.hashsalt": figure.name, "axes.prop_cycle": matplotlib.cycler(color=COLOURS)}
     file = io.StringIO()
     with matplotlib.rc_context(style), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # the reader's font draws it
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the SVG keeps the text
         canvas = Canvas(figsize=(9, 4.5), layout="constrained")
         figure.draw(canvas)
         canvas.savefig(file, format="svg", bbox_inches="tight", metadata=NO_METADATA)
@@ -125,7 +125,7 @@ def drawing(figure: Figure) -> str:
 
 
 def draw_rates(axes, rows: list[dict], key: str) -> None:
-    """Rates in % with their intervals (low, high), the first row at place 0."""
+    """Plot rates in % with intervals (low, high), one row below the other."""
     rates = [100 * row[key] for row in rows]
     below = [100 * (row[key] - row["low"]) for row in rows]
     above = [100 * (row["high"] - row[key]) for row in rows]
@@ -134,12 +134,12 @@ def draw_rates(axes, rows: list[dict], key: str) -> None:
 
 
 def inlined(svg: str, name: str) -> str:
-    """An SVG file as a part of a page with others: ids of its own, black and white in the page's colours."""
+    """Embed an SVG in the page: prefix its ids, and map black and white to the page's colours."""
 
     def adapt(tag: re.Match) -> str:
-        """Only tags are changed; in texts, < and > are escaped."""
+        """Change tags only; in text, < and > are escaped."""
         named = re.sub(r"""(\bid="|url\(#|href="#)""", rf"\g<1>{name}-", tag[0])
-        if named.startswith("<text"):  # white on a bar stays so
+        if named.startswith("<text"):  # text colours are kept
             return named
         return named.replace("#000000", "var(--ink)").replace("#ffffff", "var(--paper)")
 
@@ -152,11 +152,11 @@ def inlined(svg: str, name: str) -> str:
 def page(
     title: str, facts: dict, summary: list[str], figures: list[Figure], drawings: dict[str, str], problems: list[dict]
 ) -> str:
-    """The whole report."""
+    """Render the page."""
     links = "".join(f'<li><a href="#{figure.name}">{text(figure.title)}</a></li>' for figure in figures)
     body = [
         f"<ul>{''.join(f'<li>{text(line)}</li>' for line in summary)}</ul>",
-        f"<details><summary>What was analysed</summary>{pairs(facts)}</details>",
+        f"<details><summary>Setup</summary>{definition_table(facts)}</details>",
         f'<nav><ul>{links}<li><a href="#problems">Problems</a></li></ul></nav>',
         *(section(figure, drawings.get(figure.name)) for figure in figures),
         problem_list(problems),
@@ -167,17 +167,17 @@ def page(
 
 
 def text(value) -> str:
-    """Any value as HTML."""
+    """Escape any value for HTML."""
     return escape(CONTROL.sub("\ufffd", str(value)))
 
 
 def section(figure: Figure, svg: str | None) -> str:
-    """A figure: how to read it, its drawing, its table (folded where there is a drawing) and its files."""
+    """Render a figure: caption, drawing, table (folded if there is a drawing) and links to the files."""
     names = [f"{figure.name}.csv", *([f"{figure.name}.svg"] if svg else [])]
     files = ", ".join(f'<a href="{name}">{name}</a>' for name in names)
     return f"""<section id="{figure.name}">
 <h2>{text(figure.title)}</h2>
-<p>{text(figure.words)}</p>
+<p>{text(figure.caption)}</p>
 {f'<div class="wide">{inlined(svg, figure.name)}</div>' if svg else ""}
 <details{"" if svg else " open"}><summary>Table, rows: {len(figure.rows)}</summary>{table(figure.rows)}</details>
 <p class="files">{files}</p>
@@ -185,7 +185,7 @@ def section(figure: Figure, svg: str | None) -> str:
 
 
 def table(rows: list[dict]) -> str:
-    """Rows as a table; what its colours mean stands above it."""
+    """Render rows as an HTML table, with a legend if cells are coloured."""
     names = list(rows[0]) if rows else []
     heads = "".join(head(name, [row[name] for row in rows]) for name in names)
     lines = "".join(f"<tr>{''.join(cell(row[name]) for name in names)}</tr>\n" for row in rows)
@@ -196,13 +196,13 @@ def table(rows: list[dict]) -> str:
 
 
 def head(name: str, values: list) -> str:
-    """A column's head, a button that sorts by it."""
+    """Render a column header, a button that sorts the table."""
     kind = ' class="number"' if any(map(is_number, values)) else ""
     return f'<th{kind}><button type="button">{text(name)}</button></th>'
 
 
 def cell(value) -> str:
-    """A cell of a table, fractions with three decimals."""
+    """Render a table cell, floats with three decimals."""
     if isinstance(value, Cell):
         return f'<td data-role="{text(value.role)}">{text(value)}</td>' if value.role else f"<td>{text(value)}</td>"
     if isinstance(value, float):
@@ -213,12 +213,12 @@ def cell(value) -> str:
 
 
 def is_number(value) -> bool:
-    """Whether a value is set to the right."""
+    """Return whether a value is right-aligned."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def pairs(values: dict) -> str:
-    """Names and values below each other; lists and dicts as JSON."""
+def definition_table(values: dict) -> str:
+    """Render names and values as a two-column table; lists and dicts as JSON."""
 
     def shown(value) -> str:
         nested = isinstance(value, dict | list)
@@ -229,15 +229,15 @@ def pairs(values: dict) -> str:
 
 
 def problem_list(problems: list[dict]) -> str:
-    """The problems, each folded to its first two values, below a filter."""
+    """Render the problems, folded to their first two values, with a filter."""
     folded = "".join(
         f'<details class="problem"><summary>{text(" · ".join(map(str, list(problem.values())[:2])))}</summary>'
-        f"{pairs(problem)}</details>\n"
+        f"{definition_table(problem)}</details>\n"
         for problem in problems
     )
     return f"""<section id="problems">
 <h2>Problems</h2>
-<p><label>Those that hold <input id="filter" type="search" placeholder="any words"></label>
+<p><label>Filter: <input id="filter" type="search" placeholder="words"></label>
 <span id="shown">{len(problems)} of {len(problems)}</span></p>
 {folded}
 <p class="files"><a href="problems.jsonl">problems.jsonl</a></p>

@@ -1,7 +1,7 @@
-"""The search tree: how likely the model holds each concept that so many steps may lead to.
+"""The search tree: the probability that the model assigns to each concept it could name after k thoughts.
 
-The paper's figures 7 to 9 (arXiv v1; 5 to 7 in v3). After k thoughts a step is begun, and the value of a concept is the
-product of its tokens' probabilities as the one that the step names first: raw, not renormalised.
+The paper's figures 7 to 9 (arXiv v1; 5 to 7 in v3). After k thoughts, the next step is started, and the value of a
+concept is the product of the probabilities of its tokens as the first concept of the step: raw, not renormalized.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from analysis.statistics import compare
 from analysis.thoughts import NOISE, Subject, extended, log_probabilities, noise, read_thoughts
 
 PERCENTILES = range(0, 101, 5)
-HEIGHTS = {"longest": True, "shortest": False}  # the paper's caption says the one, its text the other
+HEIGHTS = {"longest": True, "shortest": False}  # the paper's caption and its text
 
 
-def analyze(subject: Subject, beside: list[Subject], chosen: int) -> Findings:
-    """Values at every level that the thoughts reach; after the first and the second over all problems.
+def analyze(subject: Subject, baselines: list[Subject], chosen: int) -> Findings:
+    """Compute values at every level the thoughts reach; after the first and second step also those of controls.
 
-    Controls: noise in place of the thoughts, and the models beside it that have thoughts or pauses.
+    Controls: noise in place of the thoughts, and baselines with thoughts or pause tokens.
     """
     graphs, lead = subject.graphs, subject.forms[0].lead
     reached = range(1, subject.thoughts // subject.per_stage + lead + 1)
     levels = [level for level in reached if any(graph.level(level) for graph in graphs)]
     found = {level: values(subject, level, level - lead) for level in levels}
-    first_two = [level for level in levels if level - lead <= 2]  # thoughts; and none, where that is one
+    first_two = [level for level in levels if level - lead <= 2]  # steps replaced by thoughts
     compared = {level: {subject.name: found[level]} for level in first_two}
     for level in first_two:
         if subject.thinks and level > lead:
             compared[level][NOISE] = values(subject, level, level - lead, noise)
-        for other in (other for other in beside if other.has_placeholders):
+        for other in (other for other in baselines if other.has_placeholders):
             compared[level][other.name] = values(other, level, level - lead)
     figures = [tree(graphs[chosen], {level: found[level][chosen] for level in levels}, chosen)]
     figures += [heights(graphs, compared), parallelism(compared), controls(graphs, compared)]
@@ -46,8 +46,10 @@ def analyze(subject: Subject, beside: list[Subject], chosen: int) -> Findings:
 
 
 def values(subject: Subject, level: int, steps: int, replaced=None) -> list[dict[str, float]]:
-    """For every problem the value of each concept that `level` edges lead to from the root, after `steps` steps of
-    thoughts; replaced: a function of these thoughts (problems, thoughts, hidden) that makes what takes their place."""
+    """Compute the value of each concept `level` edges from the root, after `steps` steps of thoughts, per problem.
+
+    replaced: function of the thoughts (problems, thoughts, hidden) that returns replacements.
+    """
     at = subject.with_thoughts(steps * subject.per_stage)
     items, scored, places = [], [], []
     for index, (prompt, form, graph) in enumerate(zip(at.prompts, at.forms, at.graphs, strict=True)):
@@ -66,7 +68,7 @@ def values(subject: Subject, level: int, steps: int, replaced=None) -> list[dict
 
 
 def controls(graphs: list[Graph], compared: dict[int, dict[str, list[dict]]]) -> Figure:
-    """Per level, for the model and its controls: mean values, and how often the best concept leads to the target."""
+    """Tabulate per level, for model and controls: mean values, and how often the best concept leads to the target."""
     rows = []
     for level, cells in compared.items():
         best = {name: best_leads(graphs, found) for name, found in cells.items()}
@@ -77,48 +79,50 @@ def controls(graphs: list[Graph], compared: dict[int, dict[str, list[dict]]]) ->
                     groups[graph.leads_to_target(node)].append(value)
             means = {"mean value, leads to target": mean(groups[True]), "mean value, does not": mean(groups[False])}
             rows.append({"level": level} | row | {"concepts": sum(map(len, groups.values()))} | means)
-    words = (
-        "Rate: how often the concept of the highest value leads to the target, of n problems, against the model "
-        "itself; a concept that a level offers alone counts. The means are over all concepts of the level."
+    caption = (
+        "Rate: how often the concept with the highest value leads to the target, in n problems, compared with the "
+        "model itself (levels with a single concept included). Means are over all concepts of the level."
     )
-    return Figure("search_controls", "Search, beside controls", words, rows)
+    return Figure("search_controls", "Search, with controls", caption, rows)
 
 
 def best_leads(graphs: list[Graph], found: list[dict]) -> dict[int, bool]:
-    """Whether the concept of the highest value leads to the target, for each problem that has concepts."""
+    """Return whether the concept with the highest value leads to the target, for each problem with concepts."""
     best = {index: max(own, key=own.get) for index, own in enumerate(found) if own}
     return {index: graphs[index].leads_to_target(node) for index, node in best.items()}
 
 
 def summary(row: dict) -> str:
-    """A line of `controls` for the terminal."""
+    """Format a row of `controls` for the terminal."""
     right, wrong = row["mean value, leads to target"], row["mean value, does not"]
-    words = f"the best concept leads to the target in {row['rate']:.1%}; mean value {right:.2g}, of others {wrong:.2g}"
-    return f"level {row['level']}, {row['cell']}: {words}"
+    caption = (
+        f"the best concept leads to the target in {row['rate']:.1%}; mean value {right:.2g}, of others {wrong:.2g}"
+    )
+    return f"level {row['level']}, {row['cell']}: {caption}"
 
 
 def mean(numbers: list[float]) -> float:
-    """The mean; NaN of none."""
+    """Return the mean, or NaN for an empty list."""
     return sum(numbers) / len(numbers) if numbers else math.nan
 
 
 def tree(graph: Graph, levels: dict[int, dict], chosen: int) -> Figure:
-    """The tree of one problem."""
+    """Tabulate and draw the search tree of one problem."""
     rows = []
     for level, own in levels.items():
         for node, value in sorted(own.items(), key=lambda pair: -pair[1]):
             row = {"level": level, "concept": node, "value": value, "height": graph.height(node, longest=True)}
             rows.append(row | {"leads to target": graph.leads_to_target(node), "role": graph.role(node)})
-    words = (
-        "A level holds the concepts that so many edges lead to from the root; values after the thoughts of that "
-        "level, raw; h: the longest way to a leaf. Orange: leads to the target."
+    caption = (
+        "Level k holds the concepts k edges from the root, with their raw values after the thoughts of that level; h: "
+        "longest distance to a leaf. Orange: leads to the target."
     )
     title = f"Search tree of problem {chosen}"
-    return Figure("search_tree", title, words, rows, lambda canvas: draw_tree(canvas, graph, levels))
+    return Figure("search_tree", title, caption, rows, lambda canvas: draw_tree(canvas, graph, levels))
 
 
 def draw_tree(canvas: Canvas, graph: Graph, levels: dict[int, dict]) -> None:
-    """Levels from left to right, joined by the edges between neighbouring ones."""
+    """Draw the levels from left to right, with the edges between neighbouring ones."""
     canvas.set_size_inches(10, 0.9 + 0.62 * max(map(len, levels.values())))
     axes = canvas.subplots()
     axes.axis("off")
@@ -138,30 +142,29 @@ def draw_tree(canvas: Canvas, graph: Graph, levels: dict[int, dict]) -> None:
 
 
 def heights(graphs: list[Graph], compared: dict[int, dict[str, list[dict]]]) -> Figure:
-    """Mean value against height, by both definitions, for concepts that lead to the target and those that do not; of
-    the model and, per level, its controls."""
+    """Tabulate and plot mean value against height, by both definitions, for concepts that lead to the target or not."""
     rows = []
     for level, cells in compared.items():
         for model, found in cells.items():
             for name, longest in HEIGHTS.items():
                 row = {"level": level, "model": model, "height is": name}
                 rows += [row | group for group in by_height(graphs, found, longest)]
-    words = (
-        "Mean value of a concept by its height, the longest or the shortest way to a leaf. n counts concepts. A "
-        "model that searches gives low concepts that do not lead to the target low values. Drawn: the model itself; "
-        "its controls stand in the table."
+    caption = (
+        "Mean value of a concept by its height, the longest or shortest distance to a leaf; n counts concepts. A model "
+        "that searches assigns low values to low concepts that do not lead to the target. The plot shows the model "
+        "itself, the table also the controls."
     )
     drawn = of_the_model(rows)
-    return Figure("value_by_height", "Value against height", words, rows, lambda canvas: draw_heights(canvas, drawn))
+    return Figure("value_by_height", "Value against height", caption, rows, lambda canvas: draw_heights(canvas, drawn))
 
 
 def by_height(graphs: list[Graph], found: list[dict], longest: bool) -> list[dict]:
-    """The mean value of each height and side."""
+    """Average the values by height and by whether a concept leads to the target."""
     groups = {}
     for graph, own in zip(graphs, found, strict=True):
         for node, value in own.items():
             groups.setdefault((graph.height(node, longest), graph.leads_to_target(node)), []).append(value)
-    groups = {key: group for key, group in groups.items() if key[0] is not None}  # a circle has no height
+    groups = {key: group for key, group in groups.items() if key[0] is not None}  # cycles have no height
     return [
         {"height": height, "leads to target": leads, "n": len(group)}
         | {"mean value": mean(group), "standard deviation": float(np.std(group))}
@@ -170,12 +173,12 @@ def by_height(graphs: list[Graph], found: list[dict], longest: bool) -> list[dic
 
 
 def of_the_model(rows: list[dict]) -> list[dict]:
-    """The rows of the model itself, whose is the first."""
+    """Return the rows of the model itself (the first one), without controls."""
     return [row for row in rows if row["model"] == rows[0]["model"]]
 
 
 def draw_heights(canvas: Canvas, rows: list[dict]) -> None:
-    """A panel for each level and definition."""
+    """Draw a panel per level and definition of height."""
     levels = sorted({row["level"] for row in rows})
     canvas.set_size_inches(9, 3 * len(levels) + 0.6)
     panels = canvas.subplots(len(levels), len(HEIGHTS), sharex=True, sharey=True, squeeze=False)
@@ -185,12 +188,14 @@ def draw_heights(canvas: Canvas, rows: list[dict]) -> None:
                 own = [r for r in rows if (r["level"], r["height is"], r["leads to target"]) == (level, name, leads)]
                 label = "leads to target" if leads else "does not"
                 axes.plot([r["height"] for r in own], [r["mean value"] for r in own], marker, color=colour, label=label)
-            axes.set(title=f"level {level}, {name} way to a leaf", xlabel="height", ylabel="mean value", ylim=(0, 1))
+            axes.set(
+                title=f"level {level}, {name} distance to a leaf", xlabel="height", ylabel="mean value", ylim=(0, 1)
+            )
     canvas.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
 
 
 def parallelism(compared: dict[int, dict[str, list[dict]]]) -> Figure:
-    """Cumulative value of the best 1, 2 and 3 concepts, each curve sorted on its own; of the model and its controls."""
+    """Compute the cumulative value of the top 1, 2 and 3 concepts, each curve sorted independently."""
     rows = []
     for level, cells in compared.items():
         for model, found in cells.items():
@@ -200,17 +205,17 @@ def parallelism(compared: dict[int, dict[str, list[dict]]]) -> Figure:
                 top = np.percentile(ranked, percentile, axis=0)  # (3,)
                 row = {"level": level, "model": model, "percentile": percentile, "n": len(ranked)}
                 rows.append(row | {f"top {i + 1}": float(value) for i, value in enumerate(top)})
-    words = (
-        "Cumulative value of the best one, two and three concepts of a level, each against its own percentiles "
-        "over the problems. Wide gaps: several concepts are held at once. Drawn: the model itself; its controls stand "
-        "in the table."
+    caption = (
+        "Cumulative value of the top 1, 2 and 3 concepts of a level, each against its own percentiles over problems. "
+        "Wide gaps: several concepts are considered in parallel. The plot shows the model itself, the table also the "
+        "controls."
     )
     drawn = of_the_model(rows)
-    return Figure("parallelism", "Parallelism", words, rows, lambda canvas: draw_parallelism(canvas, drawn))
+    return Figure("parallelism", "Parallelism", caption, rows, lambda canvas: draw_parallelism(canvas, drawn))
 
 
 def draw_parallelism(canvas: Canvas, rows: list[dict]) -> None:
-    """A panel for each level."""
+    """Draw a panel per level."""
     levels = sorted({row["level"] for row in rows})
     canvas.set_size_inches(9, 3.8)
     panels = canvas.subplots(1, len(levels), sharey=True, squeeze=False)[0]

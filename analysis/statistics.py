@@ -1,4 +1,4 @@
-"""Rates with their intervals, and differences between cells that hold the same problems."""
+"""Confidence intervals of rates, and paired tests between cells with the same problems."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from statistics import NormalDist
 
 import numpy as np
 
-Z = NormalDist().inv_cdf(0.975)  # all intervals are of 95 %
-COMPARED = ("difference", "difference low", "difference high", "McNemar p", "Holm p")  # columns beside the baseline
+Z = NormalDist().inv_cdf(0.975)  # all intervals are 95 %
+COMPARED = ("difference", "difference low", "difference high", "McNemar p", "Holm p")  # columns vs. the baseline
 
 
 def wilson(right: int, n: int) -> tuple[float, float]:
-    """Wilson's interval for a rate of which `right` of n were seen."""
+    """Compute the Wilson interval of the rate right / n."""
     if not 0 <= right <= n or n == 0:
-        raise ValueError(f"{right} of {n} is no rate")
+        raise ValueError(f"{right} of {n} is not a rate")
     rate, part = right / n, Z * Z / n
     centre = (rate + part / 2) / (1 + part)
     half = math.sqrt(part * (rate * (1 - rate) + part / 4)) / (1 + part)
@@ -23,9 +23,9 @@ def wilson(right: int, n: int) -> tuple[float, float]:
 
 
 def paired_bootstrap(a: Sequence[float], b: Sequence[float], seed: int = 0, draws: int = 10_000) -> tuple[float, float]:
-    """The interval of mean(a - b) over problems drawn anew, each problem with both of its values."""
+    """Compute the bootstrap interval of mean(a - b), resampling problems."""
     differences = np.subtract(a, b, dtype=float)  # (problems,)
-    # How often each value is drawn is all that counts, and there are few values: no need to draw single problems.
+    # There are few distinct values, and only their counts matter: draw counts instead of problems.
     values, counts = np.unique(differences, return_counts=True)  # (values,) each
     drawn = np.random.default_rng(seed).multinomial(len(differences), counts / len(differences), draws)
     low, high = np.percentile(drawn @ values / len(differences), [2.5, 97.5])  # of (draws,)
@@ -33,7 +33,7 @@ def paired_bootstrap(a: Sequence[float], b: Sequence[float], seed: int = 0, draw
 
 
 def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> float:
-    """McNemar's exact two-sided p: could a fair coin decide so unevenly which of two cells is right alone?"""
+    """Compute the two-sided p of McNemar's exact test."""
     only_a = sum(x and not y for x, y in zip(a, b, strict=True))
     only_b = sum(y and not x for x, y in zip(a, b, strict=True))
     n = only_a + only_b
@@ -42,7 +42,7 @@ def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> float:
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """The p values of a family, adjusted by Holm's step-down procedure, in the order given."""
+    """Adjust p values by Holm's step-down procedure; the order is kept."""
     adjusted, largest = [0.0] * len(ps), 0.0
     for rank, place in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
         largest = max(largest, min(1.0, (len(ps) - rank) * ps[place]))
@@ -51,22 +51,23 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 
 def rate(right: Sequence[bool]) -> dict:
-    """What a table says of a cell by itself."""
+    """Compute the columns of one cell."""
     low, high = wilson(sum(right), len(right))
     return {"n": len(right), "right": sum(right), "rate": sum(right) / len(right), "low": low, "high": high}
 
 
 def difference(right: Sequence[bool], base: Sequence[bool]) -> dict:
-    """What a table says of a cell beside the baseline."""
+    """Compute the columns that compare a cell with the baseline."""
     low, high = paired_bootstrap(right, base)
     return {"difference": (sum(right) - sum(base)) / len(base), "difference low": low, "difference high": high}
 
 
 def compare(cells: dict[str, dict[int, bool]], baseline: str) -> list[dict]:
-    """A row per cell, of what was right in it by problem: its rate, and how it differs from the baseline's.
+    """Tabulate cells ({problem: correct} each): rate, and paired difference from the baseline.
 
-    Holm's family is all cells but the baseline, whose own row holds None for what compares. Raises ValueError, naming
-    the cell, where one has other problems than the baseline.
+    The Holm family is all cells but the baseline, whose own comparison columns are None.
+
+    Raises: ValueError, naming the cell, if its problems are not those of the baseline.
     """
     same_problems(cells, baseline)
     outcomes = {name: [bool(cell[idx]) for idx in sorted(cell)] for name, cell in cells.items()}
@@ -82,9 +83,9 @@ def compare(cells: dict[str, dict[int, bool]], baseline: str) -> list[dict]:
 
 
 def same_problems(cells: dict[str, dict[int, bool]], baseline: str) -> None:
-    """Raises ValueError unless all cells hold the baseline's problems, and at least one."""
+    """Raise ValueError unless all cells have the problems of the baseline, and at least one."""
     if not cells.get(baseline):
-        raise ValueError(f"the baseline {baseline!r} is no cell with problems; the cells: {', '.join(cells)}")
+        raise ValueError(f"the baseline {baseline!r} is not a cell with problems; cells: {', '.join(cells)}")
     expected = cells[baseline].keys()
     for name, cell in cells.items():
         if missing := sorted(expected - cell.keys()):

@@ -1,4 +1,4 @@
-"""All questions of the analysis to one checkpoint, and the folder with what was found."""
+"""Run all questions on a checkpoint and write the report."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from config import UserError
 from train import git_commit
 
 QUESTIONS = {
-    "k_sweep": lambda subject, beside, chosen: k_sweep.analyze(subject, beside),
-    "search": lambda subject, beside, chosen: search.analyze(subject, beside, chosen),
-    "lens": lambda subject, beside, chosen: lens.analyze(subject, beside, chosen),
-    "interventions": lambda subject, beside, chosen: interventions.analyze(subject, beside),
-    "probes": lambda subject, beside, chosen: probes.analyze(subject, beside),
-    "operands": lambda subject, beside, chosen: operands.analyze(subject),
+    "k_sweep": lambda subject, baselines, chosen: k_sweep.analyze(subject, baselines),
+    "search": lambda subject, baselines, chosen: search.analyze(subject, baselines, chosen),
+    "lens": lambda subject, baselines, chosen: lens.analyze(subject, baselines, chosen),
+    "interventions": lambda subject, baselines, chosen: interventions.analyze(subject, baselines),
+    "probes": lambda subject, baselines, chosen: probes.analyze(subject, baselines),
+    "operands": lambda subject, baselines, chosen: operands.analyze(subject),
 }
 
 
@@ -34,54 +34,59 @@ def study(
     checkpoint: str,
     data: str,
     questions: list[str] | None = None,
-    beside: list[str] = (),
+    baselines: list[str] = (),
     limit: int = 500,
     batch_size: int = 64,
     chosen: int = 0,
 ) -> Path:
-    """Asks a checkpoint questions (None: all that make sense for it) about the first `limit` problems of a data set.
+    """Analyze a checkpoint on the first `limit` problems of a data set.
 
-    beside: checkpoints that are asked the same problems, as controls; chosen: the problem whose tree and tokens are
-    drawn. Writes CHECKPOINT/../analysis_CHECKPOINT, prints a summary, and returns the folder. Raises UserError for a
-    question that makes no sense, and where the folder exists.
+    Args:
+        questions: None for all that apply to the checkpoint.
+        baselines: checkpoints evaluated on the same problems for comparison.
+        chosen: index of the problem whose search tree and tokens are drawn.
+
+    Returns: the folder written, CHECKPOINT/../analysis_CHECKPOINT.
+
+    Raises: UserError for a question that does not apply, or if the folder contains a report.
     """
     folder = folder_of(checkpoint)
     refuse_existing(folder)
     started, problems = time.time(), load_problems(data, limit)
     if not 0 <= chosen < len(problems):
-        raise UserError(f"--problem {chosen}: {data} gives problems 0 to {len(problems) - 1} here")
+        raise UserError(f"--problem {chosen}: out of range; {data} has problems 0 to {len(problems) - 1} (--limit)")
     subject = open_subject(checkpoint, problems, batch_size)
-    others = with_own_names([open_subject(path, problems, batch_size) for path in beside], subject)
+    others = with_own_names([open_subject(path, problems, batch_size) for path in baselines], subject)
     reasons = obstacles(subject)
     for question in questions or []:
         if question in reasons:
-            raise UserError(f"--questions {question}: {reasons[question]}; leave it out")
-    asked = questions or [question for question in QUESTIONS if question not in reasons]
-    found = [QUESTIONS[question](subject, others, chosen) for question in asked]
-    facts = {"checkpoint": checkpoint, "method": subject.opened.config.method, "problems": f"{len(problems)} of {data}"}
-    facts |= {"beside": ", ".join(beside) or "none", "seconds": round(time.time() - started)}
+            raise UserError(f"--questions {question}: not applicable: {reasons[question]}; leave it out")
+    selected = questions or [question for question in QUESTIONS if question not in reasons]
+    findings = [QUESTIONS[question](subject, others, chosen) for question in selected]
+    facts = {"checkpoint": checkpoint, "method": subject.checkpoint.config.method}
+    facts |= {"problems": f"{len(problems)} of {data}"}
+    facts |= {"baselines": ", ".join(baselines) or "none", "seconds": round(time.time() - started)}
     facts |= {"device": device_name(), "torch": torch.__version__, "transformers": transformers.__version__}
-    facts |= {"commit": git_commit()} | {
-        f"without {name}": f"since {why}" for name, why in reasons.items() if not questions
-    }
-    save(folder, f"{subject.name}: {Path(checkpoint).resolve().name}", facts, found, problems)
+    facts |= {"commit": git_commit()}
+    facts |= {f"skipped: {name}": reason for name, reason in reasons.items() if not questions}
+    save(folder, f"{subject.name}: {Path(checkpoint).resolve().name}", facts, findings, problems)
     return folder
 
 
 def folder_of(checkpoint: str) -> Path:
-    """Where the analysis of a checkpoint goes."""
+    """Return the output folder for a checkpoint."""
     place = Path(checkpoint).resolve()
     return place.parent / f"analysis_{place.name}"
 
 
 def load_problems(data: str, limit: int) -> list[dict]:
-    """The first problems of a source with all their fields, checked as for training."""
+    """Load the first problems with all their fields, validated as for training."""
     checked = read_problems(data, limit)
     return [whole | problem for whole, problem in zip(islice(read_source(data), limit), checked, strict=True)]
 
 
 def with_own_names(others: list[Subject], subject: Subject) -> list[Subject]:
-    """The models beside a subject, numbered where two have the same method."""
+    """Number the baselines whose method occurs more than once."""
     names, named = {subject.name}, []
     for other in others:
         number = 2
@@ -94,12 +99,12 @@ def with_own_names(others: list[Subject], subject: Subject) -> list[Subject]:
 
 
 def obstacles(subject: Subject) -> dict[str, str]:
-    """Why questions make no sense for a subject, by question."""
-    at = f"method {subject.opened.config.method} at stage {subject.opened.stage}"
-    no_graph = None if all(subject.graphs) else "not every problem states a graph"
+    """Return the questions that do not apply to a subject: {question: reason}."""
+    at = f"method {subject.checkpoint.config.method} at stage {subject.checkpoint.stage}"
+    no_graph = None if all(subject.graphs) else "not all problems have a graph"
     no_thoughts = None if subject.thinks and subject.thoughts else f"{at} has no thoughts"
-    no_places = None if subject.thoughts else f"{at} has no thoughts or pauses"
-    no_sums = None if operands.changeable(subject) else "no problem's first step is a calculation <<a*b=c>>"
+    no_places = None if subject.thoughts else f"{at} has no thoughts or pause tokens"
+    no_sums = None if operands.changeable(subject) else "no problem starts with a calculation <<a*b=c>>"
     reasons = {
         "search": no_graph or no_places,
         "lens": no_thoughts,
@@ -110,23 +115,23 @@ def obstacles(subject: Subject) -> dict[str, str]:
     return {question: reason for question, reason in reasons.items() if reason}
 
 
-def save(folder: Path, title: str, facts: dict, found: list[Findings], problems: list[dict]) -> None:
-    """Writes the report with its tables, a line per problem, and the thoughts; prints the summary."""
-    summary = [line for part in found for line in part.summary]
+def save(folder: Path, title: str, facts: dict, findings: list[Findings], problems: list[dict]) -> None:
+    """Write the report, problems.jsonl and thoughts; print the summary."""
+    summary = [line for part in findings for line in part.summary]
     lines = []
     for index, problem in enumerate(problems):
         line = {"idx": index, "question": problem["question"], "expected": problem["answer"]}
-        for part in found:
+        for part in findings:
             line |= part.problems.get(index, {})
         lines.append(line)
     make_private(folder)
-    for name, tensor in {name: tensor for part in found for name, tensor in part.tensors.items()}.items():
+    for name, tensor in {name: tensor for part in findings for name, tensor in part.tensors.items()}.items():
         save_file({name: tensor.contiguous()}, folder / f"{name}.safetensors")
-    write(folder, title, facts, summary, [figure for part in found for figure in part.figures], lines)
+    write(folder, title, facts, summary, [figure for part in findings for figure in part.figures], lines)
     print("\n".join(summary))
     print(f"report: {folder / 'report.html'}")
 
 
 def device_name() -> str:
-    """What it ran on."""
+    """Return the name of the device."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"

@@ -1,4 +1,4 @@
-"""A trained model whose thoughts can be read and replaced, and what it writes then."""
+"""A trained model whose thoughts can be read and replaced."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from curriculum import METHODS, num_placeholders
 from dataset import MyCollator, model_args
 from evaluate import OpenedCheckpoint, open_checkpoint, predict, until_eos
 
-SEED = 0  # of all that is drawn
-NOISE = "noise of the thoughts' norm"  # how rows call the control that `noise` makes
+SEED = 0
+NOISE = "noise of the thoughts' norm"  # label of this control in tables
 
 
 class Replaceable(Coconut):
-    """Coconut that can be given thoughts from outside: those that are forced, of (batch, thoughts, hidden) values.
+    """Coconut with replaceable thoughts: those that are `forced` take `values` (batch, thoughts, hidden).
 
-    A thought after a forced one is computed anew from it, unless it is forced, too.
+    A thought after a forced one is recomputed from it, unless it is forced too.
     """
 
     values: Tensor | None = None
     forced: Sequence[bool] = ()
 
     def thought(self, state: Tensor, number: int) -> Tensor:
-        """The given thought where it is forced, (batch, 1, hidden)."""
+        """Return the given value of a forced thought, (batch, 1, hidden)."""
         if self.values is None or not self.forced[number]:
             return state
         return self.values[:, number : number + 1].to(state)
 
     @contextmanager
     def replacing(self, values: Tensor | None, forced: Sequence[bool]) -> Iterator[None]:
-        """Thinks with these thoughts, of the rows of one batch, as long as it lasts."""
+        """Replace thoughts of one batch within this context."""
         self.values, self.forced = values, forced
         try:
             yield
@@ -49,14 +49,14 @@ class Replaceable(Coconut):
 
 @dataclass(frozen=True)
 class Subject:
-    """A checkpoint and the problems that it is asked; name: how rows and figures call it.
+    """A checkpoint with the problems it is evaluated on.
 
-    thoughts: how many thoughts or pauses its prompts hold, the same for all problems, so that they stand in the same
-    columns of every batch; forms, graphs: of the problems, None where one states no graph.
+    name: in rows and figures; thoughts: number of thoughts or pause tokens per prompt, the same for all problems, so
+    that they are in the same columns of a batch; forms, graphs: per problem, None without a graph.
     """
 
     name: str
-    opened: OpenedCheckpoint
+    checkpoint: OpenedCheckpoint
     problems: list[dict]
     forms: list[Form | None]
     graphs: list[Graph | None]
@@ -65,55 +65,58 @@ class Subject:
 
     @property
     def model(self) -> Replaceable:
-        """The model."""
-        return self.opened.model
+        return self.checkpoint.model
 
     @property
     def thinks(self) -> bool:
-        """Whether its placeholders are continuous thoughts."""
-        return METHODS[self.opened.config.method].placeholder == "latent"
+        """Whether the placeholders are continuous thoughts."""
+        return METHODS[self.checkpoint.config.method].placeholder == "latent"
 
     @property
     def has_placeholders(self) -> bool:
-        """Whether its prompts hold thoughts or pauses at all."""
-        return METHODS[self.opened.config.method].placeholder is not None
+        """Whether prompts contain thoughts or pause tokens."""
+        return METHODS[self.checkpoint.config.method].placeholder is not None
 
     @property
     def per_stage(self) -> int:
-        """Thoughts that took the place of one step in training."""
-        return max(self.opened.config.c_thought, 1)
+        """Thoughts per replaced step in training."""
+        return max(self.checkpoint.config.c_thought, 1)
 
     @property
     def placeholder_id(self) -> int:
-        """The id of a thought, or of a pause."""
-        return self.opened.pretrained.sequence_tokens(self.opened.config.method)["latent_id"]
+        """Token id of a thought or pause token."""
+        return self.checkpoint.pretrained.sequence_tokens(self.checkpoint.config.method)["latent_id"]
 
     @property
     def positions(self) -> int | None:
-        """The longest sequence that the model takes; None: any."""
-        return self.opened.positions
+        """Maximum sequence length of the model; None: unlimited."""
+        return self.checkpoint.positions
 
     def tokenize(self, text: str) -> list[int]:
-        """The ids of a text that is written behind a prompt."""
-        return self.opened.pretrained.tokenizer(text, add_special_tokens=False)["input_ids"]
+        """Tokenize a text that follows a prompt."""
+        return self.checkpoint.pretrained.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def with_thoughts(self, thoughts: int) -> Subject:
-        """The same with so many thoughts in its prompts."""
+        """Return a copy with another number of thoughts."""
         return replace(self, thoughts=thoughts)
 
     @cached_property
     def prompts(self) -> list[dict]:
         """The prompts of all problems."""
-        opened = self.opened.with_thoughts(self.thoughts) if self.has_placeholders else self.opened
-        return opened.prompts([problem["question"] for problem in self.problems])
+        checkpoint = self.checkpoint.with_thoughts(self.thoughts) if self.has_placeholders else self.checkpoint
+        return checkpoint.prompts([problem["question"] for problem in self.problems])
 
     def batches(self, items: list[dict], title: str) -> Iterator[tuple[list[int], dict]]:
-        """Items of similar length together: their indices, and the padded batch. Raises UserError for one that is
-        longer than the model takes."""
+        """Yield padded batches of items of similar length, with their indices.
+
+        Raises: UserError if a sequence exceeds the model's positions.
+        """
         longest = max((len(item["input_ids"]) for item in items), default=0)
         if self.positions and longest > self.positions:
-            raise UserError(f"{title}: a sequence has {longest} tokens, {self.opened.path} takes {self.positions}")
-        collate = MyCollator(self.opened.pretrained.tokenizer, self.model.latent_token_id)
+            raise UserError(
+                f"{title}: a sequence has {longest} tokens, but {self.checkpoint.path} has {self.positions} positions"
+            )
+        collate = MyCollator(self.checkpoint.pretrained.tokenizer, self.model.latent_token_id)
         order = sorted(range(len(items)), key=lambda index: len(items[index]["input_ids"]))
         parts = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
         for part in tqdm(parts, desc=f"{self.name}: {title}", leave=False, disable=len(parts) < 2):
@@ -121,22 +124,22 @@ class Subject:
 
 
 def open_subject(path: str, problems: list[dict], batch_size: int) -> Subject:
-    """Opens a checkpoint to ask it problems with as many thoughts as its stage has."""
-    opened = open_checkpoint(path)
-    own, config = opened.model, opened.config
+    """Open a checkpoint, with as many thoughts as in its training stage."""
+    checkpoint = open_checkpoint(path)
+    own, config = checkpoint.model, checkpoint.config
     ids = (own.latent_token_id, own.start_latent_id, own.end_latent_id, own.eos_token_id)
-    opened = replace(opened, model=Replaceable(own.base_causallm, *ids).eval())
-    thoughts = num_placeholders(opened.stage, 0, config, training=False)
+    checkpoint = replace(checkpoint, model=Replaceable(own.base_causallm, *ids).eval())
+    thoughts = num_placeholders(checkpoint.stage, 0, config, training=False)
     forms = [find_form(problem) for problem in problems]
     graphs = [form and form.graph(problem) for form, problem in zip(forms, problems, strict=True)]
-    return Subject(config.method, opened, problems, forms, graphs, batch_size, thoughts)
+    return Subject(config.method, checkpoint, problems, forms, graphs, batch_size, thoughts)
 
 
 @torch.no_grad()
 def think(subject: Subject, batch: dict, values: Tensor | None = None, forced: Sequence[bool] = ()):
-    """Last hidden states and input embeddings, (batch, length, hidden) each, of a batch of sequences.
+    """Compute last hidden states and input embeddings, (batch, length, hidden) each.
 
-    values: thoughts of its rows, (batch, thoughts, hidden); forced: which of them take the place of the model's own.
+    values: replacements (batch, thoughts, hidden) for the thoughts that are `forced`.
     """
     model = subject.model
     plan = plan_batch(batch["input_ids"], batch["attention_mask"], None, model.latent_token_id)
@@ -147,8 +150,7 @@ def think(subject: Subject, batch: dict, values: Tensor | None = None, forced: S
 
 @torch.no_grad()
 def look(subject: Subject, batch: dict, **outputs: bool):
-    """What transformers returns of one pass over a batch with its thoughts in their places; outputs: what it is asked
-    for, such as output_attentions=True."""
+    """Run one pass over a batch with its thoughts in place; outputs: such as output_attentions=True."""
     _, embeds = think(subject, batch)
     mask, position_ids = (batch[key].to(embeds.device) for key in ("attention_mask", "position_ids"))
     return without_head(subject.model.base_causallm)(
@@ -157,7 +159,7 @@ def look(subject: Subject, batch: dict, **outputs: bool):
 
 
 def read_thoughts(subject: Subject, values: Tensor | None = None, forced: Sequence[bool] = ()) -> Tensor:
-    """The thoughts of all problems, (problems, thoughts, hidden) on the CPU; values as for `think`, of all problems."""
+    """Compute the thoughts of all problems, (problems, thoughts, hidden) on the CPU; values, forced: as for `think`."""
     hidden = subject.model.base_causallm.get_input_embeddings().weight.shape[1]
     found = torch.zeros(len(subject.problems), subject.thoughts, hidden)  # (problems, thoughts, hidden)
     for part, batch in subject.batches(subject.prompts, "thoughts"):
@@ -168,7 +170,7 @@ def read_thoughts(subject: Subject, values: Tensor | None = None, forced: Sequen
 
 
 def noise(thoughts: Tensor) -> Tensor:
-    """Random directions of the norms of thoughts (problems, thoughts, hidden), the same ones for the same shape."""
+    """Draw random directions with the norms of thoughts (problems, thoughts, hidden); deterministic."""
     drawn = torch.randn(thoughts.shape, generator=torch.Generator().manual_seed(SEED))  # (problems, thoughts, hidden)
     return drawn * thoughts.norm(dim=-1, keepdim=True) / drawn.norm(dim=-1, keepdim=True)
 
@@ -176,27 +178,28 @@ def noise(thoughts: Tensor) -> Tensor:
 def write_answers(
     subject: Subject, title: str, values: Tensor | None = None, forced: Sequence[bool] = (), begun: Sequence[int] = ()
 ) -> list[dict]:
-    """What the model writes to every problem, in their order, and its `ids`; see `evaluate.predict`. Greedy, as in
-    validation.
+    """Generate an answer to each problem as in validation (greedy); return predictions with the generated `ids`.
 
-    values, forced: thoughts of all problems, as for `read_thoughts`; begun: ids that every answer starts with.
+    values, forced: as for `read_thoughts`; begun: ids that each answer starts with.
     """
-    opened = subject.opened
-    limit, eos = opened.config.answer_limit, subject.model.eos_token_id
+    checkpoint = subject.checkpoint
+    limit, eos = checkpoint.config.answer_limit, subject.model.eos_token_id
     predictions = [None] * len(subject.problems)
     for part, batch in subject.batches([extended(item, begun) for item in subject.prompts], title):
         with subject.model.replacing(None if values is None else values[part], forced):
             output = subject.model.generate(**model_args(batch), max_new_tokens=limit)  # (batch, length + new)
         for index, tokens in zip(part, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
             new = [*begun, *until_eos(tokens, eos, limit)]
-            said = predict(subject.problems[index], index, new, 0, opened.pretrained.tokenizer, opened.config.method)
-            thoughts = subject.thoughts if subject.thinks else 0  # pauses are no generated tokens
-            predictions[index] = said | {"new_tokens": thoughts + len(new), "ids": new}
+            prediction = predict(
+                subject.problems[index], index, new, 0, checkpoint.pretrained.tokenizer, checkpoint.config.method
+            )
+            thoughts = subject.thoughts if subject.thinks else 0  # pause tokens are not counted as generated
+            predictions[index] = prediction | {"new_tokens": thoughts + len(new), "ids": new}
     return predictions
 
 
 def extended(item: dict, tokens: Sequence[int]) -> dict:
-    """A prompt with tokens behind it."""
+    """Append tokens to a prompt."""
     ids = [*item["input_ids"], *tokens]
     return item | {"input_ids": ids, "attention_mask": [1] * len(ids), "position_ids": list(range(len(ids)))}
 
@@ -205,10 +208,10 @@ def extended(item: dict, tokens: Sequence[int]) -> dict:
 def log_probabilities(
     subject: Subject, items: list[dict], scored: list[int], title: str, values: Tensor | None = None
 ) -> list[float]:
-    """For every sequence the log probability of its last tokens, as many as `scored` says of each.
+    """Compute the log probability of the last `scored[i]` tokens of each sequence i.
 
-    A sequence is a prompt with tokens behind it; see `extended`. values: thoughts in place of its own, (sequences,
-    thoughts, hidden).
+    items: prompts with tokens appended (`extended`); values: replacements for all thoughts, (sequences, thoughts,
+    hidden).
     """
     found = [0.0] * len(items)
     for part, batch in subject.batches(items, title):

@@ -1,14 +1,13 @@
-"""What data cost: seconds from the command to the first step, and the memory of 1, 2 and 4 processes.
+"""Benchmark data loading: seconds from launch to the first step, and the memory of 1, 2 and 4 processes.
 
     python benchmarks/gsm_size.py FOLDER train.json
     python benchmarks/data.py train.json TOKENIZER [--ranks 1 2 4] [--project FOLDER] [key=value ...]
 
-Trains a tiny model with the tokenizer in the folder TOKENIZER over one epoch of the file, but every optimizer step
-computes nothing, so that all that is left is data. The first start has an empty cache, later ones what it left there;
-32 problems, which cost nearly nothing, are there to compare with. Memory is the sum over all processes
-of their proportional share (PSS), so that shared pages count once, at the end of the epoch. Seconds are CPU seconds of
-the slowest process, but for the first column, which is the clock's.
---project names another checkout (as of an earlier commit) whose core is measured instead.
+Trains a tiny model with the tokenizer in the folder TOKENIZER for one epoch of the file, with optimizer steps that
+compute nothing, so that only data loading remains. The first start has an empty cache, later starts a filled one; 32
+problems serve as the baseline. Memory is the proportional set size (PSS) summed over all processes, which counts shared
+pages once, at the end of the epoch. Seconds are CPU seconds of the slowest process, except in the first column (wall
+time). --project measures another checkout, such as an earlier commit.
 """
 
 from __future__ import annotations
@@ -26,20 +25,20 @@ ROOT = Path(__file__).resolve().parent.parent
 SIZES = {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 1024}
 
 
-def measure(project: Path, words: list[str], ranks: int) -> list[dict]:
-    """What each of the processes of a run of this script as a worker reports."""
+def measure(project: Path, argv: list[str], ranks: int) -> list[dict]:
+    """Run this script as a worker; return the report of each process."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
     with tempfile.TemporaryDirectory() as reports:
-        command = [sys.executable, *torchrun, __file__, "--worker", reports, "--project", str(project), *words]
+        command = [sys.executable, *torchrun, __file__, "--worker", reports, "--project", str(project), *argv]
         environment = {**os.environ, "STARTED": str(time.time()), "OMP_NUM_THREADS": "1"}
-        finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if finished.returncode:
-            sys.exit(finished.stderr)
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if result.returncode:
+            sys.exit(result.stderr)
         return [json.loads(path.read_text()) for path in Path(reports).iterdir()]
 
 
-def work(project: Path, words: list[str], reports: Path) -> None:
-    """One process: an epoch without any arithmetic, then its report."""
+def work(project: Path, argv: list[str], reports: Path) -> None:
+    """Run one process: an epoch without computation, then write its report."""
     sys.path.insert(0, str(project))
     import torch
 
@@ -52,17 +51,18 @@ def work(project: Path, words: list[str], reports: Path) -> None:
 
     report = {}
 
-    def note(*_) -> dict:
-        """In place of a step's passes and update, or of an earlier version's train_step."""
+    def skip_step(*_) -> dict:
+        """Replace the forward, backward and update of a step (or train_step of an earlier version)."""
         report.setdefault("first step", time.time() - float(os.environ["STARTED"]))
-        report.setdefault("first step, CPU", sum(os.times()[:4]))  # workers that have ended included
+        report.setdefault("first step, CPU", sum(os.times()[:4]))  # including finished workers
         return {"loss": 0.0, "grad_norm": 0.0, "lr": 0.0, "tokens": 1}
 
     clock(dataset, "check_lengths", report)
     clock(train if hasattr(train, "epoch_order") else dataset, "epoch_order", report)
-    train.Trainer.backward = lambda *_: note() and torch.zeros(())
+    train.Trainer.train_step = skip_step
+    train.Trainer.backward = lambda *_: skip_step() and torch.zeros(())
     train.Trainer.optimizer_step = lambda *_: 0.0
-    config, processes = load_config(words[0], words[1:]), init_distributed()
+    config, processes = load_config(argv[0], argv[1:]), init_distributed()
     trainer = run.set_up(config, processes, StopRequest())
     clock(trainer, "train_epoch", report)
     trainer.train_epoch(0)
@@ -75,7 +75,7 @@ def work(project: Path, words: list[str], reports: Path) -> None:
 
 
 def clock(module, name: str, report: dict) -> None:
-    """Adds the CPU seconds of every call of a function to the report."""
+    """Patch a function to add the CPU seconds of its calls to the report."""
     function = getattr(module, name)
 
     def clocked(*args, **kwargs):
@@ -88,32 +88,32 @@ def clock(module, name: str, report: dict) -> None:
 
 
 def main() -> None:
-    """Measures and prints the table."""
+    """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("words", nargs="+", metavar="train.json TOKENIZER [key=value]")
+    parser.add_argument("argv", nargs="+", metavar="train.json TOKENIZER [key=value]")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--project", type=Path, default=ROOT)
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.worker:
-        return work(arguments.project, arguments.words, arguments.worker)
-    train, tokenizer, *words = arguments.words
+    args = parser.parse_args()
+    if args.worker:
+        return work(args.project, args.argv, args.worker)
+    train, tokenizer, *argv = args.argv
     print("| ranks | data | to the first step, s | CPU s | check_lengths | order | whole epoch | PSS, MiB |")
     print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         small, config = make_files(Path(folder), Path(train), Path(tokenizer))
         os.environ["HF_DATASETS_CACHE"] = f"{folder}/cache"
-        starts = [(arguments.ranks[0], "first start", train)]
-        for ranks in arguments.ranks:
+        starts = [(args.ranks[0], "first start", train)]
+        for ranks in args.ranks:
             starts += [(ranks, "32 problems", small), (ranks, "later start", train)]
         for ranks, title, path in starts:
-            reports = measure(arguments.project, [config, f"train_path={path}", *words], ranks)
+            reports = measure(args.project, [config, f"train_path={path}", *argv], ranks)
             print(f"| {ranks} | {title} | {columns(reports)} |", flush=True)
     return None
 
 
 def make_files(folder: Path, train: Path, tokenizer: Path) -> tuple[str, str]:
-    """The files of 32 problems and of the config."""
+    """Write the 32 problems and the config."""
     small, model = folder / "small.json", folder / "model"
     small.write_text(json.dumps(json.loads(train.read_text(encoding="utf-8"))[:32]), encoding="utf-8")
     model.mkdir()
@@ -127,7 +127,7 @@ def make_files(folder: Path, train: Path, tokenizer: Path) -> tuple[str, str]:
 
 
 def columns(reports: list[dict]) -> str:
-    """A row's figures: the slowest process's seconds, and the memory of all."""
+    """Format a row: seconds of the slowest process, memory of all."""
     names = ("first step", "first step, CPU", "check_lengths", "epoch_order", "train_epoch")
     seconds = [f"{max(report.get(name, 0) for report in reports):.1f}" for name in names]
     return " | ".join([*seconds, f"{sum(report['Pss'] for report in reports):.0f}"])

@@ -1,9 +1,9 @@
-"""Where the time of a real epoch goes: data, forward, backward, optimizer, validation, saving.
+"""Profile a real epoch: data, forward, backward, optimizer, validation, saving.
 
     python benchmarks/epoch.py args/prosqa_coconut.yaml [key=value ...] [--steps 50]
 
-Runs the first steps of an epoch of the given config (whose stage `resume` chooses), piece by piece with the run's own
-functions and a synchronized clock between them, then one validation and one save, and scales the steps to the epoch.
+Runs the first steps of an epoch of the config (`resume` selects the stage) with synchronized timers around the
+trainer's own functions, then one validation and one save, and scales the steps to the epoch.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from utils import StopRequest
 
 @contextmanager
 def clocked(times: dict[str, float], name: str):
-    """Adds the seconds that the block takes, the GPU's work included, to times[name]."""
+    """Add the seconds of the block, including GPU work, to times[name]."""
     started = time.perf_counter()
     yield
     if torch.cuda.is_available():
@@ -40,9 +40,11 @@ def clocked(times: dict[str, float], name: str):
 
 
 def train_steps(trainer: Trainer, limit: int) -> tuple[dict[str, float], float, float]:
-    """The seconds by piece of the epoch's first steps, the share of the epoch that these steps are, and the share of
-    padding in their batches. The very first step is a warm-up that does not count. Data: the order of the whole epoch,
-    in proportion, and the time for which a step waits for its batches."""
+    """Time the first steps of the epoch, after one warm-up step.
+
+    Returns: seconds by part, the share of the epoch that was run, and the share of padding in its batches. "data" is
+    the time that steps wait for batches, plus a proportional share of computing the epoch's order.
+    """
     config, device, times = trainer.config, trainer.processes.device, defaultdict(float)
     with clocked(times, "data"):
         steps = trainer.remaining_steps(config.resume, 0)
@@ -50,7 +52,7 @@ def train_steps(trainer: Trainer, limit: int) -> tuple[dict[str, float], float, 
     limit = min(limit, len(steps) - 1)
     once = times.pop("data") * limit / len(steps)
     make = partial(trainer.make_batches, config.resume)
-    made = prefetch_batches(make, steps[: limit + 1], config, device)
+    batches_ahead = prefetch_batches(make, steps[: limit + 1], config, device)
     trainer.model.train()
     tokens = columns = 0
     for number in range(limit + 1):
@@ -58,7 +60,7 @@ def train_steps(trainer: Trainer, limit: int) -> tuple[dict[str, float], float, 
             times.clear()
             tokens = columns = 0
         with clocked(times, "data"):
-            batches = next(made)
+            batches = next(batches_ahead)
         for batch in batches:
             tokens, columns = tokens + batch["attention_mask"].sum().item(), columns + batch["attention_mask"].numel()
             with clocked(times, "forward"), trainer.validator.autocast():
@@ -74,18 +76,18 @@ def train_steps(trainer: Trainer, limit: int) -> tuple[dict[str, float], float, 
 
 
 def main() -> None:
-    """Measures and prints the table."""
+    """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--steps", type=int, default=50)
-    arguments = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        config = load_config(arguments.config, [*arguments.overrides, f"save_path={folder}", "logger=none"])
+        config = load_config(args.config, [*args.overrides, f"save_path={folder}", "logger=none"])
         times = defaultdict(float)
         with clocked(times, "reading, tokenizing, loading (once)"):
             trainer = set_up(config, init_distributed(), StopRequest())
-        steps, share, padding = train_steps(trainer, arguments.steps)
+        steps, share, padding = train_steps(trainer, args.steps)
         epoch = {name: seconds / share for name, seconds in steps.items()}
         with clocked(epoch := defaultdict(float, epoch), "validation"):
             trainer.validator.validate(trainer.state.stage)
@@ -93,7 +95,7 @@ def main() -> None:
         with clocked(epoch, "saving"):
             trainer.save()
     total = sum(epoch.values())
-    print(f"\n{arguments.config}, {share:.1%} of the steps measured, {padding:.1%} of their columns padding")
+    print(f"\n{args.config}, {share:.1%} of the steps measured, {padding:.1%} of their columns padding")
     print(f"{environment(trainer.processes.device.type)}\n")
     print("| piece | seconds per epoch | share |\n|---|---|---|")
     for name, seconds in epoch.items():

@@ -1,11 +1,11 @@
-"""Problems per second of validation: batched with a cache, against one at a time without, side by side.
+"""Compare problems per second in validation: batched with a KV cache, and one at a time without.
 
     python benchmarks/generate.py                                    GPT-2 small, batch 64, 6 thoughts
     python benchmarks/generate.py --device cuda --bf16
 
-Same weights, same prompts, same number of new tokens; the tokens of both ways are compared. `single` is the
-straightforward loop: every new token computes the whole sequence again, for one problem at a time (two of the batch, of
-median length). Every row decodes all new tokens, so that a random model cannot stop early.
+Same weights, prompts and number of new tokens; the generated tokens are compared. `single` is the naive loop: it
+recomputes the whole sequence for each new token, one problem at a time (two of the batch, of median length). No row
+stops early.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from train_step import END, LATENT, START, environment, make_batch, make_model, 
 
 from coconut import Coconut
 
-NEVER = -1  # an eos id that no token has
+NEVER = -1  # an eos id that is never generated
 
 
 def single(lm: nn.Module, input_ids: Tensor, new_tokens: int) -> Tensor:
-    """Greedy decoding of one prompt (1, length) without a cache."""
+    """Decode one prompt (1, length) greedily without a cache."""
     embeds = lm.get_input_embeddings()(input_ids)  # (1, length, hidden)
     for column in (input_ids[0] == LATENT).nonzero().flatten().tolist():
         hidden = lm.base_model(inputs_embeds=embeds[:, :column], use_cache=False).last_hidden_state
@@ -38,7 +38,7 @@ def single(lm: nn.Module, input_ids: Tensor, new_tokens: int) -> Tensor:
 
 
 def seconds(function, device: str) -> tuple[float, object]:
-    """The wall time of a call, and its result."""
+    """Return the wall time of a call and its result."""
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     synchronize()
     started = time.perf_counter()
@@ -49,33 +49,33 @@ def seconds(function, device: str) -> tuple[float, object]:
 
 @torch.no_grad()
 def main() -> None:
-    """Measures and prints the comparison. --answer is the number of new tokens here."""
-    arguments = parse()
-    torch.set_num_threads(arguments.threads)
-    lm = make_model(arguments).to(arguments.device).eval()
-    batch = make_batch(arguments.batch, arguments.question, arguments.thoughts, 0)
-    batch = {key: value.to(arguments.device) for key, value in batch.items()}
+    """Measure and print the comparison; --answer is the number of new tokens."""
+    args = parse()
+    torch.set_num_threads(args.threads)
+    lm = make_model(args).to(args.device).eval()
+    batch = make_batch(args.batch, args.question, args.thoughts, 0)
+    batch = {key: value.to(args.device) for key, value in batch.items()}
     model = Coconut(lm, LATENT, START, END, NEVER)
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
-    few = inputs["attention_mask"].sum(1).argsort().tolist()[arguments.batch // 2 :][:2]
+    few = inputs["attention_mask"].sum(1).argsort().tolist()[args.batch // 2 :][:2]
     ratios = []
-    for number in range(1 + arguments.repeats):
-        with torch.autocast(arguments.device, dtype=torch.bfloat16, enabled=arguments.bf16):
-            fast, output = seconds(lambda: model.generate(**inputs, max_new_tokens=arguments.answer), arguments.device)
+    for number in range(1 + args.repeats):
+        with torch.autocast(args.device, dtype=torch.bfloat16, enabled=args.bf16):
+            fast, output = seconds(lambda: model.generate(**inputs, max_new_tokens=args.answer), args.device)
             slow = 0.0
             for row in few:
                 prompt = batch["input_ids"][row][batch["attention_mask"][row] == 1][None]  # (1, real length)
-                took, alone = seconds(lambda: single(lm, prompt, arguments.answer), arguments.device)  # noqa: B023
+                took, alone = seconds(lambda: single(lm, prompt, args.answer), args.device)  # noqa: B023
                 slow += took
-                if not arguments.bf16:  # bfloat16 rounds ties between tokens either way
+                if not args.bf16:  # bfloat16 may break ties differently
                     assert torch.equal(alone[0, prompt.shape[1] :], output[row, batch["input_ids"].shape[1] :])
         if number > 0:
-            ratios.append((slow / len(few)) / (fast / arguments.batch))
-    row = {"batched_per_second": arguments.batch / fast, "single_per_second": len(few) / slow}
+            ratios.append((slow / len(few)) / (fast / args.batch))
+    row = {"batched_per_second": args.batch / fast, "single_per_second": len(few) / slow}
     row |= {"ratio": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
-    print(json.dumps({**environment(arguments.device), **row}, indent=1))
-    if arguments.out:
-        arguments.out.write_text(json.dumps({**environment(arguments.device), **row}, indent=1) + "\n")
+    print(json.dumps({**environment(args.device), **row}, indent=1))
+    if args.out:
+        args.out.write_text(json.dumps({**environment(args.device), **row}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

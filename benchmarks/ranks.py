@@ -1,17 +1,16 @@
-"""What loading, saving and resuming hold in memory: one process beside several that share the model (FSDP, gloo).
+"""Measure the host memory of loading, saving and resuming: one process, and several with FSDP (gloo).
 
     python benchmarks/ranks.py                     a Llama of 195 million parameters, 1 and 4 processes
 
-Each phase runs in fresh processes, and its peak is measured in each of them beyond the empty process, which has
-imported everything and joined the group:
-  load     from a folder to a model that can train (with the rows of new tokens)
-  save     a checkpoint, from the moments of AdamW's state in memory on
-  resume   from that checkpoint to a model and an optimizer that go on
-The peaks of all processes are added up, though they need not come at the same time. Two measures:
-  own      memory that only this process has (anonymous pages), sampled every millisecond. Weights that are mapped from
-           a file, which costs no memory but what the system can take back, count from when they are written to; so
-           every phase writes to them once, as the first optimizer step would
-  all      the kernel's peak (VmHWM), with the pages of mapped files as far as they were read
+Each phase runs in fresh processes; each process measures its peak relative to the start, after imports and joining the
+process group:
+  load     from a folder to a model ready for training (with rows for new tokens)
+  save     a checkpoint, starting with AdamW's state in memory
+  resume   from that checkpoint to model and optimizer
+Peaks are summed over processes, though they need not coincide. Two measures:
+  own      private memory (anonymous pages), sampled every millisecond. Memory-mapped weights count once they are
+           written to; each phase therefore writes to all of them once, as the first optimizer step would
+  all      the kernel's peak (VmHWM), including the pages read of mapped files
 """
 
 from __future__ import annotations
@@ -33,43 +32,43 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 PHASES = ("load", "save", "resume")
 
 
-# --- one process of a phase -------------------------------------------------------------------------------------------
+# --- worker -----------------------------------------------------------------------------------------------------------
 
 
 class Peak:
-    """This process's peaks of its own and of all resident memory since now, beyond what it holds now, in bytes."""
+    """This process's peak private and total resident memory from now on, relative to now, in bytes."""
 
     def __init__(self):
-        Path("/proc/self/clear_refs").write_text("5")  # forgets the kernel's peak
+        Path("/proc/self/clear_refs").write_text("5")  # reset the kernel's peak
         self.before, self.own, self.done = (self.now(), peak()), self.now(), threading.Event()
         self.thread = threading.Thread(target=self.watch, daemon=True)
         self.thread.start()
 
     @staticmethod
     def now() -> int:
-        """The bytes of anonymous pages."""
+        """Return the bytes of anonymous pages."""
         _, resident, shared, *_ = map(int, Path("/proc/self/statm").read_text().split())
         return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
 
     def watch(self) -> None:
-        """Samples until the end."""
+        """Sample until the end."""
         while not self.done.wait(0.001):
             self.own = max(self.own, self.now())
 
     def end(self) -> dict[str, int]:
-        """Both peaks."""
+        """Return both peaks."""
         self.done.set()
         self.thread.join()
         return {"own": self.own - self.before[0], "all": peak() - self.before[1]}
 
 
 def peak() -> int:
-    """The kernel's peak of this process's resident memory, in bytes."""
+    """Return the kernel's peak of this process's resident memory, in bytes."""
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
-def work(phase: str, words: list[str]) -> dict[str, int]:
-    """A phase in this process: the peaks of the part that is measured."""
+def work(phase: str, argv: list[str]) -> dict[str, int]:
+    """Run a phase in this process; return its peaks."""
     import datasets  # noqa: F401
     import torch
     from transformers.models.llama import modeling_llama  # noqa: F401
@@ -79,8 +78,8 @@ def work(phase: str, words: list[str]) -> dict[str, int]:
     from run import set_up
     from utils import StopRequest
 
-    processes, config = init_distributed(), load_config(words[0], words[1:])
-    processes.all_gather_object(None)  # the connections are there
+    processes, config = init_distributed(), load_config(argv[0], argv[1:])
+    processes.all_gather_object(None)  # connect
     measured = Peak()
     trainer = set_up(config, processes, StopRequest())
     touch(trainer)
@@ -102,7 +101,7 @@ def work(phase: str, words: list[str]) -> dict[str, int]:
 
 
 def touch(trainer) -> None:
-    """Writes to all weights and moments, as the first optimizer step does, so that none lies in a file any more."""
+    """Write to all weights and optimizer state once, as the first optimizer step does, so that none is file-backed."""
     tensors = list(trainer.model.parameters())
     tensors += [value for state in trainer.optimizer.state.values() for value in state.values()]
     for tensor in tensors:
@@ -110,19 +109,19 @@ def touch(trainer) -> None:
         (local.to_local() if hasattr(local, "to_local") else local).mul_(1)
 
 
-# --- all processes of all phases --------------------------------------------------------------------------------------
+# --- launcher ---------------------------------------------------------------------------------------------------------
 
 
-def make_world(folder: Path, arguments) -> Path:
-    """Writes a random Llama, a few problems and a config, and returns the config's path."""
+def make_config(folder: Path, args) -> Path:
+    """Write a random Llama, a few problems and a config; return the config's path."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from helpers import byte_tokenizer, make_problems, save_model, write_json
 
-    heads = {"num_attention_heads": arguments.width // 64, "num_key_value_heads": arguments.width // 128}
-    shape = {"hidden_size": arguments.width, "intermediate_size": arguments.width * 11 // 4, "pad_token_id": None}
+    heads = {"num_attention_heads": args.width // 64, "num_key_value_heads": args.width // 128}
+    shape = {"hidden_size": args.width, "intermediate_size": args.width * 11 // 4, "pad_token_id": None}
     ends = {"bos_token_id": 0, "eos_token_id": 0, "tie_word_embeddings": False, "max_position_embeddings": 256}
-    config = LlamaConfig(num_hidden_layers=arguments.layers, vocab_size=arguments.vocabulary, **heads, **shape, **ends)
+    config = LlamaConfig(num_hidden_layers=args.layers, vocab_size=args.vocabulary, **heads, **shape, **ends)
     lm = LlamaForCausalLM(config)
     print(f"{sum(p.numel() for p in lm.parameters()) / 1e6:.0f} million parameters", flush=True)
     values = {"method": "coconut", "logger": "none", "save_path": str(folder), "parallel": "fsdp"}
@@ -132,15 +131,15 @@ def make_world(folder: Path, arguments) -> Path:
     return folder / "config.yaml"
 
 
-def measure(phase: str, ranks: int, words: list[str]) -> list[dict[str, int]]:
-    """The peaks of every process of a phase."""
+def measure(phase: str, ranks: int, argv: list[str]) -> list[dict[str, int]]:
+    """Return the peaks of all processes of a phase."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if ranks > 1:
         environment |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command, started = [sys.executable, __file__, "--phase", phase, *words], []
+    command, started = [sys.executable, __file__, "--phase", phase, *argv], []
     for rank in range(ranks):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -152,30 +151,30 @@ def measure(phase: str, ranks: int, words: list[str]) -> list[dict[str, int]]:
 
 
 def main() -> None:
-    """Measures all phases, and prints the sums over the processes and their ratio to one process alone."""
+    """Measure all phases; print sums over processes, and their ratio to one process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("argv", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--phase", choices=PHASES, help=argparse.SUPPRESS)
     parser.add_argument("--ranks", type=int, default=4, help="processes that share the model")
     parser.add_argument("--layers", type=int, default=11)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--vocabulary", type=int, default=32000)
-    arguments = parser.parse_args()
-    if arguments.phase:
-        found = work(arguments.phase, arguments.words)
+    args = parser.parse_args()
+    if args.phase:
+        found = work(args.phase, args.argv)
         print(json.dumps(found), flush=True)
         os._exit(0)
     with tempfile.TemporaryDirectory() as folder:
-        config = make_world(Path(folder), arguments)
-        print(f"\n| phase | measure | 1 process, MB | sum of {arguments.ranks} | ratio | main | each other |")
+        config = make_config(Path(folder), args)
+        print(f"\n| phase | measure | 1 process, MB | sum of {args.ranks} | ratio | main | each other |")
         print("|---|---|---|---|---|---|---|", flush=True)
         for phase in PHASES:
             peaks = {}
-            for ranks in (1, arguments.ranks):
-                words = [str(config), f"name=run-{ranks}-{'load' if phase == 'load' else 'save'}"]
-                peaks[ranks] = measure(phase, ranks, words)
+            for ranks in (1, args.ranks):
+                argv = [str(config), f"name=run-{ranks}-{'load' if phase == 'load' else 'save'}"]
+                peaks[ranks] = measure(phase, ranks, argv)
             for kind in ("own", "all"):
-                alone, shared = ([peak[kind] / 1e6 for peak in peaks[ranks]] for ranks in (1, arguments.ranks))
+                alone, shared = ([peak[kind] / 1e6 for peak in peaks[ranks]] for ranks in (1, args.ranks))
                 others = f"{min(shared[1:]):.0f} .. {max(shared[1:]):.0f}"
                 row = f"| {phase} | {kind} | {alone[0]:.0f} | {sum(shared):.0f} | {sum(shared) / alone[0]:.2f}"
                 print(f"{row} | {shared[0]:.0f} | {others} |", flush=True)

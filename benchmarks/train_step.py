@@ -1,19 +1,19 @@
-"""One training step of Coconut against its floor, side by side in one run.
+"""Compare one training step of Coconut with its lower bound, side by side.
 
     python benchmarks/train_step.py                                          GPT-2 small, the paper's shape
     python benchmarks/train_step.py --layers 4 --width 256 --batch 32 --question 360 --answer 48
     python benchmarks/train_step.py --device cuda --bf16 --sweep             thoughts 0 to 16, batch 1 to 64
 
-Variants, all with the same weights and the same batch (which lies on the CPU), forward and backward:
-  floor      the plain model over the padded batch, thoughts taken as ordinary tokens, and the vocabulary projection
-             at the supervised positions only: the same arithmetic without any thought fed back
+Variants, forward and backward, all with the same weights and the same batch (on the CPU):
+  floor      the plain model over the padded batch, with thoughts as ordinary tokens and the vocabulary projection only
+             at supervised positions: the same arithmetic without feeding thoughts back
   hf         the plain transformers call with labels, which projects every position onto the vocabulary
   ours       Coconut
-  compiled   Coconut with compiled passes (the config's `compile: True`)
-  graphs     the same as CUDA graphs; an experiment, left out unless it is asked for
-  recompute  the straightforward Coconut: the whole prefix again for every thought, no cache
-Times are CPU seconds of the process (CUDA: events), after a warm-up step; a ratio is taken within each repeat, then the
-median and the smallest and largest of all repeats. Memory is the peak of a step of its own above what lay there before.
+  compiled   Coconut with `compile: True`
+  graphs     the same with CUDA graphs (experimental, only on request)
+  recompute  naive Coconut: the whole prefix is recomputed for each thought, without a cache
+Times are CPU seconds of the process (CUDA: events) after a warm-up step. Ratios are computed within each repeat;
+median, min and max over repeats are reported. Memory is the peak of a separate step above the level before it.
 """
 
 from __future__ import annotations
@@ -43,21 +43,23 @@ from components.kv_cache import causal_mask  # noqa: E402
 START, END, LATENT, EOS, VOCABULARY = 50257, 50258, 50259, 50256, 50260
 
 
-def make_model(arguments) -> nn.Module:
-    """A random GPT-2 (small by default) or a Llama of 135 million parameters, without dropout."""
+def make_model(args) -> nn.Module:
+    """Create a random GPT-2 (small by default) or a 135M-parameter Llama, without dropout."""
     torch.manual_seed(0)
-    if arguments.model == "llama":
+    if args.model == "llama":
         shape = {"hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
         config = LlamaConfig(vocab_size=VOCABULARY, intermediate_size=1536, tie_word_embeddings=True, **shape)
         return LlamaForCausalLM(config)
-    shape = {"n_layer": arguments.layers, "n_embd": arguments.width, "n_head": arguments.width // 64}
+    shape = {"n_layer": args.layers, "n_embd": args.width, "n_head": args.width // 64}
     config = GPT2Config(vocab_size=VOCABULARY, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0, **shape)
     return GPT2LMHeadModel(config)
 
 
 def make_batch(size: int, question: int, thoughts: int, answer: int) -> dict[str, Tensor]:
-    """A ragged batch as the collator makes it, (size, question + 2 + thoughts + answer) tokens: questions of 70 % of
-    the length and more padded on the left, answers likewise on the right."""
+    """Create a batch as the collator does, (size, question + 2 + thoughts + answer) tokens.
+
+    Question lengths vary from 70 % up, padded on the left; answers likewise, padded on the right.
+    """
     generator = torch.Generator().manual_seed(0)
     length = question + 2 + thoughts + answer
     input_ids = torch.randint(0, EOS, (size, length), generator=generator)
@@ -80,8 +82,10 @@ def make_batch(size: int, question: int, thoughts: int, answer: int) -> dict[str
 
 
 def to_device(lm: nn.Module, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
-    """The batch where the model is, with a finished mask, and the rows, columns and targets (supervised,) of its loss;
-    all asked for before the passes and without a wait, as Coconut does."""
+    """Move the batch to the model's device, with a causal mask; return it with rows, columns and targets (supervised,).
+
+    Without a host sync, as in Coconut.
+    """
     labels = batch["labels"]
     rows, columns = (labels[:, 1:] != -100).nonzero(as_tuple=True)  # on the CPU, where the batch is
     supervised = (rows, columns, labels[rows, columns + 1])
@@ -92,48 +96,48 @@ def to_device(lm: nn.Module, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor
 
 
 def supervised_loss(lm: nn.Module, hidden: Tensor, rows: Tensor, columns: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross entropy of (batch, length, hidden) states, projected at supervised positions only."""
+    """Compute the mean cross entropy of states (batch, length, hidden), projected only at supervised positions."""
     logits = Coconut(lm, LATENT, START, END, EOS).logits(hidden[rows, columns])  # (supervised, vocabulary), in float32
     return F.cross_entropy(logits, targets)
 
 
 def floor(lm: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """The loss without thoughts."""
+    """Compute the loss without thoughts."""
     inputs, supervised = to_device(lm, batch)
     return supervised_loss(lm, lm.base_model(**inputs, use_cache=False).last_hidden_state, *supervised)
 
 
 def hf(lm: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """The loss as transformers computes it."""
+    """Compute the loss with transformers."""
     inputs = {key: value.to(lm.device, non_blocking=True) for key, value in batch.items()}
     return lm(**inputs, use_cache=False).loss
 
 
 def ours(lm: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Coconut's loss."""
+    """Compute Coconut's loss."""
     return Coconut(lm, LATENT, START, END, EOS)(**batch).loss
 
 
 @cache
 def compiled_model(lm: nn.Module, **options) -> Coconut:
-    """Coconut with compiled passes, made once."""
+    """Return Coconut with compiled passes (cached)."""
     model = Coconut(lm, LATENT, START, END, EOS)
     model.compile(**options)
     return model
 
 
 def compiled(lm: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Coconut's loss, with compiled passes."""
+    """Compute Coconut's loss with compiled passes."""
     return compiled_model(lm)(**batch).loss
 
 
 def graphs(lm: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Coconut's loss, with compiled passes that a GPU replays as CUDA graphs."""
+    """Compute Coconut's loss with compiled passes and CUDA graphs."""
     return compiled_model(lm, mode="reduce-overhead")(**batch).loss
 
 
 def recompute(lm: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Coconut's loss by the book: for every thought the whole prefix again. (For latents that share their columns.)"""
+    """Compute Coconut's loss naively, recomputing the prefix for each thought (latents must share columns)."""
     inputs, supervised = to_device(lm, batch)
     embeds = lm.get_input_embeddings()(inputs["input_ids"])  # (batch, length, hidden)
     mask, position_ids = inputs["attention_mask"], inputs["position_ids"]
@@ -150,21 +154,23 @@ VARIANTS = {"floor": floor, "hf": hf, "ours": ours, "compiled": compiled, "graph
 
 
 def retain_memory(retain: bool) -> None:
-    """Whether memory that is freed stays with the process. On the CPU the kernel's zeroing of fresh pages takes up to
-    half of a step's time, and erratically; times are taken without it, sizes with it."""
+    """Keep freed memory in the process, or not.
+
+    On the CPU, zeroing fresh pages takes up to half of a step, erratically: retain memory for times, not for peaks.
+    """
     libc = ctypes.CDLL(None)
-    libc.mallopt(-4, 0 if retain else 65536)  # M_MMAP_MAX: how many tensors get a mapping of their own
-    libc.mallopt(-3, 131072)  # M_MMAP_THRESHOLD: from how many bytes; it grows by itself where it is not set
+    libc.mallopt(-4, 0 if retain else 65536)  # M_MMAP_MAX: number of separately mapped tensors
+    libc.mallopt(-3, 131072)  # M_MMAP_THRESHOLD in bytes; grows by itself unless set
     libc.mallopt(-1, -1 if retain else 131072)  # M_TRIM_THRESHOLD: -1 for never
 
 
 def resident(key: str) -> int:
-    """A size in bytes from the kernel's account of this process (Linux)."""
+    """Read a memory size from /proc/self/status, in bytes (Linux)."""
     return 1024 * int(Path("/proc/self/status").read_text().split(key + ":")[1].split()[0])
 
 
 def memory_of(step, lm: nn.Module, device: str) -> int:
-    """The bytes that a step takes at most beyond those in use before: the GPU allocator's, or the resident set's."""
+    """Measure the peak memory of a step above the level before it, in bytes (CUDA allocator or resident set)."""
     lm.zero_grad(set_to_none=True)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -172,7 +178,7 @@ def memory_of(step, lm: nn.Module, device: str) -> int:
         step()
         return torch.cuda.max_memory_allocated() - before
     retain_memory(False)
-    ctypes.CDLL(None).malloc_trim(0)  # freed memory goes back to the system, or the peak would hide in it
+    ctypes.CDLL(None).malloc_trim(0)  # return freed memory, which would hide the peak
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     step()
@@ -181,17 +187,17 @@ def memory_of(step, lm: nn.Module, device: str) -> int:
     return peak - before
 
 
-def run_step(variant, lm: nn.Module, batch: dict[str, Tensor], arguments) -> Tensor:
-    """One forward and backward pass; returns the loss, a scalar."""
+def run_step(variant, lm: nn.Module, batch: dict[str, Tensor], args) -> Tensor:
+    """Run one forward and backward pass; return the loss (scalar)."""
     lm.zero_grad(set_to_none=True)
-    with torch.autocast(arguments.device, dtype=torch.bfloat16, enabled=arguments.bf16):
+    with torch.autocast(args.device, dtype=torch.bfloat16, enabled=args.bf16):
         loss = variant(lm, batch)
     loss.backward()
     return loss.detach()
 
 
 def seconds_of(function, device: str) -> float:
-    """The time that a call takes: CPU seconds of the process, or the GPU's between two events."""
+    """Time a call: CPU seconds of the process, or GPU time between two events."""
     if device == "cpu":
         started = time.process_time()
         function()
@@ -204,18 +210,18 @@ def seconds_of(function, device: str) -> float:
     return started.elapsed_time(ended) / 1000
 
 
-def compare(lm: nn.Module, batch: dict[str, Tensor], arguments) -> list[dict]:
-    """One row for each variant: median seconds, ratio to the floor (median, least, most), memory ratio, tokens/s."""
-    names = dict.fromkeys(["floor", *arguments.variants])
-    steps = {name: partial(run_step, VARIANTS[name], lm, batch, arguments) for name in names}
-    losses = {name: step().item() for name, step in steps.items()}  # also the warm-up
-    check_losses(losses, arguments.bf16)
-    memory = {name: memory_of(step, lm, arguments.device) for name, step in steps.items()}
+def compare(lm: nn.Module, batch: dict[str, Tensor], args) -> list[dict]:
+    """Measure all variants; return a row each: seconds, ratio to the floor (median, least, most), memory, tokens/s."""
+    names = dict.fromkeys(["floor", *args.variants])
+    steps = {name: partial(run_step, VARIANTS[name], lm, batch, args) for name in names}
+    losses = {name: step().item() for name, step in steps.items()}  # doubles as warm-up
+    check_losses(losses, args.bf16)
+    memory = {name: memory_of(step, lm, args.device) for name, step in steps.items()}
     rounds = []
-    for number in range(arguments.repeats):  # each begins with another variant: what ran before leaves its traces
+    for number in range(args.repeats):  # rotate the order: each variant affects the next
         turn = number % len(steps)
         order = [*steps][turn:] + [*steps][:turn]
-        rounds.append({name: seconds_of(steps[name], arguments.device) for name in order})
+        rounds.append({name: seconds_of(steps[name], args.device) for name in order})
     tokens, rows = int(batch["attention_mask"].sum()), []
     for name in steps:
         seconds = statistics.median(measured[name] for measured in rounds)
@@ -227,13 +233,13 @@ def compare(lm: nn.Module, batch: dict[str, Tensor], arguments) -> list[dict]:
 
 
 def check_losses(losses: dict[str, float], bf16: bool) -> None:
-    """All ways to compute the thoughts must give the same, or their times mean nothing."""
+    """Assert that all variants with thoughts compute the same loss."""
     values = [value for name, value in losses.items() if name not in ("floor", "hf")] or [0.0]
     assert max(values) - min(values) <= (2e-2 if bf16 else 1e-4) * max(values), f"losses differ: {losses}"
 
 
 def show(rows: list[dict], title: str) -> None:
-    """Prints the rows as a Markdown table."""
+    """Print rows as a Markdown table."""
     print(f"\n{title}\n")
     print("| variant | ratio to floor | least .. most | memory ratio | s/step | tokens/s |")
     print("|---|---|---|---|---|---|")
@@ -246,7 +252,7 @@ def show(rows: list[dict], title: str) -> None:
 
 
 def environment(device: str) -> dict:
-    """What the figures depend on."""
+    """Return device, versions and commit."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
@@ -254,8 +260,8 @@ def environment(device: str) -> dict:
     return {"device": name, **versions, "commit": commit}
 
 
-def parse(words: list[str] | None = None):
-    """The command line."""
+def parse(argv: list[str] | None = None):
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
@@ -269,34 +275,34 @@ def parse(words: list[str] | None = None):
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=[v for v in VARIANTS if v != "graphs"])
-    parser.add_argument("--sweep", action="store_true", help="thoughts 0 to 16 at the batch, and batch 1 to 64")
-    parser.add_argument("--out", type=Path, help="also write the figures to this JSON file")
-    return parser.parse_args(words)
+    parser.add_argument("--sweep", action="store_true", help="thoughts 0 to 16, and batch 1 to 64")
+    parser.add_argument("--out", type=Path, help="also write the results to this JSON file")
+    return parser.parse_args(argv)
 
 
 def main() -> None:
-    """Measures and prints the tables."""
-    arguments = parse()
-    torch.set_num_threads(arguments.threads)
-    lm = make_model(arguments).to(arguments.device).train()
-    shapes = [(arguments.batch, arguments.thoughts)]
-    if arguments.sweep:
-        shapes = [(arguments.batch, thoughts) for thoughts in (0, 1, 2, 4, 6, 8, 16)]
-        shapes += [(batch, arguments.thoughts) for batch in (1, 2, 4, 8, 16, 32, 64) if batch != arguments.batch]
+    """Measure and print the tables."""
+    args = parse()
+    torch.set_num_threads(args.threads)
+    lm = make_model(args).to(args.device).train()
+    shapes = [(args.batch, args.thoughts)]
+    if args.sweep:
+        shapes = [(args.batch, thoughts) for thoughts in (0, 1, 2, 4, 6, 8, 16)]
+        shapes += [(batch, args.thoughts) for batch in (1, 2, 4, 8, 16, 32, 64) if batch != args.batch]
     results = []
     for size, thoughts in shapes:
-        batch = make_batch(size, arguments.question, thoughts, arguments.answer)
-        if arguments.device == "cuda":
+        batch = make_batch(size, args.question, thoughts, args.answer)
+        if args.device == "cuda":
             batch = {key: value.pin_memory() for key, value in batch.items()}
-        rows = compare(lm, batch, arguments)
-        title = f"batch {size}, question {arguments.question}, thoughts {thoughts}, answer {arguments.answer}"
+        rows = compare(lm, batch, args)
+        title = f"batch {size}, question {args.question}, thoughts {thoughts}, answer {args.answer}"
         show(rows, title)
         results.append({"batch": size, "thoughts": thoughts, "rows": rows})
-    settings = {key: str(value) for key, value in vars(arguments).items()}
-    print("\n" + json.dumps(environment(arguments.device)))
-    if arguments.out:
-        text = json.dumps({**environment(arguments.device), "settings": settings, "results": results}, indent=1)
-        arguments.out.write_text(text + "\n")
+    settings = {key: str(value) for key, value in vars(args).items()}
+    print("\n" + json.dumps(environment(args.device)))
+    if args.out:
+        text = json.dumps({**environment(args.device), "settings": settings, "results": results}, indent=1)
+        args.out.write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the preprocessing scripts share: the data folder, reading, atomic writing, tokenizers, clear errors."""
+"""Shared by the preprocessing scripts: data folder, reading, atomic writing, tokenizers, error messages."""
 
 import json
 import os
@@ -10,11 +10,11 @@ DATA = Path(__file__).resolve().parents[1] / "data"
 
 
 class DataError(ValueError):
-    """A file or an argument that the user has to change; the message says what, where and the remedy."""
+    """An error for the user: the message says what is wrong, where, and how to fix it."""
 
 
 def read_text(path: Path, remedy: str) -> str:
-    """The text of a UTF-8 file; DataError, ending with `remedy`, where it cannot be read or decoded."""
+    """Read a UTF-8 file; raise DataError, ending with `remedy`, if that fails."""
     try:
         return path.read_bytes().decode("utf-8")
     except OSError as error:
@@ -26,15 +26,15 @@ def read_text(path: Path, remedy: str) -> str:
 
 
 def read_json(path: Path, remedy: str) -> dict | list:
-    """The content of a JSON file; DataError, ending with `remedy`, where it is unreadable or cut off."""
+    """Read a JSON file; raise DataError, ending with `remedy`, if that fails."""
     try:
         return json.loads(read_text(path, remedy))
     except json.JSONDecodeError as error:
-        raise DataError(f"{path}: not complete JSON: {error}.\n{remedy}") from error
+        raise DataError(f"{path}: invalid or incomplete JSON: {error}.\n{remedy}") from error
 
 
 def write_json(path: Path, content: dict | list) -> None:
-    """Write compact JSON beside `path` and move it there: a reader never finds half a file."""
+    """Write compact JSON atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     try:
@@ -45,7 +45,7 @@ def write_json(path: Path, content: dict | list) -> None:
 
 
 def write_tokenizer(folder: Path, words: list[str]) -> None:
-    """Writes a tokenizer whose tokens are these words, the answer's mark and the special ones."""
+    """Write a word-level tokenizer with these words, the answer mark and the special tokens."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     vocabulary = {word: number for number, word in enumerate([*words, "### ", "<|unknown|>", "<|endoftext|>"])}
@@ -60,7 +60,7 @@ def write_tokenizer(folder: Path, words: list[str]) -> None:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Call `main`; what the user has to mend becomes a short message and exit code 2."""
+    """Run `main`; report a user's error briefly and exit with code 2."""
     try:
         main()
     except (DataError, OSError) as error:

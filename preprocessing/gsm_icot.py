@@ -1,9 +1,9 @@
-"""Converts GSM8k in the iCoT format to the training format.
+"""Convert GSM8k in the iCoT format to the training format.
 
     python preprocessing/gsm_icot.py SPLIT      data/gsm_SPLIT.txt -> data/gsm_SPLIT.json
 
-A line reads `QUESTION||STEP STEP #### ANSWER` and becomes {"question", "steps", "answer"}. A line
-without steps gets the single step "", as in the official files.
+A line `QUESTION||STEP STEP #### ANSWER` becomes {"question", "steps", "answer"}. A line without steps gets the single
+step "", as in the official files.
 """
 
 import argparse
@@ -12,26 +12,26 @@ import sys
 from common import DATA, DataError, read_text, run_script, write_json
 
 REMEDY = (
-    "Every line must read QUESTION||STEP STEP #### ANSWER. "
-    "`bash preprocessing/gsm_icot.bash` downloads the files afresh and checks them."
+    "Every line must be of the form QUESTION||STEP STEP #### ANSWER. "
+    "`bash preprocessing/gsm_icot.bash` downloads and verifies the files."
 )
 POINTER = "version https://git-lfs"
 
 
 def parse_line(line: str) -> dict:
-    """Question, steps and answer of a line; DataError names the part that is missing."""
+    """Parse a line; raise DataError naming the missing part."""
     question, bars, solution = line.partition("||")
     steps, hashes, answer = solution.partition("####")
     answer = answer.strip()
     present = {"'||'": bars, "'####'": hashes, "a question": question.strip(), "an answer": answer}
     missing = [part for part, found in present.items() if not found]
     if missing:
-        raise DataError(f"lacks {' and '.join(missing)}: {line[:80]!r}")
+        raise DataError(f"has no {' and no '.join(missing)}: {line[:80]!r}")
     return {"question": question, "steps": steps.strip().split(" "), "answer": answer}
 
 
 def convert(text: str, source: object) -> list[dict]:
-    """The problems of a whole file, one per line, in order; DataError with `source` and the line's number."""
+    """Convert a whole file, one problem per line; raise DataError with `source` and line number."""
     if text.startswith(POINTER):
         raise DataError(f"{source} is a git-lfs pointer, not the data.\n{REMEDY}")
     problems = []
@@ -44,7 +44,7 @@ def convert(text: str, source: object) -> list[dict]:
 
 
 def main() -> None:
-    """Convert the split named on the command line; an existing result is replaced."""
+    """Convert the split given on the command line, replacing an existing result."""
     parser = argparse.ArgumentParser(description="Convert data/gsm_SPLIT.txt to data/gsm_SPLIT.json.")
     parser.add_argument("split", help="train, valid, test")
     split = parser.parse_args().split
@@ -52,7 +52,7 @@ def main() -> None:
     text = read_text(source, REMEDY)
     problems = convert(text, source)
     if not text.endswith("\n"):
-        print(f"warning: {source} ends within a line. Is it complete?", file=sys.stderr)
+        print(f"warning: {source} has no final newline; is it complete?", file=sys.stderr)
     write_json(target, problems)
     without = sum(problem["steps"] == [""] for problem in problems)
     print(f"{target}: {len(problems):,} problems, {without:,} without steps")

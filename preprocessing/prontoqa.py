@@ -1,8 +1,8 @@
-"""Converts the ProntoQA generator's output to the training format.
+"""Convert the output of the ProntoQA generator to the training format.
 
     python preprocessing/prontoqa.py [SOURCE] [--out FOLDER]
 
-SOURCE is data/5hop_0shot_random.json by default. FOLDER (data/) gets prontoqa_{train,valid,test}.json.
+Reads SOURCE (default: data/5hop_0shot_random.json), writes prontoqa_{train,valid,test}.json to FOLDER (default: data/).
 """
 
 import argparse
@@ -12,7 +12,7 @@ from common import DATA, DataError, read_json, run_script, write_json
 
 SPLITS = {"train": slice(9000), "valid": slice(9000, 9200), "test": slice(9200, None)}
 SENTENCES = 11  # of a chain with five hops
-REMEDY = "Make it, after deleting a broken one, with `bash preprocessing/prontoqa.bash`."
+REMEDY = "Delete it if it is broken, and generate it with `bash preprocessing/prontoqa.bash`."
 
 
 def check_example(example: object) -> None:
@@ -22,14 +22,14 @@ def check_example(example: object) -> None:
         raise DataError("'test_example' is missing")
     for field in ("question", "query", "answer"):
         if not isinstance(problem.get(field), str):
-            raise DataError(f"'{field}' is missing or no string")
+            raise DataError(f"'{field}' is missing or not a string")
     chain = problem.get("chain_of_thought")
     if not isinstance(chain, list) or len(chain) != SENTENCES or not all(isinstance(text, str) for text in chain):
         raise DataError(f"'chain_of_thought' is not a list of {SENTENCES} strings")
 
 
 def convert_example(example: dict) -> dict:
-    """Question with its query, the chain in six steps (five pairs of sentences and a single one), answer."""
+    """Convert an example: the chain becomes six steps, five of two sentences and one of one."""
     problem = example["test_example"]
     chain = problem["chain_of_thought"]
     return {
@@ -40,21 +40,21 @@ def convert_example(example: dict) -> dict:
 
 
 def convert(raw: object, source: object) -> list[dict]:
-    """All problems in the order of the file; DataError with `source` and the name of the example."""
+    """Convert all examples in file order; raise DataError with `source` and the name of the example."""
     if not isinstance(raw, dict):
-        raise DataError(f"{source} is not an object of examples.\n{REMEDY}")
+        raise DataError(f"{source} is not a JSON object of examples.\n{REMEDY}")
     for name, example in raw.items():
         try:
             check_example(example)
         except DataError as error:
             raise DataError(f"{source}, {name}: {error}.\n{REMEDY}") from error
     if len(raw) <= SPLITS["test"].start:
-        raise DataError(f"{source} holds {len(raw):,} problems, over 9,200 are needed (--num-trials).\n{REMEDY}")
+        raise DataError(f"{source} has {len(raw):,} problems; more than 9,200 are needed (--num-trials).\n{REMEDY}")
     return [convert_example(example) for example in raw.values()]
 
 
 def main() -> None:
-    """Convert SOURCE; nothing is written unless all of it is valid, existing results are replaced."""
+    """Convert SOURCE, replacing existing results; nothing is written unless all of it is valid."""
     parser = argparse.ArgumentParser(description="Convert ProntoQA to prontoqa_{train,valid,test}.json.")
     parser.add_argument("source", nargs="?", type=Path, default=DATA / "5hop_0shot_random.json")
     parser.add_argument("--out", type=Path, default=DATA, help="folder for the three files (data)")

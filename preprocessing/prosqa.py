@@ -1,15 +1,14 @@
-"""Generates ProsQA problems: which of two concepts follows from a graph of "is a" facts?
+"""Generate ProsQA problems: which of two concepts follows from a graph of "is a" facts?
 
     python preprocessing/prosqa.py                                    the three files that data/ ships
-    python preprocessing/prosqa.py --num 500 --seed 1 --out FILE      any other set; --help lists the knobs
-    python preprocessing/prosqa.py --tokenizer FOLDER                 a token per word (args/prosqa_model holds it)
+    python preprocessing/prosqa.py --num 500 --seed 1 --out FILE      any other set; see --help
+    python preprocessing/prosqa.py --tokenizer FOLDER                 one token per word (shipped in args/prosqa_model)
 
-A graph grows node by node from two entities, 0 and 1. A node's label holds the entities it descends from as
-two bits: 1 = from node 0, 2 = from node 1, 3 = from both, 0 = from neither. The question asks for the deepest
-leaf that descends from one entity only; the wrong option descends from the other entity only.
+A graph grows node by node from two entities, 0 and 1. A node's label is a bit mask of the entities it descends from:
+1 = node 0, 2 = node 1, 3 = both, 0 = neither. The question asks for the deepest leaf that descends from one entity
+only; the wrong option descends only from the other.
 
-Every draw uses Random.random(), whose sequence Python guarantees for a seed; its other methods may change
-between versions.
+All draws use Random.random(), whose sequence Python guarantees for a seed; other methods may change between versions.
 """
 
 import argparse
@@ -40,7 +39,7 @@ ENTITIES, CONCEPTS = (names.split() for names in PUBLISHED_NAMES)
 
 
 def made_up_names(onsets: str, endings: str, taken: Sequence[str]) -> list[str]:
-    """Every onset with every ending, for graphs that need more names than the published ones."""
+    """Combine every onset with every ending, for graphs that need more names than the published ones."""
     names = [onset + ending for ending in endings.split() for onset in onsets.split()]
     return [name for name in names if name not in taken]
 
@@ -55,16 +54,16 @@ MORE_CONCEPTS = made_up_names(
 
 @dataclass(frozen=True)
 class Recipe:
-    """What kind of graphs are drawn; the defaults reproduce the statistics of the published files."""
+    """Graph parameters; the defaults reproduce the statistics of the published files."""
 
-    nodes: int = 28  # before nodes without any edge are dropped
-    parents: float = 1.5  # mean number of parents that a new node draws (Poisson)
+    nodes: int = 28  # before isolated nodes are dropped
+    parents: float = 1.5  # Poisson mean of the number of parents of a new node
     min_hops: int = 3  # length of the shortest path from root to target
     max_hops: int = 6
-    printed: bool = False  # choose parents as the algorithm printed in the paper does
+    printed: bool = False  # choose parents as in the paper's algorithm
 
     def __post_init__(self):
-        """Raise DataError for values that no graph can have."""
+        """Raise DataError for invalid values."""
         if self.nodes < 4 or not 0 < self.parents <= 100:
             raise DataError(f"--nodes {self.nodes} must be 4 or more, --parents {self.parents} within 0..100.")
         if not 1 <= self.min_hops <= self.max_hops < self.nodes:
@@ -78,17 +77,17 @@ class Recipe:
 
 
 def pick(items: Sequence, rng: random.Random):
-    """One of the items, all equally likely."""
+    """Draw an item uniformly."""
     return items[int(rng.random() * len(items))]
 
 
 def shuffled(items: Sequence, rng: random.Random) -> list:
-    """The items in random order, all orders equally likely."""
+    """Return the items in uniformly random order."""
     return sorted(items, key=lambda _: rng.random())
 
 
 def poisson(mean: float, rng: random.Random) -> int:
-    """A Poisson number (Knuth's product of uniform draws)."""
+    """Draw a Poisson number (Knuth's algorithm)."""
     count, product = 0, rng.random()
     while product > math.exp(-mean):
         count, product = count + 1, product * rng.random()
@@ -96,7 +95,7 @@ def poisson(mean: float, rng: random.Random) -> int:
 
 
 def draw_weighted(items: Sequence, weights: Sequence[float], count: int, rng: random.Random) -> list:
-    """`count` different items, drawn one after the other with chances in proportion to their weights."""
+    """Draw `count` different items, one after the other, with probabilities proportional to their weights."""
     items, weights, drawn = list(items), list(weights), []
     for _ in range(count):
         sums = list(accumulate(weights))
@@ -110,9 +109,9 @@ def draw_weighted(items: Sequence, weights: Sequence[float], count: int, rng: ra
 
 
 def candidates(labels: list[int], recipe: Recipe, rng: random.Random) -> list[int]:
-    """The nodes that may be parents of the next node; most nodes stay on one entity's side."""
+    """Return the allowed parents of the next node; most nodes stay on one entity's side."""
     first = rng.random()
-    second = first if recipe.printed else rng.random()  # the published files show two separate draws
+    second = first if recipe.printed else rng.random()  # the published files were made with two draws
     neutral = {0} if recipe.printed else set()
     if first <= 0.35:
         allowed = neutral | {1}
@@ -124,7 +123,7 @@ def candidates(labels: list[int], recipe: Recipe, rng: random.Random) -> list[in
 
 
 def draw_graph(recipe: Recipe, rng: random.Random) -> tuple[list[tuple[int, int]], list[int], list[int]]:
-    """Edges, and per node its label and depth: hops from its entity for labels 1 and 2, else 0."""
+    """Draw edges; return them with each node's label and depth (hops from its entity for labels 1 and 2, else 0)."""
     edges, labels, depths = [], [1, 2], [0, 0]
     for node in range(2, recipe.nodes):
         pool = candidates(labels, recipe, rng)
@@ -143,7 +142,7 @@ def draw_graph(recipe: Recipe, rng: random.Random) -> tuple[list[tuple[int, int]
 def draw_ends(
     edges: list, labels: list[int], depths: list[int], recipe: Recipe, rng: random.Random
 ) -> tuple[int, int, int] | None:
-    """Root, target and neg_target; None where the graph has no pair of leaves that the recipe accepts."""
+    """Draw root, target and neg_target; return None if no pair of leaves fits the recipe."""
     inner = {parent for parent, _ in edges}
     leaves = [node for node in range(2, len(labels)) if labels[node] in (1, 2) and node not in inner]
     if len({labels[node] for node in leaves}) < 2:
@@ -157,9 +156,9 @@ def draw_ends(
 
 
 def shortest_paths(edges: Sequence, start: int, goal: int) -> list[list[int]]:
-    """Every shortest path from start to goal as a list of nodes, [] where there is none.
+    """Return all shortest paths from start to goal as lists of nodes.
 
-    The edges lead to larger numbers and are sorted by child, so one pass over them is enough.
+    Edges lead to larger numbers and are sorted by child, so one pass is enough.
     """
     paths = defaultdict(list, {start: [[start]]})
     for parent, child in edges:
@@ -173,7 +172,7 @@ def shortest_paths(edges: Sequence, start: int, goal: int) -> list[list[int]]:
 
 
 def name_nodes(edges: Sequence, count: int, rng: random.Random) -> list[str]:
-    """A name per node: entities for nodes without a parent, concepts for the others, none twice."""
+    """Name each node: nodes without a parent after entities, others after concepts, all different."""
     children = {child for _, child in edges}
     concepts = shuffled(enough(CONCEPTS, MORE_CONCEPTS, len(children)), rng)
     entities = shuffled(enough(ENTITIES, MORE_ENTITIES, count - len(children)), rng)
@@ -181,29 +180,31 @@ def name_nodes(edges: Sequence, count: int, rng: random.Random) -> list[str]:
 
 
 def enough(names: list[str], more: list[str], count: int) -> list[str]:
-    """The published names, with as many further ones as `count` asks for."""
+    """Return the published names, extended if more than these are needed."""
     if count > len(names) + len(more):
-        raise DataError(f"A graph needs {count} names of one kind, {len(names) + len(more)} exist. Lower --nodes.")
+        raise DataError(
+            f"A graph needs {count} names of one kind, but there are {len(names) + len(more)}. Lower --nodes."
+        )
     return (names + more)[: max(count, len(names))]
 
 
 def fact(names: Sequence[str], edge: Sequence[int]) -> str:
-    """The sentence for an edge; an entity's name is capitalized, a concept's is not."""
+    """Return the sentence of an edge; entity names are capitalized."""
     parent, child = (names[node] for node in edge)
     return f"{parent if parent[0].isupper() else 'Every ' + parent} is a {child}."
 
 
 def draw_problem(recipe: Recipe, rng: random.Random) -> dict | None:
-    """A problem in the published format, or None where the drawn graph is rejected."""
+    """Draw a problem in the published format; return None if the graph is rejected."""
     edges, labels, depths = draw_graph(recipe, rng)
     ends = draw_ends(edges, labels, depths, recipe, rng)
     if ends is None:
         return None
-    kept = sorted({node for edge in edges for node in edge})
-    number = {node: place for place, node in enumerate(kept)}
+    used = sorted({node for edge in edges for node in edge})
+    number = {node: place for place, node in enumerate(used)}
     edges = [[number[parent], number[child]] for parent, child in edges]
     root, target, neg_target = (number[node] for node in ends)
-    names = name_nodes(edges, len(kept), rng)
+    names = name_nodes(edges, len(used), rng)
     path = pick(shortest_paths(edges, root, target), rng)
     facts = shuffled([fact(names, edge) for edge in edges], rng)
     first, second = shuffled([names[target], names[neg_target]], rng)
@@ -220,9 +221,9 @@ def draw_problem(recipe: Recipe, rng: random.Random) -> dict | None:
 
 
 def generate(recipe: Recipe, num: int, seed: int) -> Iterator[dict]:
-    """`num` problems, no two of which state the same facts; with a smaller `num` the first of the same ones.
+    """Yield `num` problems, no two with the same facts; a smaller `num` gives a prefix.
 
-    Raises DataError where the recipe accepts no graph out of MAX_REJECTED.
+    Raises: DataError if the recipe rejects MAX_REJECTED graphs in a row.
     """
     rng, seen, rejected = random.Random(seed), set(), 0
     while len(seen) < num:
@@ -231,7 +232,9 @@ def generate(recipe: Recipe, num: int, seed: int) -> Iterator[dict]:
         if problem is None or facts in seen:
             rejected += 1
             if rejected == MAX_REJECTED:
-                raise DataError(f"{recipe} accepts none of {rejected:,} graphs. Widen the hops or add nodes.")
+                raise DataError(
+                    f"{recipe} accepts none of {rejected:,} graphs; widen the range of hops or raise --nodes."
+                )
             continue
         rejected = 0
         seen.add(facts)
@@ -239,7 +242,7 @@ def generate(recipe: Recipe, num: int, seed: int) -> Iterator[dict]:
 
 
 def words() -> list[str]:
-    """The words of the published names' problems, each with the mark, blank or newline behind it."""
+    """Return the vocabulary of the published names, each word with the punctuation or whitespace that follows it."""
     concepts = [concept + end for concept in CONCEPTS for end in (" ", ". ", ".\n", ".", "?\n")]
     return [*concepts, *(f"{name} " for name in (*ENTITIES, "Every", "Is", "is", "a", "or"))]
 
@@ -248,36 +251,38 @@ def words() -> list[str]:
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line; arguments other than --force need --out."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description="Generate ProsQA problems. Without arguments: the three files that data/ ships.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, help="JSON file to write, needed with any argument but --force")
+    parser.add_argument("--out", type=Path, help="output file, needed with any other option but --force")
     parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="write the tokenizer instead of problems")
     parser.add_argument("--num", type=int, default=500, help="number of problems")
-    parser.add_argument("--seed", type=int, default=0, help="same seed and knobs, same problems")
+    parser.add_argument("--seed", type=int, default=0, help="random seed")
     parser.add_argument(
         "--preset",
         choices=["released", "paper"],
         default="released",
-        help="recipe of the published files, or the algorithm printed in the paper",
+        help="as the published files, or as the paper's algorithm",
     )
     parser.add_argument("--nodes", type=int, default=Recipe.nodes, help="nodes drawn per graph")
     parser.add_argument("--parents", type=float, default=Recipe.parents, help="mean number of parents per node")
-    parser.add_argument("--min-hops", type=int, default=Recipe.min_hops, help="shortest path to the target, from")
-    parser.add_argument("--max-hops", type=int, default=Recipe.max_hops, help="... to")
+    parser.add_argument(
+        "--min-hops", type=int, default=Recipe.min_hops, help="minimum length of the shortest path to the target"
+    )
+    parser.add_argument("--max-hops", type=int, default=Recipe.max_hops, help="maximum length of that path")
     parser.add_argument("--force", action="store_true", help="replace existing files")
     args = parser.parse_args(argv)
     if args.out is None and args.tokenizer is None and set(argv) - {"--force"}:
-        parser.error("--out FILE is needed with these arguments: data/prosqa_*.json have fixed ones")
+        parser.error("--out FILE is needed with these options: those of data/prosqa_*.json are fixed")
     if args.num < 1:
         parser.error(f"--num {args.num} must be 1 or more")
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write --out, or the shipped files."""
+    """Write --out, the shipped files, or the tokenizer."""
     args = parse_arguments(sys.argv[1:] if argv is None else argv)
     if args.tokenizer:
         write_tokenizer(args.tokenizer, words())
@@ -287,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sizes = {args.out: args.num}
     existing = [str(path) for path in sizes if path.exists()]
     if existing and not args.force:
-        raise DataError(f"{', '.join(existing)} exist already. Use --force to replace them.")
+        raise DataError(f"{', '.join(existing)} already exist; use --force to replace them.")
     recipe = Recipe(args.nodes, args.parents, args.min_hops, args.max_hops, printed=args.preset == "paper")
     total = sum(sizes.values())
     problems = generate(recipe, total, SHIPPED_SEED if args.out is None else args.seed)

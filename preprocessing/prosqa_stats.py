@@ -1,8 +1,8 @@
-"""Checks ProsQA files and prints their statistics as a table, one column per file.
+"""Validate ProsQA files and print their statistics as a table, one column per file.
 
     python preprocessing/prosqa_stats.py data/prosqa_train.json data/prosqa_valid.json data/prosqa_test.json
 
-Files joined by a comma are pooled in one column. A problem that breaks a rule of the format is an error.
+Files joined by a comma share a column. A problem that violates the format is an error.
 """
 
 import argparse
@@ -25,12 +25,12 @@ AS_SHARES = {
 
 
 def facts_of(problem: dict) -> list[str]:
-    """The sentences that the problem's edges stand for, in the order of the edges."""
+    """Return the sentences of the problem's edges, in order."""
     return [fact(problem["idx_to_symbol"], edge) for edge in problem["edges"]]
 
 
 def ancestry(edges: list, count: int) -> list[int]:
-    """Per node two bits: 1 = is or descends from node 0, 2 = is or descends from node 1."""
+    """Return per node a bit mask: 1 = is or descends from node 0, 2 = is or descends from node 1."""
     labels = [1, 2] + [0] * (count - 2)
     for parent, child in edges:
         labels[child] |= labels[parent]
@@ -41,13 +41,13 @@ def ancestry(edges: list, count: int) -> list[int]:
 
 
 def require(holds: bool, rule: str) -> None:
-    """Raise DataError with the rule unless it holds."""
+    """Raise DataError(rule) unless `holds`."""
     if not holds:
         raise DataError(rule)
 
 
 def check_problem(problem: dict) -> None:
-    """Raise DataError with the first rule of the published format that the problem breaks."""
+    """Raise DataError with the first rule of the published format that the problem violates."""
     require(list(problem) == KEYS, f"the keys must be {', '.join(KEYS)}")
     check_graph(problem)
     check_ends(problem)
@@ -55,11 +55,13 @@ def check_problem(problem: dict) -> None:
 
 
 def check_graph(problem: dict) -> None:
-    """Edges lead to larger numbers, sorted by child; exactly the nodes without a parent are entities."""
+    """Check that edges lead to larger numbers, sorted by child, and that entities are the nodes without a parent."""
     names, edges = problem["idx_to_symbol"], problem["edges"]
     children = [child for _, child in edges]
-    require(len(set(names)) == len(names), "a name stands for two nodes")
-    require(all(0 <= parent < child < len(names) for parent, child in edges), "an edge does not lead upwards")
+    require(len(set(names)) == len(names), "two nodes have the same name")
+    require(
+        all(0 <= parent < child < len(names) for parent, child in edges), "an edge does not lead to a larger number"
+    )
     require(children == sorted(children), "the edges are not sorted by child")
     require(len(set(map(tuple, edges))) == len(edges), "an edge occurs twice")
     require({node for edge in edges for node in edge} == set(range(len(names))), "a node has no edge")
@@ -68,7 +70,7 @@ def check_graph(problem: dict) -> None:
 
 
 def check_ends(problem: dict) -> None:
-    """Target and neg_target are leaves; one descends from the root only, one from the other entity only."""
+    """Check that both ends are leaves, each descending from one entity only."""
     edges, root = problem["edges"], problem["root"]
     ends = problem["target"], problem["neg_target"]
     require(root in (0, 1), "the root is neither node 0 nor node 1")
@@ -79,7 +81,7 @@ def check_ends(problem: dict) -> None:
 
 
 def check_text(problem: dict) -> None:
-    """The question states every edge once and asks for the two ends; the steps are a shortest path."""
+    """Check that the question states each edge once and asks for both ends, and that the steps are a shortest path."""
     names, edges = problem["idx_to_symbol"], problem["edges"]
     root, target, neg_target = (problem[key] for key in ("root", "target", "neg_target"))
     *facts, query = problem["question"].split(". ")
@@ -96,7 +98,7 @@ def check_text(problem: dict) -> None:
 
 
 def measure(problem: dict) -> dict[str, list]:
-    """What the problem adds to every row of the table: one value, or one per node."""
+    """Compute the values of each row of the table: one, or one per node."""
     names, edges, root = problem["idx_to_symbol"], problem["edges"], problem["root"]
     parents = Counter(child for _, child in edges)
     nodes_by_label = Counter(ancestry(edges, len(names)))
@@ -122,7 +124,7 @@ def measure(problem: dict) -> dict[str, list]:
 
 
 def gather(problems: Iterable[dict]) -> dict[str, list]:
-    """`measure` of all problems, row by row."""
+    """Collect `measure` over all problems, by row."""
     rows = defaultdict(list)
     for problem in problems:
         for row, values in measure(problem).items():
@@ -131,17 +133,17 @@ def gather(problems: Iterable[dict]) -> dict[str, list]:
 
 
 def spread(values: list[int]) -> str:
-    """Mean ± standard deviation [smallest, largest]."""
+    """Format mean ± standard deviation [min, max]."""
     return f"{fmean(values):.3f} ± {pstdev(values):.2f} [{min(values)}, {max(values)}]"
 
 
 def shares(values: list) -> str:
-    """How often each value occurs, as a share of all."""
+    """Format the relative frequency of each value."""
     return ", ".join(f"{value}: {number / len(values):.3f}" for value, number in sorted(Counter(values).items()))
 
 
 def column(problems: list[dict]) -> dict[str, str]:
-    """The table's cells for one file, by row."""
+    """Compute the cells of one file, by row."""
     distinct = {frozenset(facts_of(problem)) for problem in problems}
     cells = {"problems": f"{len(problems):,}", "different problems": f"{len(distinct):,}"}
     for row, values in gather(problems).items():
@@ -150,7 +152,7 @@ def column(problems: list[dict]) -> dict[str, str]:
 
 
 def table(columns: dict[str, dict[str, str]]) -> str:
-    """The columns (title -> row -> cell) as a Markdown table."""
+    """Format columns (title -> row -> cell) as a Markdown table."""
     lines = [["", *columns], ["---"] * (len(columns) + 1)]
     for row in next(iter(columns.values())):
         lines.append([row, *(cells[row] for cells in columns.values())])
@@ -161,8 +163,8 @@ def table(columns: dict[str, dict[str, str]]) -> str:
 
 
 def load(path: Path) -> list[dict]:
-    """The problems of a ProsQA file; DataError where the file or one of its problems is not valid."""
-    problems = read_json(path, "Name a ProsQA file, for example data/prosqa_test.json.")
+    """Read a ProsQA file; raise DataError if it or one of its problems is invalid."""
+    problems = read_json(path, "Pass a ProsQA file, for example data/prosqa_test.json.")
     for number, problem in enumerate(problems):
         try:
             check_problem(problem)
@@ -172,9 +174,11 @@ def load(path: Path) -> list[dict]:
 
 
 def main() -> None:
-    """Print the table for the files named on the command line."""
+    """Print the table for the files on the command line."""
     parser = argparse.ArgumentParser(description="Statistics of ProsQA files as a Markdown table.")
-    parser.add_argument("files", nargs="+", metavar="FILE[,FILE]", help="a column each; joined by a comma: pooled")
+    parser.add_argument(
+        "files", nargs="+", metavar="FILE[,FILE]", help="one column each; files joined by a comma are pooled"
+    )
     columns = {}
     for names in parser.parse_args().files:
         columns[names] = column([problem for name in names.split(",") for problem in load(Path(name))])

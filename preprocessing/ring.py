@@ -1,12 +1,12 @@
-"""Makes the quickstart's problems: follow arrows around a ring.
+"""Generate the quickstart's problems: follow arrows around a ring.
 
     python preprocessing/ring.py          data/ring_{train,valid,test}.json
     python preprocessing/ring.py --small  data/ring_small_*.json: two arrows, a ring of seven (tests/stress/smoke.py)
-    python preprocessing/ring.py --tokenizer FOLDER     the tokenizer for them (args/ring_model holds it)
+    python preprocessing/ring.py --tokenizer FOLDER     its tokenizer (shipped in args/ring_model)
 
-A question states the eight arrows of a ring in random order and a start: "c>a h>e ... b". The steps are the nodes
-that four arrows lead to, one after another; the answer is the last. Every arrow is one token, so that a single look-up
-follows it, while four in a row are more than two layers can do at once.
+A question states the eight arrows of a ring in random order, and a start: "c>a h>e ... b". The steps are the nodes
+reached by four arrows, one after another; the answer is the last one. Each arrow is one token, so that one look-up
+follows it, but four in a row are more than two layers can do in one pass.
 """
 
 from __future__ import annotations
@@ -24,46 +24,46 @@ SMALL_SPLITS = {"train": 4_000, "valid": 200, "test": 300}
 SEED = 0
 
 
-def make_problem(random_: random.Random, nodes: str, hops: int) -> dict:
-    """One problem: question, steps and answer."""
-    ring = random_.sample(nodes, len(nodes))
+def make_problem(rng: random.Random, nodes: str, hops: int) -> dict:
+    """Draw one problem."""
+    ring = rng.sample(nodes, len(nodes))
     after = dict(zip(ring, ring[1:] + ring[:1], strict=True))
-    path = [random_.choice(nodes)]
+    path = [rng.choice(nodes)]
     for _ in range(hops):
         path.append(after[path[-1]])
-    arrows = [f"{node}>{after[node]}" for node in random_.sample(nodes, len(nodes))]
+    arrows = [f"{node}>{after[node]}" for node in rng.sample(nodes, len(nodes))]
     return {"question": " ".join([*arrows, path[0]]), "steps": path[1:], "answer": path[-1]}
 
 
 def make_problems(count: int, seed: int, nodes: str = NODES, hops: int = HOPS) -> list[dict]:
-    """Problems of which no two have the same ring and start, in whatever order the arrows stand.
+    """Draw distinct problems: no two have the same ring and start, regardless of the order of arrows.
 
-    Of eight nodes 40,320 exist, of seven 5,040.
+    There are 40,320 with eight nodes, and 5,040 with seven.
     """
-    random_, problems = random.Random(seed), {}
+    rng, problems = random.Random(seed), {}
     while len(problems) < count:
-        problem = make_problem(random_, nodes, hops)
+        problem = make_problem(rng, nodes, hops)
         *arrows, start = problem["question"].split()
         problems.setdefault((frozenset(arrows), start), problem)
     return list(problems.values())
 
 
 def words() -> list[str]:
-    """The words of these problems, each with the blank or newline behind it."""
+    """Return the vocabulary, each word with the space or newline that follows it."""
     return [*NODES, *(f"{node}\n" for node in NODES), *(f"{x}>{y} " for x in NODES for y in NODES if x != y)]
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Write problems or the tokenizer."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="write the tokenizer instead of problems")
-    parser.add_argument("--small", action="store_true", help="write the smaller problems instead")
-    arguments = parser.parse_args(argv)
-    if arguments.tokenizer:
-        write_tokenizer(arguments.tokenizer, words())
+    parser.add_argument("--small", action="store_true", help="write the small problems instead")
+    args = parser.parse_args(argv)
+    if args.tokenizer:
+        write_tokenizer(args.tokenizer, words())
         return
     name, splits, kind = "ring", SPLITS, (NODES, HOPS)
-    if arguments.small:
+    if args.small:
         name, splits, kind = "ring_small", SMALL_SPLITS, (SMALL_NODES, SMALL_HOPS)
     problems = make_problems(sum(splits.values()), SEED, *kind)
     for split, count in splits.items():

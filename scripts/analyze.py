@@ -1,14 +1,13 @@
-"""Looks inside a trained model: the paper's analysis and more, as a report.
+"""Analyze a trained model: the paper's analysis and further experiments, as a report.
 
     python scripts/analyze.py checkpoints/prosqa-coconut/best --data data/prosqa_test.json
     python scripts/analyze.py CHECKPOINT --beside checkpoints/prosqa-cot/best checkpoints/prosqa-pause-as-thought/best
     python scripts/analyze.py CHECKPOINT --questions k_sweep search --limit 100 --problem 7
 
-Writes CHECKPOINT/../analysis_CHECKPOINT/: report.html (opens anywhere, needs no network), a CSV and an SVG for each
-figure, problems.jsonl, thoughts.safetensors. Questions: k_sweep (k thoughts, then language), search (the search tree),
-lens (each thought through the vocabulary projection), interventions (are the thoughts used?), probes (what can be read
-off the hidden states), operands (GSM8k: do thoughts follow a changed number?). Needs matplotlib
-(requirements-extra.txt).
+Writes CHECKPOINT/../analysis_CHECKPOINT/: report.html (self-contained), a CSV and an SVG per figure, problems.jsonl,
+thoughts.safetensors. Questions: k_sweep (k thoughts, then language), search (the search tree), lens (thoughts
+projected onto the vocabulary), interventions (thoughts replaced), probes (linear probes of the hidden states),
+operands (GSM8k: do thoughts follow a changed number?). Needs matplotlib (requirements-extra.txt).
 """
 
 from __future__ import annotations
@@ -17,51 +16,50 @@ import argparse
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import transformers  # noqa: E402
+import transformers
 
-from config import UserError, read_yaml  # noqa: E402
+from config import UserError, read_yaml
 
 
-def own_data(checkpoint: str) -> str:
-    """The validation data of the run that a checkpoint is of."""
+def validation_data(checkpoint: str) -> str:
+    """Return the val_path of the run that a checkpoint belongs to."""
     config = Path(checkpoint).resolve().parent / "config.yaml"
     if not config.exists():
-        raise UserError(f"--data: {config} does not tell the data of {checkpoint}; name a file")
+        raise UserError(f"--data: missing, and there is no {config} to take val_path from; pass a data file")
     return read_yaml(config)["val_path"]
 
 
-def positive(text: str) -> int:
-    """A number from 1 on."""
+def positive_int(text: str) -> int:
+    """Parse an argument that must be 1 or more."""
     if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+        raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {text!r}")
     return int(text)
 
 
-def main(words: list[str] | None = None) -> int:
-    """The command line."""
+def main(argv: list[str] | None = None) -> int:
+    """Analyze the checkpoint given on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="a checkpoint's folder, such as checkpoints/NAME/best")
-    parser.add_argument("--data", help="the problems (default: what the run was validated on)")
-    parser.add_argument("--questions", nargs="+", metavar="QUESTION", help="which (default: all that make sense)")
-    parser.add_argument("--beside", nargs="+", default=[], metavar="CHECKPOINT", help="models to set beside it")
-    parser.add_argument("--limit", type=positive, default=500, help="how many problems (500)")
-    parser.add_argument("--batch", type=positive, default=64, help="problems at once (64)")
-    parser.add_argument("--problem", type=int, default=0, help="the one that is drawn (0)")
-    arguments = parser.parse_args(words)
-    transformers.logging.disable_progress_bar()  # only the analysis' own bars
+    parser.add_argument("checkpoint", help="checkpoint folder, such as checkpoints/NAME/best")
+    parser.add_argument("--data", help="data file (default: the run's val_path)")
+    parser.add_argument("--questions", nargs="+", metavar="QUESTION", help="default: all that apply")
+    parser.add_argument("--beside", nargs="+", default=[], metavar="CHECKPOINT", help="models for comparison")
+    parser.add_argument("--limit", type=positive_int, default=500, help="number of problems (500)")
+    parser.add_argument("--batch", type=positive_int, default=64, help="batch size (64)")
+    parser.add_argument("--problem", type=int, default=0, help="problem to draw (0)")
+    args = parser.parse_args(argv)
+    transformers.logging.disable_progress_bar()  # keep only those of the analysis
     try:
         try:
             from analysis.study import QUESTIONS, study
         except ModuleNotFoundError as error:
             raise UserError(f"{error.name} is not installed; pip install -r requirements-extra.txt") from error
-        if unknown := set(arguments.questions or []) - set(QUESTIONS):
-            raise UserError(f"--questions {', '.join(sorted(unknown))}: there are {', '.join(QUESTIONS)}")
-        data = arguments.data or own_data(arguments.checkpoint)
-        sizes = {"limit": arguments.limit, "batch_size": arguments.batch, "chosen": arguments.problem}
-        study(arguments.checkpoint, data, arguments.questions, arguments.beside, **sizes)
+        if unknown := set(args.questions or []) - set(QUESTIONS):
+            raise UserError(f"--questions {', '.join(sorted(unknown))}: unknown; choose from {', '.join(QUESTIONS)}")
+        data = args.data or validation_data(args.checkpoint)
+        sizes = {"limit": args.limit, "batch_size": args.batch, "chosen": args.problem}
+        study(args.checkpoint, data, args.questions, args.beside, **sizes)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

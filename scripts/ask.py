@@ -1,13 +1,13 @@
-"""Asks a checkpoint, and prints what it writes, thinks and answers.
+"""Ask a checkpoint questions and print its output, answer and thoughts.
 
     python scripts/ask.py checkpoints/gsm-coconut/best "Ann has 3 boxes of 4 pens. How many pens are there?"
-    python scripts/ask.py checkpoints/gsm-coconut/best                 a question on each line of the input
-    python scripts/ask.py CHECKPOINT QUESTION --thoughts 3             other than it was trained with
-    python scripts/ask.py CHECKPOINT QUESTION --show-thoughts          the tokens that each thought is closest to
-    python scripts/ask.py CHECKPOINT QUESTION --json                   for programs, a line for each question
+    python scripts/ask.py checkpoints/gsm-coconut/best                 read one question per line from stdin
+    python scripts/ask.py CHECKPOINT QUESTION --thoughts 3             override the number of thoughts
+    python scripts/ask.py CHECKPOINT QUESTION --show-thoughts          print the top tokens of each thought
+    python scripts/ask.py CHECKPOINT QUESTION --json                   print one JSON object per question
 
-Prompts are made and answers read as in validation. After a question that cannot be asked, such as one that is too long,
-the next one follows; the exit code at the end is 2 then.
+Prompts and answer extraction are those of validation. A question that fails, for example because it is too long, is
+reported and skipped; the exit code is then 2.
 """
 
 from __future__ import annotations
@@ -20,54 +20,57 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch  # noqa: E402
+import torch
 
-from config import UserError  # noqa: E402
-from dataset import MyCollator, model_args  # noqa: E402
-from evaluate import OpenedCheckpoint, open_checkpoint, predict, until_eos  # noqa: E402  # noqa: E402
+from config import UserError
+from dataset import MyCollator, model_args
+from evaluate import OpenedCheckpoint, open_checkpoint, predict, until_eos
 
-TOP = 5  # tokens that are shown of each thought
+TOP_K = 5  # tokens shown per thought
 
 
-def ask(opened: OpenedCheckpoint, question: str, show_thoughts: bool = False) -> dict:
-    """What the model says: question, generated, answer, new_tokens, seconds, and with show_thoughts their tokens."""
-    started, model, limit = time.perf_counter(), opened.model, opened.config.answer_limit
-    batch = model_args(MyCollator(opened.pretrained.tokenizer, model.latent_token_id)(opened.prompts([question])))
+def ask(checkpoint: OpenedCheckpoint, question: str, show_thoughts: bool = False) -> dict:
+    """Generate an answer to one question.
+
+    Returns: question, generated, answer, new_tokens, seconds and, with `show_thoughts`, the top tokens of each thought.
+    """
+    start, model, limit = time.perf_counter(), checkpoint.model, checkpoint.config.answer_limit
+    tokenizer = checkpoint.pretrained.tokenizer
+    batch = model_args(MyCollator(tokenizer, model.latent_token_id)(checkpoint.prompts([question])))
     [output] = model.generate(**batch, max_new_tokens=limit).tolist()
-    seconds = time.perf_counter() - started
-    new = until_eos(output[batch["input_ids"].shape[1] :], model.eos_token_id, limit)
+    seconds = time.perf_counter() - start
+    new_ids = until_eos(output[batch["input_ids"].shape[1] :], model.eos_token_id, limit)
     thoughts = (batch["input_ids"] == model.latent_token_id).sum().item()
     problem = {"question": question, "answer": "", "steps": []}
-    said = predict(problem, 0, new, thoughts, opened.pretrained.tokenizer, opened.config.method)
-    said = {key: said[key] for key in ("question", "generated", "answer", "new_tokens")} | {"seconds": seconds}
-    return said | ({"thoughts": closest_tokens(opened, batch["input_ids"][0])} if show_thoughts else {})
+    prediction = predict(problem, 0, new_ids, thoughts, tokenizer, checkpoint.config.method)
+    result = {key: prediction[key] for key in ("question", "generated", "answer", "new_tokens")} | {"seconds": seconds}
+    return result | ({"thoughts": top_tokens(checkpoint, batch["input_ids"][0])} if show_thoughts else {})
 
 
 @torch.no_grad()
-def closest_tokens(opened: OpenedCheckpoint, input_ids: torch.Tensor) -> list[list[tuple[str, float]]]:
-    """For each thought of a prompt (columns,), its most probable tokens by the vocabulary projection."""
-    states = opened.model.inputs_embeds(input_ids)[input_ids == opened.model.latent_token_id]  # (thoughts, hidden)
-    top = opened.model.logits(states).softmax(-1).topk(TOP)  # (thoughts, TOP)
-    decode = opened.pretrained.tokenizer.decode
+def top_tokens(checkpoint: OpenedCheckpoint, input_ids: torch.Tensor) -> list[list[tuple[str, float]]]:
+    """Project each thought of a prompt (length,) onto the vocabulary; return its top tokens and probabilities."""
+    thoughts = checkpoint.model.inputs_embeds(input_ids)[input_ids == checkpoint.model.latent_token_id]  # (n, hidden)
+    top = checkpoint.model.logits(thoughts).softmax(-1).topk(TOP_K)  # (n, TOP_K)
+    decode = checkpoint.pretrained.tokenizer.decode
     pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
     return [[(decode(id), p) for id, p in zip(ids, ps, strict=True)] for ids, ps in pairs]
 
 
-def format_answer(said: dict) -> str:
-    """What the model said as text."""
-    lines = [said["generated"]]
-    for number, tokens in enumerate(said.get("thoughts", []), 1):
+def format_result(result: dict) -> str:
+    """Format the output of `ask` for the terminal."""
+    lines = [result["generated"]]
+    for number, tokens in enumerate(result.get("thoughts", []), 1):
         lines.append(f"thought {number}: " + "  ".join(f"{token!r} {p:.2f}" for token, p in tokens))
-    lines.append(f"answer: {said['answer']}   ({said['new_tokens']} tokens, {said['seconds']:.2f} s)")
+    lines.append(f"answer: {result['answer']}   ({result['new_tokens']} tokens, {result['seconds']:.2f} s)")
     return "\n".join(lines)
 
 
-def questions() -> Iterator[str]:
-    """The lines of the input; at a terminal they can be edited, and earlier ones come back with the arrow keys."""
-    with suppress(ImportError):  # not everywhere
+def read_questions() -> Iterator[str]:
+    """Yield the non-empty lines of stdin."""
+    with suppress(ImportError):  # line editing and history in a terminal, where available
         import readline  # noqa: F401
     with suppress(EOFError, KeyboardInterrupt):
         while True:
@@ -75,45 +78,38 @@ def questions() -> Iterator[str]:
                 yield line
 
 
-def respond(opened: OpenedCheckpoint, question: str, arguments: argparse.Namespace) -> int:
-    """Prints what the model says, or why it cannot be asked this; returns the exit code."""
-    try:
-        said = ask(opened, question, arguments.show_thoughts)
-    except UserError as error:
-        return refuse(error)
-    print(json.dumps(said, ensure_ascii=False) if arguments.json else format_answer(said), flush=True)
-    return 0
-
-
-def refuse(error: UserError) -> int:
-    """Tells of a mistake; returns its exit code."""
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-
-
-def count(text: str) -> int:
-    """A number of thoughts."""
+def thought_count(text: str) -> int:
+    """Parse the value of --thoughts."""
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of thoughts: 0 or more")
+        raise argparse.ArgumentTypeError(f"expected an integer >= 0, got {text!r}")
     return int(text)
 
 
-def main(words: list[str] | None = None) -> None:
-    """The command line."""
+def main(argv: list[str] | None = None) -> None:
+    """Answer the question on the command line, or those on stdin."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="a checkpoint's folder, such as checkpoints/NAME/best")
-    parser.add_argument("question", nargs="?", help="without it, each line of the input is one")
-    parser.add_argument("--thoughts", type=count, help="how many thoughts (or pauses)")
-    parser.add_argument("--show-thoughts", action="store_true", help="the tokens that each thought is closest to")
-    parser.add_argument("--json", action="store_true", help="print a line of JSON for each question")
-    arguments = parser.parse_args(words)
+    parser.add_argument("checkpoint", help="checkpoint folder, such as checkpoints/NAME/best")
+    parser.add_argument("question", nargs="?", help="default: one question per line of stdin")
+    parser.add_argument("--thoughts", type=thought_count, help="number of thoughts (or pause tokens)")
+    parser.add_argument("--show-thoughts", action="store_true", help="print the top tokens of each thought")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per question")
+    args = parser.parse_args(argv)
+    failed = False
     try:
-        opened = open_checkpoint(arguments.checkpoint, arguments.thoughts)
+        checkpoint = open_checkpoint(args.checkpoint, args.thoughts)
     except UserError as error:
-        sys.exit(refuse(error))
-    asked = [arguments.question] if arguments.question else questions()
-    if code := max((respond(opened, question, arguments) for question in asked), default=0):
-        sys.exit(code)
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    for question in [args.question] if args.question else read_questions():
+        try:
+            result = ask(checkpoint, question, args.show_thoughts)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            failed = True
+        else:
+            print(json.dumps(result, ensure_ascii=False) if args.json else format_result(result), flush=True)
+    if failed:
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Tables what only_eval found: accuracy on each test set, in %, with Wilson's 95 % interval.
+"""Tabulate the results of only_eval: accuracy per test set in %, with a Wilson 95 % interval.
 
     python scripts/evaluations.py checkpoints/mini-cot-seed0 checkpoints/mini-coconut-seed0
-    python scripts/evaluations.py results/mini/*-seed0.yaml       what scripts/record.py kept of such runs
+    python scripts/evaluations.py results/mini/*-seed0.yaml       recorded runs (scripts/record.py)
 
-Reads eval_CHECKPOINT/metrics_TESTSET.yaml in the runs' directories; of a test set that was asked twice, the latest.
+Reads eval_CHECKPOINT/metrics_TESTSET.yaml in the run directories; if a test set was evaluated twice, the latest counts.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from analysis.statistics import wilson
 
 
 def read_evaluations(directory: Path) -> dict[tuple[str, str], dict]:
-    """Return what only_eval found of a run: {(checkpoint, test set): the latest metrics}."""
+    """Read the evaluations of a run: {(checkpoint, test set): latest metrics}."""
     if directory.suffix == ".yaml":  # recorded
         lines = map(json.loads, read_file(directory.with_suffix(".jsonl")).splitlines())
         return {(line["checkpoint"], Path(line["val_path"]).stem): line for line in lines if "val_path" in line}
     found = {}
     for path in sorted(directory.glob("eval_*/metrics_*.yaml"), key=lambda path: (len(path.stem), path.stem)):
-        metrics = yaml.safe_load(read_file(path))  # NAME, NAME_2, ... NAME_10: in the order of writing
-        if "problems" not in metrics:  # written before they were counted there
+        metrics = yaml.safe_load(read_file(path))  # in the order written: NAME, NAME_2, ... NAME_10
+        if "problems" not in metrics:  # an older file
             predictions = path.with_name(f"{path.stem.replace('metrics', 'predictions', 1)}.jsonl")
             metrics["problems"] = len(read_file(predictions).splitlines())
         found[path.parent.name.removeprefix("eval_"), Path(metrics["val_path"]).stem] = metrics
@@ -35,14 +35,14 @@ def read_evaluations(directory: Path) -> dict[tuple[str, str], dict]:
 
 
 def percent(metrics: dict) -> str:
-    """An accuracy with its interval."""
+    """Format an accuracy with its confidence interval."""
     accuracy, problems = metrics["eval/acc"], metrics["problems"]
     low, high = wilson(round(accuracy * problems), problems)
     return f"{100 * accuracy:.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
 
 def table(directories: list[Path]) -> str:
-    """The table as Markdown: a row for each run and checkpoint, a column for each test set."""
+    """Render a Markdown table with a row per run and checkpoint, and a column per test set."""
     rows = {}
     for directory in directories:
         for (checkpoint, name), metrics in read_evaluations(directory).items():
@@ -53,22 +53,22 @@ def table(directories: list[Path]) -> str:
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
-    """Rows as a table in Markdown, the columns in the order in which they come up."""
+    """Render rows as a Markdown table, columns in order of first appearance."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     lines = [names, ["---"] * len(names), *([row.get(name, "") for name in names] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def main(words: list[str] | None = None) -> int:
-    """The command line."""
+def main(argv: list[str] | None = None) -> int:
+    """Print the table for the runs on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's directory, save_path/name")
-    arguments = parser.parse_args(words)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory, save_path/name")
+    args = parser.parse_args(argv)
     try:
-        for directory in arguments.runs:
+        for directory in args.runs:
             if not read_evaluations(directory):
-                raise UserError(f"{directory}: no evaluation in it; run.py with only_eval=True writes one")
-        print(table(arguments.runs))
+                raise UserError(f"{directory}: no evaluation found; run.py with only_eval=True writes one")
+        print(table(args.runs))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

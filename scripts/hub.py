@@ -1,10 +1,10 @@
-"""Uploads a checkpoint to the Hugging Face hub, with a model card made from its run.
+"""Upload a checkpoint to the Hugging Face hub, with a model card generated from its run.
 
     python scripts/hub.py push checkpoints/NAME/best OWNER/NAME --license mit
-    python scripts/hub.py push checkpoints/NAME/best OWNER/NAME --dry-run FOLDER        only writes what it would upload
+    python scripts/hub.py push checkpoints/NAME/best OWNER/NAME --dry-run FOLDER        write the files, upload nothing
 
-The folder holds the model, its tokenizer and the code that lets it think, without the optimizer and random states.
-Curves are drawn where matplotlib is installed. Log in first (`hf auth login`, or HF_TOKEN).
+Uploads the model, its tokenizer and its generation code, without optimizer and random state. The card has training
+curves if matplotlib is installed. Log in first (`hf auth login`, or HF_TOKEN).
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ import yaml
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from runs import Finished, UserError, read_run, shown
+from runs import FinishedRun, UserError, display_value, read_run
 
 from components.checkpoint_manager import OPTIMIZER_STATE
 from components.export import DESCRIPTION, read_description
 from components.files import MANIFEST
 
-LEFT_OUT = ("training_state.pt", OPTIMIZER_STATE, MANIFEST)  # what only continuing the run needs
-PLACES = ("save_path", "data_cache", "name", "project", "logger")  # of one machine or account
-LOADING = """\
+NOT_UPLOADED = ("training_state.pt", OPTIMIZER_STATE, MANIFEST)  # needed only to resume the run
+LOCAL_KEYS = ("save_path", "data_cache", "name", "project", "logger")  # specific to a machine or account
+USAGE = """\
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained("{repository}", padding_side="left")
@@ -40,11 +40,11 @@ LOADING = """\
 """
 
 
-def card(run: Finished, description: dict, repository: str, license: str | None, curves: bool) -> str:
-    """The model card. What a config holds is shown as text, whatever characters it has."""
-    config = {key: shown(key, value) for key, value in run.config.items() if key not in PLACES}
+def card(run: FinishedRun, description: dict, repository: str, license: str | None, curves: bool) -> str:
+    """Render the model card; config values are escaped, whatever characters they contain."""
+    config = {key: display_value(key, value) for key, value in run.config.items() if key not in LOCAL_KEYS}
     model = run.config["model_id"]
-    on_hub = model.count("/") == 1 and not Path(model).exists()  # as far as one can see
+    on_hub = model.count("/") == 1 and not Path(model).exists()  # a guess: hub names have one slash
     base = model if on_hub and not config["from_scratch"] else None
     tags = ["coconut", "latent-reasoning", config["method"]]
     data = ModelCardData(license=license, base_model=base, tags=tags, library_name="transformers")
@@ -61,13 +61,13 @@ def card(run: Finished, description: dict, repository: str, license: str | None,
 # {html.escape(repository)}
 
 Trained with the method {html.escape(config["method"])} of *Training Large Language Models to Reason in a Continuous
-Latent Space* (arXiv 2412.06769), as of epoch {description["epoch"]}, stage {description["stage"]}:
-{description["thoughts"]} thoughts or pauses stand between a question and what is written.
+Latent Space* (arXiv 2412.06769), saved after epoch {description["epoch"]}, stage {description["stage"]}, with
+{description["thoughts"]} thoughts or pause tokens between question and output.
 
-## How to load it so that it thinks
+## Usage
 
-{LOADING.format(repository=repository)}
-**Without `trust_remote_code=True` it is a plain model that silently does not think.** The code is in
+{USAGE.format(repository=repository)}
+**Without `trust_remote_code=True`, the model silently generates without thoughts.** The code is in
 `custom_generate/generate.py`. A question ends with a newline; the answer follows the last `#`.
 
 ## Validation
@@ -84,18 +84,18 @@ On {html.escape(str(config["val_path"]))}, trained on {html.escape(str(config["t
 {block}
 ## Licence
 
-{html.escape(license or "") or "None was named. The licences of the base model and of the data apply."}
+{html.escape(license or "") or "Not specified; the licences of the base model and of the data apply."}
 """
 
 
 def prepare(checkpoint: Path, folder: Path, repository: str, license: str | None) -> None:
-    """Writes what is uploaded into a new folder."""
+    """Write the files to upload into a new folder."""
     description, run = read_description(str(checkpoint)), read_run(checkpoint.resolve().parent)
     if not description:
         raise UserError(
-            f"{checkpoint} holds no {DESCRIPTION}; give a checkpoint of a run, such as checkpoints/NAME/best"
+            f"{checkpoint} has no {DESCRIPTION}; pass a checkpoint written by run.py, such as checkpoints/NAME/best"
         )
-    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(*LEFT_OUT))
+    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(*NOT_UPLOADED))
     curves = importlib.util.find_spec("matplotlib") is not None
     if curves:
         plot.save([[run]], folder / "curves.svg")
@@ -103,36 +103,36 @@ def prepare(checkpoint: Path, folder: Path, repository: str, license: str | None
 
 
 def push(folder: Path, repository: str, private: bool) -> str:
-    """Uploads a folder and returns its address."""
+    """Upload a folder; return its URL."""
     api = HfApi()
     try:
         api.create_repo(repository, private=private, exist_ok=True)
         return str(api.upload_folder(folder_path=folder, repo_id=repository))
-    except Exception as error:  # no account, no network, no rights: of many libraries
+    except Exception as error:  # account, network, permissions: raised by several libraries
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise UserError(f"{repository}: nothing or not all was uploaded: {reason}") from error
+        raise UserError(f"{repository}: upload failed or incomplete: {reason}") from error
 
 
-def main(words: list[str] | None = None) -> int:
-    """The command line."""
+def main(argv: list[str] | None = None) -> int:
+    """Prepare the model folder and upload it (or only write it, with --dry-run)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["push"])
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint's folder in its run's directory")
+    parser.add_argument("checkpoint", type=Path, help="checkpoint folder inside its run directory")
     parser.add_argument("repository", metavar="OWNER/NAME")
-    parser.add_argument("--license", help="of the model, as the hub names it: mit, apache-2.0, ...")
-    parser.add_argument("--private", action="store_true", help="for a repository that is made now")
-    parser.add_argument("--dry-run", type=Path, metavar="FOLDER", help="write it there and upload nothing")
-    arguments = parser.parse_args(words)
+    parser.add_argument("--license", help="licence identifier of the hub: mit, apache-2.0, ...")
+    parser.add_argument("--private", action="store_true", help="make the repository private if it is new")
+    parser.add_argument("--dry-run", type=Path, metavar="FOLDER", help="write the files there, upload nothing")
+    args = parser.parse_args(argv)
     try:
-        validate_repo_id(arguments.repository)
-        if arguments.dry_run and arguments.dry_run.exists():
-            raise UserError(f"--dry-run {arguments.dry_run}: exists already; remove it or name another folder")
-        with tempfile.TemporaryDirectory() as place:
-            folder = arguments.dry_run or Path(place, "model")
-            prepare(arguments.checkpoint, folder, arguments.repository, arguments.license)
+        validate_repo_id(args.repository)
+        if args.dry_run and args.dry_run.exists():
+            raise UserError(f"--dry-run {args.dry_run}: already exists; remove it or choose another folder")
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = args.dry_run or Path(temporary, "model")
+            prepare(args.checkpoint, folder, args.repository, args.license)
             files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-            print(f"{arguments.repository}: {', '.join(files)}")
-            print(f"written: {folder}" if arguments.dry_run else push(folder, arguments.repository, arguments.private))
+            print(f"{args.repository}: {', '.join(files)}")
+            print(f"wrote {folder}" if args.dry_run else push(folder, args.repository, args.private))
     except (UserError, HFValidationError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

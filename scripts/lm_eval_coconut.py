@@ -1,11 +1,11 @@
-"""lm-evaluation-harness (0.4.13) with checkpoints that think: its command line, which knows the model `coconut` here.
+"""Run lm-evaluation-harness (0.4.13) on a checkpoint with its thoughts: its command line, plus `--model coconut`.
 
     python scripts/lm_eval_coconut.py --model coconut --model_args pretrained=checkpoints/prosqa-coconut/best \
         --include_path scripts/lm_eval_tasks --tasks prosqa_thoughts --batch_size 32
 
-Thoughts stand between a request's context and what is written or scored after it. Model arguments: pretrained, the
-checkpoint; thoughts, how many (default: as many as it was trained with). What the stock tasks ask, with examples and
-other forms of answers, is not what these models were trained on; scripts/lm_eval_tasks/ has tasks that are.
+The thoughts follow a request's context; generation and scoring start after them. Model arguments: `pretrained` (the
+checkpoint) and `thoughts` (their number; default: as trained). The harness's own tasks use few-shot prompts and answer
+formats that these models were not trained on; scripts/lm_eval_tasks/ has tasks in the training format.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ try:
     from lm_eval.__main__ import cli_evaluate
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
-except ModuleNotFoundError as missing:
-    print(f"error: {missing.name} is not installed; pip install -r requirements-extra.txt", file=sys.stderr)
+except ModuleNotFoundError as error:
+    print(f"error: {error.name} is not installed; pip install -r requirements-extra.txt", file=sys.stderr)
     sys.exit(2)
 
 import torch
@@ -34,44 +34,49 @@ from evaluate import open_checkpoint
 
 @register_model("coconut")
 class CoconutLM(TemplateLM):
-    """A checkpoint of any method, as the harness asks models."""
+    """A checkpoint of any method as a model of the harness."""
 
     def __init__(self, pretrained: str, batch_size=16, thoughts: int | None = None, **options):
         super().__init__()
-        self.opened = open_checkpoint(pretrained, thoughts)
-        self.model, self.tokenizer = self.opened.model, self.opened.pretrained.tokenizer
+        self.checkpoint = open_checkpoint(pretrained, thoughts)
+        self.model, self.tokenizer = self.checkpoint.model, self.checkpoint.pretrained.tokenizer
         self.collate = MyCollator(self.tokenizer, self.model.latent_token_id)
         self._device, self.batch_size = self.model.base_causallm.device, int(batch_size)
 
     @property
     def eot_token_id(self) -> int:
-        """What ends a text."""
+        """Return the end-of-text token."""
         return self.tokenizer.eos_token_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options) -> list[int]:
-        """Token ids of a text."""
+        """Tokenize a text."""
         return self.tokenizer(string, add_special_tokens=bool(add_special_tokens))["input_ids"]
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """A prompt with its thoughts, and what is scored behind them; the two are apart, so each is encoded alone."""
+        """Tokenize a prompt with its thoughts, and the continuation to score, separately: thoughts lie between them."""
         return self.prompt(context)["input_ids"], self.tok_encode(continuation)
 
     def prompt(self, context: str) -> dict:
-        """A context with its thoughts; its last newline is the one that ends a question."""
-        [prompt] = self.opened.prompts([context.removesuffix("\n")])
+        """Build a prompt with thoughts; the context's final newline is the one that ends a question."""
+        [prompt] = self.checkpoint.prompts([context.removesuffix("\n")])
         return prompt
 
     def batches(self, items: list, length, title: str, quiet: bool):
-        """Batches of items of similar length, as lists of indices."""
+        """Yield batches of indices of items of similar length."""
         order = sorted(range(len(items)), key=lambda index: length(items[index]))
         starts = range(0, len(order), self.batch_size)
         return tqdm([order[start : start + self.batch_size] for start in starts], desc=title, disable=quiet)
 
     @torch.no_grad()
     def _loglikelihood_tokens(self, requests: list, disable_tqdm: bool = False, **options) -> list[tuple[float, bool]]:
-        """For each ((context, continuation), prompt ids, continuation ids) the continuation's log probability, and
-        whether greedy decoding writes it."""
-        found = {}
+        """Score continuations.
+
+        Args:
+            requests: ((context, continuation), prompt ids, continuation ids) each.
+
+        Returns: for each, the log probability of the continuation, and whether greedy decoding would produce it.
+        """
+        results = {}
         for part in self.batches(requests, lambda r: len(r[1]) + len(r[2]), "log probabilities", disable_tqdm):
             pairs = [requests[index][1:] for index in part]
             batch = self.collate(
@@ -88,35 +93,35 @@ class CoconutLM(TemplateLM):
             own = scores.gather(1, plan.targets[:, None])[:, 0].split([len(new) for _, new in pairs])  # of each row
             greedy = (scores.argmax(1) == plan.targets).split([len(new) for _, new in pairs])
             for index, row, is_greedy in zip(part, own, greedy, strict=True):
-                found[index] = (row.sum().item(), is_greedy.all().item())
-        return [found[index] for index in range(len(requests))]
+                results[index] = (row.sum().item(), is_greedy.all().item())
+        return [results[index] for index in range(len(requests))]
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
-        """What is written after each context and its thoughts, up to the first of the strings that end it."""
+        """Generate greedily after each context and its thoughts, up to the first stop string."""
         for _, options in (request.args for request in requests):
             if options.get("do_sample"):
-                raise UserError("do_sample: answers are greedy here; leave it out of generation_kwargs")
+                raise UserError("do_sample: only greedy decoding is supported; remove it from generation_kwargs")
         contexts = [request.args[0] for request in requests]
-        found = {}
+        results = {}
         for part in self.batches(contexts, len, "answers", disable_tqdm):
             batch = model_args(self.collate([self.prompt(contexts[index]) for index in part]))
             options = [requests[index].args[1] for index in part]
-            limit = max(o.get("max_gen_toks", self.opened.config.answer_limit) for o in options)
+            limit = max(o.get("max_gen_toks", self.checkpoint.config.answer_limit) for o in options)
             output = self.model.generate(**batch, max_new_tokens=limit)[:, batch["input_ids"].shape[1] :]
             texts = self.tokenizer.batch_decode(output, skip_special_tokens=True)
             for index, text, o in zip(part, texts, options, strict=True):
-                found[index] = cut(text, o.get("until") or [])
-        return [found[index] for index in range(len(requests))]
+                results[index] = truncate(text, o.get("until") or [])
+        return [results[index] for index in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
-        """The perplexity of whole texts has no place for thoughts."""
-        raise UserError("tasks of perplexity (loglikelihood_rolling) have no question to think about; choose others")
+        """Reject perplexity tasks: a whole text has no question for the thoughts to follow."""
+        raise UserError("perplexity tasks (loglikelihood_rolling) are not supported: they have no question to follow")
 
 
-def cut(text: str, ends: str | list[str]) -> str:
-    """A text up to the first of some strings."""
-    for end in [ends] if isinstance(ends, str) else ends:
-        text = text.split(end)[0] if end else text
+def truncate(text: str, stop_strings: str | list[str]) -> str:
+    """Truncate a text at the first stop string."""
+    for stop in [stop_strings] if isinstance(stop_strings, str) else stop_strings:
+        text = text.split(stop)[0] if stop else text
     return text
 
 

@@ -1,11 +1,11 @@
-"""Writes finished runs down as a folder of results, which scripts/compare.py takes as a reference.
+"""Record finished runs as a folder of results, a reference for scripts/compare.py.
 
     python scripts/record.py results/ring checkpoints/ring-cot-seed* checkpoints/ring-coconut-seed* \\
         --command "python preprocessing/ring.py" --command "python scripts/table1.py ring --seeds 3"
 
-Runs that differ in their seed alone are one row of the table. The folder holds curves.svg, README.md and, of each run,
-RUN.yaml, its config, and RUN.jsonl: the mean training loss and the validation of each epoch, and the tests. A folder
-that exists is left alone. Needs matplotlib and scipy (requirements-extra.txt).
+Runs that differ only in their seed share a row of the table. The folder contains README.md, curves.svg and, per run,
+RUN.yaml (its config) and RUN.jsonl (mean training loss and validation of each epoch, and the tests). An existing folder
+is never overwritten. Needs matplotlib and scipy (requirements-extra.txt).
 """
 
 from __future__ import annotations
@@ -17,58 +17,58 @@ import re
 import shutil
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import plot
 import yaml
 from evaluations import markdown, read_evaluations, table
-from runs import ROOT, Finished, UserError, files, read_file, read_run
+from runs import ROOT, FinishedRun, UserError, files, read_file, read_run
 
 from config import PATH_KEYS
 
 
-def check(runs: list[Finished]) -> None:
-    """Raises UserError for runs that are not finished, have the same name, or the same seed in one row."""
+def check(runs: list[FinishedRun]) -> None:
+    """Raise UserError for unfinished runs, duplicate names, and duplicate seeds in a row of the table."""
     for run in runs:
         if (epochs := max(run.stages)) < run.config["num_epochs"]:
-            raise UserError(f"{run.directory}: {epochs} of {run.config['num_epochs']} epochs are done; let it finish")
-    for key, parts in [("name", [runs]), ("seed", plot.group(runs))]:
-        for part in parts:
-            if twice := repeated([run.config[key] for run in part]):
-                raise UserError(f"{key} {twice[0]}: {', '.join(str(run.directory) for run in part)} have it twice")
+            raise UserError(
+                f"{run.directory}: {epochs} of {run.config['num_epochs']} epochs are finished; let it finish"
+            )
+    for key, groups in [("name", [runs]), ("seed", plot.group(runs))]:
+        for group in groups:
+            value, count = Counter(run.config[key] for run in group).most_common(1)[0]
+            if count > 1:
+                raise UserError(f"{key} {value}: duplicate among {', '.join(str(run.directory) for run in group)}")
 
 
-def repeated(values: list) -> list:
-    """The values that stand more than once in a list."""
-    return [value for place, value in enumerate(values) if value in values[:place]]
-
-
-def thinned(run: Finished) -> Iterator[dict]:
-    """Yield what is kept of a run's metrics: each epoch's mean training loss and validation, then the tests."""
+def recorded_metrics(run: FinishedRun) -> Iterator[dict]:
+    """Yield the lines of RUN.jsonl: mean training loss and validation of each epoch, then the tests."""
     losses = run.curves["training loss"]
     for epoch, validation in run.validations.items():
         if epoch in losses:
             yield {"step": validation["step"], "train/epoch": epoch, "train/loss": losses[epoch]}
         yield validation
     for (checkpoint, _), test in read_evaluations(run.directory).items():
-        yield test | {"checkpoint": checkpoint, "val_path": from_root(test["val_path"])}
+        yield test | {"checkpoint": checkpoint, "val_path": project_relative(test["val_path"])}
 
 
-def config_text(run: Finished) -> str:
-    """A run's config.yaml without the folders of one machine; what is in the project is named from its root."""
+def config_text(run: FinishedRun) -> str:
+    """Return the text of RUN.yaml: the run's config, with project paths made relative and other local paths reset."""
     comments = re.findall(r"^#.*\n", read_file(files(run.directory)[0]), re.MULTILINE)
-    places = {key: from_root(run.config[key]) for key in PATH_KEYS} | {"save_path": "checkpoints", "data_cache": None}
-    return "".join(comments) + yaml.safe_dump(run.config | places, sort_keys=False)
+    paths = {key: project_relative(run.config[key]) for key in PATH_KEYS}
+    paths |= {"save_path": "checkpoints", "data_cache": None}
+    return "".join(comments) + yaml.safe_dump(run.config | paths, sort_keys=False)
 
 
-def from_root(path: str | None) -> str | None:
-    """A path as seen from the project's root, if it lies below."""
+def project_relative(path: str | None) -> str | None:
+    """Make a path inside the project relative to its root; return others unchanged."""
     return str(Path(path).relative_to(ROOT)) if path and Path(path).is_relative_to(ROOT) else path
 
 
 def spread(values: list[float]) -> str:
-    """Of values in %: mean ± standard deviation and the 95 % t-interval of the mean; of a single value itself."""
+    """Format percentages as mean ± standard deviation (95 % t-interval of the mean); a single value as it is."""
     mean = statistics.mean(values)
     if len(values) == 1:
         return f"{mean:.1f}"
@@ -81,8 +81,8 @@ def spread(values: list[float]) -> str:
     return f"{mean:.1f} ± {deviation:.1f} ({max(0, mean - half):.1f} to {min(100, mean + half):.1f})"
 
 
-def row(label: str, seeds: list[Finished]) -> dict[str, str]:
-    """A line of the table: the column names and what stands below them."""
+def row(label: str, seeds: list[FinishedRun]) -> dict[str, str]:
+    """Render the table row of a group of seeds: {column: text}."""
     cells = {"method": label.removesuffix(f" ({len(seeds)} seeds)"), "seeds": str(len(seeds))}
     cells["accuracy %"] = spread([100 * run.best["eval/acc"] for run in seeds])
     if all("eval/cot_em" in run.best for run in seeds):
@@ -95,31 +95,32 @@ def row(label: str, seeds: list[Finished]) -> dict[str, str]:
     return cells
 
 
-def tests_of_best(run: Finished) -> dict[str, dict]:
-    """What only_eval found with the checkpoint `best`: {test set: metrics}."""
+def tests_of_best(run: FinishedRun) -> dict[str, dict]:
+    """Return the tests of the checkpoint `best`: {test set: metrics}."""
     best = f"checkpoint_{run.best['eval/epoch']}"
-    return {name: found for (checkpoint, name), found in read_evaluations(run.directory).items() if checkpoint == best}
+    tests = read_evaluations(run.directory)
+    return {name: metrics for (checkpoint, name), metrics in tests.items() if checkpoint == best}
 
 
-def minutes(run: Finished) -> str:
-    """The minutes from a run's start to its last validation, by the times of its files."""
-    ends = [run.directory / f"predictions_{epoch}.jsonl" for epoch in (min(run.stages), max(run.stages))]
-    if not all(path.exists() for path in ends):
+def minutes(run: FinishedRun) -> str:
+    """Estimate the minutes from start to last validation by file modification times."""
+    predictions = [run.directory / f"predictions_{epoch}.jsonl" for epoch in (min(run.stages), max(run.stages))]
+    if not all(path.exists() for path in predictions):
         return "unknown"
-    started, first, last = (path.stat().st_mtime for path in (run.directory / "config.yaml", *ends))
-    return f"{(last - started) / 60:.1f}" if started < first else "unknown: continued"
+    start, first, last = (path.stat().st_mtime for path in (run.directory / "config.yaml", *predictions))
+    return f"{(last - start) / 60:.1f}" if start < first else "unknown (resumed)"
 
 
-def origin(run: Finished) -> dict[str, str]:
-    """What a run's numbers depend on, as a line of a table."""
+def provenance(run: FinishedRun) -> dict[str, str]:
+    """Return a table row with the run's length, hardware, versions and commit."""
     last = max(run.stages)
     cells = {"run": run.config["name"], "epochs": str(last), "steps": str(run.steps[last]), "minutes": minutes(run)}
     names = ("device", "python", "torch", "transformers", "commit")
     return cells | {name: run.versions.get(name, "not recorded") for name in names}
 
 
-def readme(folder: Path, runs: list[Finished], commands: list[str]) -> str:
-    """The page of a folder of results."""
+def readme(folder: Path, runs: list[FinishedRun], commands: list[str]) -> str:
+    """Render README.md."""
     groups = plot.group(runs)
     rows = [row(label, seeds) for label, seeds in zip(plot.labels(groups), groups, strict=True)]
     tests = table([run.directory for run in runs if read_evaluations(run.directory)])
@@ -137,7 +138,7 @@ checkpoint `best`, the best one of the last stage, which is also the one tested.
 
 ![Accuracy and loss over the epochs](curves.svg)
 
-{TESTS.format(table=tests) if tests else ""}## Made by
+{TESTS.format(table=tests) if tests else ""}## Commands
 
 {listing}
 
@@ -145,7 +146,7 @@ checkpoint `best`, the best one of the last stage, which is also the one tested.
 
     python scripts/compare.py checkpoints/RUN {folder}
 
-{markdown([origin(run) for run in runs])}
+{markdown([provenance(run) for run in runs])}
 
 Minutes are from the start to the last validation, on a machine that may have been busy with other work.
 """
@@ -161,44 +162,41 @@ Each run individually, with Wilson's 95 % interval over the problems:
 """
 
 
-def write(folder: Path, runs: list[Finished], commands: list[str]) -> None:
-    """Writes all files of a folder of results. Raises UserError if it exists; of a folder that fails nothing stays."""
+def write(folder: Path, runs: list[FinishedRun], commands: list[str]) -> None:
+    """Write the folder of results; remove it again on failure. Raises UserError if it exists."""
     try:
         folder.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"{folder}: {error.strerror}; results are never overwritten, name another folder") from error
+        raise UserError(f"{folder}: {error.strerror}; results are never overwritten, choose another folder") from error
     try:
-        write_all(folder, runs, commands)
+        for run in runs:
+            config, metrics = files(folder / f"{run.config['name']}.yaml")
+            config.write_text(config_text(run), encoding="utf-8")
+            metrics.write_text("".join(json.dumps(line) + "\n" for line in recorded_metrics(run)), encoding="utf-8")
+        (folder / "README.md").write_text(readme(folder, runs, commands), encoding="utf-8")
+        plot.save(plot.group(runs), folder / "curves.svg")
     except BaseException:
         shutil.rmtree(folder)
         raise
 
 
-def write_all(folder: Path, runs: list[Finished], commands: list[str]) -> None:
-    """Writes the files into the folder."""
-    for run in runs:
-        config, metrics = files(folder / f"{run.config['name']}.yaml")
-        config.write_text(config_text(run), encoding="utf-8")
-        metrics.write_text("".join(json.dumps(line) + "\n" for line in thinned(run)), encoding="utf-8")
-    (folder / "README.md").write_text(readme(folder, runs, commands), encoding="utf-8")
-    plot.save(plot.group(runs), folder / "curves.svg")
-
-
-def main(words: list[str] | None = None) -> int:
-    """The command line."""
+def main(argv: list[str] | None = None) -> int:
+    """Record the runs on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="the folder to write, results/NAME")
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's directory, save_path/name")
-    parser.add_argument("--command", action="append", default=[], help="a command that made the runs, for README.md")
-    arguments = parser.parse_args(words)
+    parser.add_argument("folder", type=Path, help="output folder, results/NAME")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory, save_path/name")
+    parser.add_argument(
+        "--command", action="append", default=[], help="a command that produced the runs, for README.md"
+    )
+    args = parser.parse_args(argv)
     try:
-        runs = [read_run(directory) for directory in arguments.runs]
+        runs = [read_run(directory) for directory in args.runs]
         check(runs)
-        write(arguments.folder, runs, arguments.command)
+        write(args.folder, runs, args.command)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"written: {arguments.folder}")
+    print(f"wrote {args.folder}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What the tools read of runs: their configs, the versions they ran with, and their curves, epoch by epoch."""
+"""Read runs: config, versions, and metrics by epoch."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ DATA_KEYS = ("train_path", "val_path")
 
 
 @dataclass(frozen=True)
-class Finished:
-    """What a run's files tell: its resolved config, the versions that it names, and values by finished epochs.
+class FinishedRun:
+    """A run, read from its files.
 
-    directory: the run's, or the RUN.yaml of a recorded one; validations: {epoch: its line of the metrics};
-    curves: name -> {epoch: value}, those of CURVES and the "training loss", a mean over the epoch's steps;
-    stages: {epoch: stage}; steps: {epoch: optimizer steps done by then}.
+    directory: the run directory, or the RUN.yaml of a recorded run; versions: those in the comments of its config;
+    validations: {epoch: its line of the metrics}; curves: {name: {epoch: value}}, those of CURVES and "training loss"
+    (mean over the steps of an epoch); stages: {epoch: stage}; steps: {epoch: optimizer steps so far}.
     """
 
     directory: Path
@@ -40,57 +40,60 @@ class Finished:
 
     @property
     def best(self) -> dict:
-        """The validation of the checkpoint `best`: the first that is the highest of the newest stage."""
+        """Return the validation of the checkpoint `best`: the first with the highest accuracy of the newest stage."""
         newest = self.stages[max(self.stages)]
         return max((v for v in self.validations.values() if v["eval/stage"] == newest), key=lambda v: v["eval/acc"])
 
 
 def files(directory: Path) -> tuple[Path, Path]:
-    """Return the config and the metrics of a run's directory, or of a RUN.yaml, which has a RUN.jsonl beside it."""
+    """Return the paths of config and metrics of a run directory or a recorded run (RUN.yaml, with RUN.jsonl)."""
     if directory.suffix == ".yaml":
         return directory, directory.with_suffix(".jsonl")
     return directory / "config.yaml", directory / "metrics.jsonl"
 
 
-def find_runs(place: Path) -> list[Path]:
-    """Return the runs below a folder, each as read_run takes it; of a RUN.yaml, that alone."""
-    if place.is_file():
-        return [place]
-    recorded = (path for path in place.rglob("*.yaml") if path.with_suffix(".jsonl").exists())
-    return sorted([*(path.parent for path in place.rglob("metrics.jsonl")), *recorded])
+def find_runs(folder: Path) -> list[Path]:
+    """Find the runs in a folder, as paths for read_run; a RUN.yaml is returned as it is."""
+    if folder.is_file():
+        return [folder]
+    recorded = (path for path in folder.rglob("*.yaml") if path.with_suffix(".jsonl").exists())
+    return sorted([*(path.parent for path in folder.rglob("metrics.jsonl")), *recorded])
 
 
-def read_run(directory: Path) -> Finished:
-    """Read a run's config and metrics. Raise UserError where they are missing, damaged or too short."""
+def read_run(directory: Path) -> FinishedRun:
+    """Read the config and metrics of a run.
+
+    Raises: UserError if they are missing or invalid, or if no epoch is finished.
+    """
     text, metrics = map(read_file, files(directory))
     try:
         config = Config(yaml.safe_load(text)).resolved()
-        whole, _, _ = metrics.rpartition("\n")  # a running one has begun another line
-        lines = [json.loads(line) for line in whole.splitlines()]
+        complete, _, _ = metrics.rpartition("\n")  # the last line of a running job may be incomplete
+        lines = [json.loads(line) for line in complete.splitlines()]
         validations = {line["eval/epoch"]: line for line in lines if "eval/epoch" in line}
         curves = {name: {epoch: line[key] for epoch, line in validations.items()} for name, key in CURVES.items()}
         curves["training loss"] = {epoch: loss for epoch, loss in training_losses(lines) if epoch in validations}
     except (TypeError, KeyError, ValueError, yaml.YAMLError) as error:
         raise UserError(
-            f"{directory}: not what run.py writes: {type(error).__name__}: {error}; give the directory of a run"
+            f"{directory}: invalid config or metrics ({type(error).__name__}: {error}); pass a run directory"
         ) from error
     if not validations:
-        raise UserError(f"{directory}: no epoch of this run has ended yet; wait for its first validation")
+        raise UserError(f"{directory}: no finished epoch; wait for the first validation")
     stages, steps = ({epoch: line[key] for epoch, line in validations.items()} for key in ("eval/stage", "step"))
-    versions = dict(re.findall(r"^# (?!run )(\w+) (.+)$", text, re.M))  # a run's name is no version
-    return Finished(directory, config, versions, validations, curves, stages, steps)
+    versions = dict(re.findall(r"^# (?!run )(\w+) (.+)$", text, re.M))  # "# run NAME" is not a version
+    return FinishedRun(directory, config, versions, validations, curves, stages, steps)
 
 
 def read_file(path: Path) -> str:
-    """The text of one of a run's files."""
+    """Read a file of a run; raise UserError if that fails."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); give the directory of a run, save_path/name") from error
+        raise UserError(f"{path}: cannot be read ({error}); pass a run directory, save_path/name") from error
 
 
 def training_losses(lines: list[dict]) -> Iterator[tuple[int, float]]:
-    """The mean training loss of each epoch."""
+    """Average the training loss of each epoch."""
     losses = {}
     for line in lines:
         if "train/loss" in line:
@@ -98,14 +101,13 @@ def training_losses(lines: list[dict]) -> Iterator[tuple[int, float]]:
     return ((epoch, statistics.mean(values)) for epoch, values in losses.items())
 
 
-def differences(one: Finished, other: Finished) -> dict[str, tuple]:
-    """The keys, seed apart, in which two runs were trained or validated differently, each with both values.
+def differences(one: FinishedRun, other: FinishedRun) -> dict[str, tuple]:
+    """Find the keys, except the seed, that make two runs differ in training or validation: {key: (value, other value)}.
 
-    Data are the same where their files are called the same. A batch may be made of other parts: what counts is that an
-    epoch takes as many optimizer steps.
+    Data files are compared by name. The batch keys count only if an epoch takes a different number of optimizer steps.
     """
     keys = [key for key in one.config if key not in FREE_KEYS - {"val_path"} and key != "seed"]
-    pairs = {key: (shown(key, one.config[key]), shown(key, other.config[key])) for key in keys}
+    pairs = {key: (display_value(key, one.config[key]), display_value(key, other.config[key])) for key in keys}
     common = one.steps.keys() & other.steps.keys()
     if all(one.steps[epoch] == other.steps[epoch] for epoch in common):
         for key in ("batch_size_training", "gradient_accumulation_steps", "global_batch_size"):
@@ -113,7 +115,7 @@ def differences(one: Finished, other: Finished) -> dict[str, tuple]:
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def shown(key: str, value):
-    """A config value as it is compared: files and folders by their names, wherever they are."""
+def display_value(key: str, value):
+    """Return a config value for comparison; paths are reduced to their last part."""
     paths = (*DATA_KEYS, "model_id", "load_model_path")
     return Path(value).name if key in paths and value is not None else value

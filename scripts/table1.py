@@ -1,12 +1,12 @@
-"""Trains and tests methods of the paper's Table 1 on one data set, and prints the table.
+"""Train and test methods of the paper's Table 1 on one data set, and print the table.
 
     python scripts/table1.py prosqa                                   all eight methods, one seed
     python scripts/table1.py gsm --methods cot coconut --seeds 3 --processes 4
-    python scripts/table1.py ring bf16=True                           further words go to every run.py
+    python scripts/table1.py ring bf16=True                           key=value overrides go to every run.py
 
-Every method M runs args/DATASET_M.yaml, one after the other. What is finished is not done again, so the same command
-goes on where it was stopped. A run that starts from another one (GSM8k's Coconut from CoT) starts from the same seed's,
-which is trained before.
+Runs args/DATASET_METHOD.yaml, one after the other. Finished runs are skipped, so the same command resumes an
+interrupted table. A run that starts from another checkpoint (GSM8k: Coconut from CoT) starts from the one with the same
+seed, which is trained first.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from config import Config, UserError, parse_overrides, read_yaml  # noqa: E402
+from config import Config, UserError, read_words, read_yaml  # noqa: E402
 from curriculum import METHODS  # noqa: E402
 
-# Table 1 of the paper, GPT-2: accuracy in % with its standard deviation, and generated tokens.
+# Table 1 of the paper, GPT-2: accuracy in % ± standard deviation (generated tokens).
 PAPER = {
     "gsm": {
         "cot": "42.9±0.2 (25.0)",
@@ -60,49 +60,47 @@ PAPER = {
 }
 
 
-def launch(processes: int, config: Path, words: list[str]) -> None:
-    """Runs run.py to its end; a failure ends this program with its exit code."""
-    command = [sys.executable, "run.py", str(config), *words]
+def launch(processes: int, config: Path, overrides: list[str]) -> None:
+    """Run run.py; exit with its exit code if it fails."""
+    command = [sys.executable, "run.py", str(config), *overrides]
     if processes > 1:
-        torchrun = ["-m", "torch.distributed.run", "--nnodes", "1", "--nproc_per_node", str(processes)]
-        command[1:1] = torchrun
+        command[1:1] = ["-m", "torch.distributed.run", "--nnodes", "1", "--nproc_per_node", str(processes)]
     print("\n$ " + " ".join(command), flush=True)
     code = subprocess.run(command, cwd=ROOT, check=False).returncode
     if code:
-        print(f"error: that command ended with exit code {code}; the same table1 command goes on there")
+        print(f"error: the command above failed with exit code {code}; run the same table1 command again to resume")
         sys.exit(code)
 
 
-def train(path: Path, seed: int, processes: int, words: list[str]) -> tuple[Config, list[str]]:
-    """Trains one config with one seed, and before it the run that it starts from; returns the config and its words."""
-    config = Config(read_yaml(path) | parse_overrides(words)[0])  # run.py tells of those that are none
-    own = [*words, f"name={config.name}-seed{seed}", f"seed={seed}"]
-    if config.load_model_path and not any(word.startswith("load_model_path=") for word in words):
-        start = Path(config.load_model_path)  # save_path/NAME/best, of the NAME in some config beside this one
-        train(path.with_name(f"{start.parent.name.replace('-', '_')}.yaml"), seed, processes, words)
-        own.append(f"load_model_path={config.save_path}/{start.parent.name}-seed{seed}/{start.name}")
-    launch(processes, path, own)
-    return config, own
+def train(path: Path, seed: int, processes: int, overrides: list[str]) -> tuple[Config, list[str]]:
+    """Train one config with one seed, after the run it starts from; return the config and the overrides used."""
+    config = Config(read_yaml(path) | read_words(overrides)[0])  # run.py reports invalid ones
+    own_overrides = [*overrides, f"name={config.name}-seed{seed}", f"seed={seed}"]
+    if config.load_model_path and not any(override.startswith("load_model_path=") for override in overrides):
+        start = Path(config.load_model_path)  # save_path/NAME/best; args/ has the config of NAME
+        train(path.with_name(f"{start.parent.name.replace('-', '_')}.yaml"), seed, processes, overrides)
+        own_overrides.append(f"load_model_path={config.save_path}/{start.parent.name}-seed{seed}/{start.name}")
+    launch(processes, path, own_overrides)
+    return config, own_overrides
 
 
-def train_and_test(dataset: str, method: str, seed: int, processes: int, words: list[str]) -> dict:
-    """Trains one method with one seed and tests its best checkpoint; returns the test's metrics."""
+def train_and_test(dataset: str, method: str, seed: int, processes: int, overrides: list[str]) -> dict:
+    """Train one method with one seed, test its best checkpoint, and return the test metrics."""
     path = ROOT / "args" / f"{dataset}_{method}.yaml"
-    config, own = train(path, seed, processes, words)
+    config, own_overrides = train(path, seed, processes, overrides)
     directory = Path(config.save_path) / f"{config.name}-seed{seed}"
     test = config.val_path.replace("_valid", "_test")
-    best = (ROOT / directory / "best").resolve().name
-    tested = ROOT / directory / f"eval_{best}"
+    results = ROOT / directory / f"eval_{(ROOT / directory / 'best').resolve().name}"
     pattern = f"metrics_{Path(test).stem}*.yaml"
-    if not any(tested.glob(pattern)):
+    if not any(results.glob(pattern)):
         evaluation = ["only_eval=True", f"load_model_path={directory}/best", f"val_path={test}", "resume=0"]
-        launch(processes, path, [w for w in own if not w.startswith("load_model_path=")] + evaluation)
-    metrics = max(tested.glob(pattern), key=lambda path: path.stat().st_mtime)
+        launch(processes, path, [o for o in own_overrides if not o.startswith("load_model_path=")] + evaluation)
+    metrics = max(results.glob(pattern), key=lambda path: path.stat().st_mtime)
     return {**yaml.safe_load(metrics.read_text(encoding="utf-8")), "directory": directory}
 
 
 def format_table(dataset: str, results: dict[str, list[dict]]) -> str:
-    """The table as Markdown: mean ± standard deviation over seeds, tokens and seconds per problem, and the paper's."""
+    """Render the results as Markdown: mean ± standard deviation over seeds, next to the paper's numbers."""
     paper = PAPER.get(dataset, {})
     rows = ["| method | accuracy % | generated tokens | seconds per problem |" + (" paper |" if paper else "")]
     rows.append("|---|---|---|---|" + ("---|" if paper else ""))
@@ -118,24 +116,24 @@ def format_table(dataset: str, results: dict[str, list[dict]]) -> str:
 
 
 def main() -> None:
-    """The command line."""
+    """Train, test and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", help="gsm, prontoqa, prosqa, ring: the first part of the names in args/")
+    parser.add_argument("dataset", help="prefix of the configs in args/: gsm, prontoqa, prosqa, ring")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--seeds", type=int, default=1, help="how many, from 0")
-    parser.add_argument("--processes", type=int, default=1, help="per run, under torchrun where more than one")
-    words = [word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]
-    arguments = parser.parse_args([word for word in sys.argv[1:] if word not in words])
-    methods = sorted(arguments.methods, key=list(METHODS).index)  # cot first: others may start from it
+    parser.add_argument("--seeds", type=int, default=1, help="number of seeds, from 0")
+    parser.add_argument("--processes", type=int, default=1, help="processes per run (torchrun if more than one)")
+    overrides = [arg for arg in sys.argv[1:] if "=" in arg and not arg.startswith("-")]
+    args = parser.parse_args([arg for arg in sys.argv[1:] if arg not in overrides])
+    methods = sorted(args.methods, key=list(METHODS).index)  # cot first: other runs may start from it
     results = {method: [] for method in methods}
     try:
-        for seed in range(arguments.seeds):
+        for seed in range(args.seeds):
             for method in methods:
-                test = train_and_test(arguments.dataset, method, seed, arguments.processes, words)
+                test = train_and_test(args.dataset, method, seed, args.processes, overrides)
                 results[method].append(test)
     except UserError as error:
         sys.exit(f"error: {error}")
-    print(f"\n{arguments.dataset}, {arguments.seeds} seed(s), test set\n\n{format_table(arguments.dataset, results)}")
+    print(f"\n{args.dataset}, {args.seeds} seed(s), test set\n\n{format_table(args.dataset, results)}")
     directories = [str(test["directory"]) for tests in results.values() for test in tests]
     print("\nCheckpoints, metrics and predictions:\n" + "\n".join(directories))
 

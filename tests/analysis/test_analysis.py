@@ -1,4 +1,4 @@
-"""The analysis of trained models: what is read, replaced and scored is what a plain computation gives."""
+"""The analysis of trained models: thoughts, replacements and scores match plain computations."""
 
 import csv
 import json
@@ -30,7 +30,6 @@ from analysis.thoughts import (
 from config import Config
 from helpers import REPOSITORY, byte_tokenizer, save_model, tiny_gpt2, tiny_llama, tiny_qwen3, words, write_json
 
-V = 293  # the letters' tokens and the markers
 PROBLEMS = list(islice(mini.make_problems(seed=3), 12))
 KINDS = {"gpt2": tiny_gpt2, "llama": tiny_llama, "qwen3": tiny_qwen3}
 RUNS = {
@@ -44,44 +43,44 @@ RUNS = {
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with runs of one epoch on letters, two thoughts already in the place of each of two steps."""
-    place = tmp_path_factory.mktemp("analysis")
-    data = write_json(place / "data.json", PROBLEMS)
+def save_path(tmp_path_factory):
+    """Train one epoch per method on mini problems, with two of the steps already replaced."""
+    save_path = tmp_path_factory.mktemp("analysis")
+    data = write_json(save_path / "data.json", PROBLEMS)
     tokenizer = AutoTokenizer.from_pretrained(REPOSITORY / "args" / "mini_model")
-    config = {"save_path": str(place), "logger": "none", "lr": 1e-2, "c_thought": 2, "max_latent_stage": 2}
+    config = {"save_path": str(save_path), "logger": "none", "lr": 1e-2, "c_thought": 2, "max_latent_stage": 2}
     config |= {"train_path": data, "val_path": data, "max_new_tokens": 12, "resume": 3, "num_epochs": 4}
-    (place / "config.yaml").write_text(yaml.safe_dump(config))
+    (save_path / "config.yaml").write_text(yaml.safe_dump(config))
     for name, method in RUNS.items():
-        model = save_model(place / f"{name}_model", KINDS.get(name, tiny_gpt2)(len(tokenizer), 128), tokenizer)
+        model = save_model(save_path / f"{name}_model", KINDS.get(name, tiny_gpt2)(len(tokenizer), 128), tokenizer)
         values = {
             "name": name,
             "method": method,
             "model_id": model,
             "c_thought": 1 if name in ("brief", "pause") else 2,
         }
-        assert run.main([str(place / "config.yaml"), *words(values)]) == 0
-    return place
+        assert run.main([str(save_path / "config.yaml"), *words(values)]) == 0
+    return save_path
 
 
 @pytest.fixture(scope="module", params=["gpt2", "llama", "qwen3"])
-def subject(place, request):
-    return open_subject(str(place / request.param / "best"), PROBLEMS, batch_size=5)
+def subject(save_path, request):
+    return open_subject(str(save_path / request.param / "best"), PROBLEMS, batch_size=5)
 
 
 def plain_thoughts(subject, prompt, given):
-    """The input embeddings of one prompt by whole passes without a cache: given[i] for a thought, or None."""
+    """Compute the input embeddings of a prompt by uncached passes; given[i] replaces thought i, unless None."""
     lm, ids = subject.model.base_causallm, torch.tensor([prompt["input_ids"]])
     embeds = lm.get_input_embeddings()(ids).clone()  # (1, length, hidden)
     places = (ids[0] == subject.model.latent_token_id).nonzero().flatten().tolist()
     with torch.no_grad():
-        for place, value in zip(places, given, strict=True):
-            own = lm.base_model(inputs_embeds=embeds[:, :place]).last_hidden_state[:, -1]
-            embeds[:, place] = own if value is None else value
+        for save_path, value in zip(places, given, strict=True):
+            own = lm.base_model(inputs_embeds=embeds[:, :save_path]).last_hidden_state[:, -1]
+            embeds[:, save_path] = own if value is None else value
     return embeds, places
 
 
-def test_thoughts_are_those_of_plain_passes_whatever_is_forced(subject):
+def test_read_thoughts_matches_uncached_passes(subject):
     own = read_thoughts(subject)  # (problems, thoughts, hidden)
     others = torch.randn_like(own)
     for forced in ([False] * 4, [False, True, False, True], [True] * 4):
@@ -92,7 +91,7 @@ def test_thoughts_are_those_of_plain_passes_whatever_is_forced(subject):
             torch.testing.assert_close(found[index], embeds[0, places], rtol=1e-4, atol=1e-4)
 
 
-def test_a_models_own_thoughts_in_their_places_change_nothing(subject):
+def test_replacing_thoughts_by_themselves_is_identity(subject):
     own = read_thoughts(subject)  # (problems, thoughts, hidden)
     part, batch = next(subject.batches(subject.prompts, ""))
     before, _ = think(subject, batch)
@@ -102,20 +101,21 @@ def test_a_models_own_thoughts_in_their_places_change_nothing(subject):
     assert (changed - before).abs().max() > 0.1
 
 
-def test_replaced_thoughts_change_what_is_written(subject):
+def test_replaced_thoughts_change_answers(subject):
     own, before = read_thoughts(subject), write_answers(subject, "")
     others = (write_answers(subject, "", scale * torch.randn_like(own), [True] * 4) for scale in (3, 10, 30, 100))
     assert any(other != before for other in others)
 
 
-def test_answers_are_those_of_validation(place, subject):
-    directory = next(path for path in place.glob("*/best") if str(path) == subject.opened.path).parent
+def test_write_answers_matches_validation(save_path, subject):
+    directory = next(path for path in save_path.glob("*/best") if str(path) == subject.checkpoint.path).parent
     expected = [json.loads(line) for line in (directory / "predictions_4.jsonl").read_text().splitlines()]
-    assert [said["answer"] for said in write_answers(subject, "")] == [line["answer"] for line in expected]
-    assert [said["new_tokens"] for said in write_answers(subject, "")] == [line["new_tokens"] for line in expected]
+    answers = write_answers(subject, "")
+    for key in ("answer", "new_tokens"):
+        assert [answer[key] for answer in answers] == [line[key] for line in expected]
 
 
-def test_log_probabilities_are_those_of_the_whole_sequence_at_once(subject):
+def test_log_probabilities_match_single_pass(subject):
     texts = ["a\n", "b\nc\n", "d e f "]
     prompts = subject.prompts[:3]
     tokens = [subject.tokenize(text) for text in texts]
@@ -132,7 +132,7 @@ def test_log_probabilities_are_those_of_the_whole_sequence_at_once(subject):
         assert score == pytest.approx(expected, abs=1e-3)
 
 
-def test_the_values_of_a_level_are_raw_probabilities_of_its_concepts(subject):
+def test_search_values_are_raw_probabilities(subject):
     found = search.values(subject, level=2, steps=1)
     for graph, own in zip(subject.graphs, found, strict=True):
         assert own.keys() == set(graph.level(2)) and 0 < sum(own.values()) < 1
@@ -141,7 +141,7 @@ def test_the_values_of_a_level_are_raw_probabilities_of_its_concepts(subject):
     assert search.values(subject, level=2, steps=1, replaced=noise) != found
 
 
-def test_attention_from_one_place_adds_up_to_one_and_facts_are_told_apart(subject):
+def test_attention_rows_sum_to_one_over_all_kinds(subject):
     kernel = subject.model.base_causallm.config._attn_implementation
     rows = lens.attention_rows(subject)
     assert subject.model.base_causallm.config._attn_implementation == kernel
@@ -157,15 +157,15 @@ def test_attention_from_one_place_adds_up_to_one_and_facts_are_told_apart(subjec
         } <= own.keys()
 
 
-def test_hidden_states_at_a_thought_begin_with_it_and_end_with_the_next(subject):
+def test_hidden_states_start_with_thought_and_end_with_next(subject):
     states, thoughts = probes.hidden_states(subject), read_thoughts(subject)
     inner = states.shape[1] - 1
     torch.testing.assert_close(states[:, inner, :-1], thoughts[:, 1:], rtol=1e-4, atol=1e-4)
-    if subject.model.base_causallm.config.model_type != "gpt2":  # GPT-2 adds the position's embedding first
+    if subject.model.base_causallm.config.model_type != "gpt2":  # GPT-2 adds position embeddings first
         torch.testing.assert_close(states[:, 0], thoughts, rtol=1e-4, atol=1e-4)
 
 
-def test_a_probe_finds_what_is_there_and_nothing_else():
+def test_cross_validate_finds_only_encoded_labels():
     random = torch.Generator().manual_seed(0)
     truth = torch.randint(4, (300,), generator=random)
     noise = torch.randn(300, 8, generator=random)
@@ -177,7 +177,7 @@ def test_a_probe_finds_what_is_there_and_nothing_else():
     assert 0.15 < nothing / 300 < 0.35
 
 
-def test_the_control_of_a_probe_is_another_node_for_every_root():
+def test_probe_control_assigns_distinct_nodes_to_roots():
     graphs = [find_form(problem).graph(problem) for problem in PROBLEMS]
     drawn = probes.control(graphs, "abcdefghijklmnop")
     by_root = {graph.root: node for graph, node in zip(graphs, drawn, strict=True)}
@@ -185,14 +185,14 @@ def test_the_control_of_a_probe_is_another_node_for_every_root():
     assert len(set(by_root.values())) == len(by_root)
 
 
-def test_only_a_place_with_other_places_behind_it_is_frozen_or_propagated():
+def test_intervention_subsets_and_modes():
     subsets = interventions.subsets(3)
     assert list(subsets) == ["all", "only 1", "only 2", "only 3", "first 2", "last 2"]
     assert [len(interventions.modes(chosen)) for chosen in subsets.values()] == [1, 2, 2, 1, 2, 1]
 
 
-def test_frozen_keeps_later_thoughts_and_propagated_computes_them_anew(place):
-    subject = open_subject(str(place / "gpt2" / "best"), PROBLEMS, batch_size=5)
+def test_frozen_keeps_and_propagated_recomputes_later_thoughts(save_path):
+    subject = open_subject(str(save_path / "gpt2" / "best"), PROBLEMS, batch_size=5)
     own = read_thoughts(subject)
     changed = own.clone()
     changed[:, 0] = 3 * torch.randn_like(own[:, 0])
@@ -203,35 +203,35 @@ def test_frozen_keeps_later_thoughts_and_propagated_computes_them_anew(place):
     torch.testing.assert_close(propagated[:, 0], changed[:, 0])
 
 
-def test_donors_have_as_many_steps_or_another_number_or_there_are_none():
+def test_draw_donors():
     steps, random = [3, 3, 4, 4, 4], torch.Generator().manual_seed(0)
     alike = interventions.draw_donors(steps, True, random)
     other = interventions.draw_donors(steps, False, random)
     assert all(steps[i] == steps[d] and i != d for i, d in enumerate(alike))
     assert all(steps[i] != steps[d] for i, d in enumerate(other))
-    assert interventions.draw_donors([3, 3, 7, 6], True, random)[2:] == [3, 2]  # the nearest where no other has as many
+    assert interventions.draw_donors([3, 3, 7, 6], True, random)[2:] == [3, 2]  # otherwise the nearest
     assert interventions.draw_donors([3, 3], False, random) is None
     assert interventions.draw_donors([3], True, random) is None
 
 
-def test_replacements_are_what_they_say(place):
-    subject = open_subject(str(place / "gpt2" / "best"), PROBLEMS, batch_size=5)
+def test_replacements(save_path):
+    subject = open_subject(str(save_path / "gpt2" / "best"), PROBLEMS, batch_size=5)
     own = torch.randn(12, 4, 16)
     found = {name: replacement.values for name, replacement in interventions.replacements(subject, own).items()}
     torch.testing.assert_close(found["noise of their norm"].norm(dim=-1), own.norm(dim=-1))
     assert torch.equal(found["in another order"].sort(1).values, own.sort(1).values)
     assert not (found["in another order"] == own).all(2).any()
     assert torch.equal(found["the first, repeated"][:, 3], own[:, 0])
-    assert interventions.OTHER not in found  # all have three steps
+    assert interventions.OTHER not in found  # all problems have three steps
 
 
-def test_a_replaced_thought_changes_later_ones_and_the_answer_but_no_earlier_one(place):
-    subject = open_subject(str(place / "gpt2" / "best"), PROBLEMS, batch_size=5)
+def test_influence_on_later_thoughts_and_answer_only(save_path):
+    subject = open_subject(str(save_path / "gpt2" / "best"), PROBLEMS, batch_size=5)
     rows = interventions.influence(subject, read_thoughts(subject), write_answers(subject, "")).rows
     assert rows[1]["thought 2"] is None and rows[1]["thought 3"] > 1e-4 and rows[3]["answer"] > 1e-4
 
 
-def test_an_operand_is_raised_where_that_is_clear():
+def test_operand_change():
     problem = {"question": "Ann has 3 boxes of 4 pens.", "steps": ["<<3*4=12>>"], "answer": "12"}
     assert operands.change(problem) == ("Ann has 4 boxes of 4 pens.", "12", "16")
     assert operands.change(problem | {"question": "3 boxes and 3 of 4 pens"}) is None
@@ -245,21 +245,21 @@ def read_csv(path):
         return list(csv.DictReader(file))
 
 
-def test_the_whole_report_of_a_model_with_others_beside_it(place, capsys):
-    best = place / "brief" / "best"
-    beside = [str(place / name / "best") for name in ("cot", "pause")]
-    assert analyze.main([str(best), "--beside", *beside, "--limit", "10", "--batch", "5", "--problem", "2"]) == 0
-    folder = place / "brief" / f"analysis_{best.resolve().name}"
+def test_analyze_writes_full_report_with_baselines(save_path, capsys):
+    best = save_path / "brief" / "best"
+    baselines = [str(save_path / name / "best") for name in ("cot", "pause")]
+    assert analyze.main([str(best), "--beside", *baselines, "--limit", "10", "--batch", "5", "--problem", "2"]) == 0
+    folder = save_path / "brief" / f"analysis_{best.resolve().name}"
     assert (folder / "report.html").exists() and str(folder) in capsys.readouterr().out
     sweep = read_csv(folder / "k_sweep.csv")
     assert [row["cell"] for row in sweep if row["model"] == "coconut"] == [f"coconut, k = {k}" for k in range(5)]
     assert [row["cell"] for row in sweep if row["model"] == "cot"] == ["cot"]
     assert len([row for row in sweep if row["model"] == "pause_as_thought"]) == 5
-    for table in folder.glob("*.csv"):  # every cell has the same problems, but where rows are not about problems
+    for table in folder.glob("*.csv"):  # all cells cover the same problems, except in rows that do not count problems
         for row in read_csv(table):
             counted = row.get("vectors") == "token embeddings" or "height" in row or table.stem == "search_tree"
             assert counted or row.get("n", "10") == "10", table
-    for name in ("value_by_height", "parallelism"):  # controls stand beside every result
+    for name in ("value_by_height", "parallelism"):  # results come with controls
         assert {row["model"] for row in read_csv(folder / f"{name}.csv")} == {"coconut", NOISE, "pause_as_thought"}
     assert {row["vectors"] for row in read_csv(folder / "decoded_roles.csv")} == {"thought", NOISE}
     cosines = {row["vectors"]: row["cosine to the mean"] for row in read_csv(folder / "geometry.csv")}
@@ -268,42 +268,42 @@ def test_the_whole_report_of_a_model_with_others_beside_it(place, capsys):
     assert {"untouched", "no thoughts (k = 0)", "cot", "pause_as_thought"} <= {row["thoughts are"] for row in cells}
     lines = [json.loads(line) for line in (folder / "problems.jsonl").read_text().splitlines()]
     assert len(lines) == 10 and {"k_sweep", "search", "top_tokens", "interventions"} <= lines[0].keys()
-    assert analyze.main([str(best)]) == 2  # it is not written over
-    assert "holds a report already" in capsys.readouterr().err
+    assert analyze.main([str(best)]) == 2  # never overwritten
+    assert "already contains a report" in capsys.readouterr().err
 
 
-def test_a_run_analyzes_its_best_checkpoint_once(place):
-    values = {"name": "looked_into", "method": "pause_as_thought", "model_id": str(place / "pause_model")}
-    command = [str(place / "config.yaml"), *words(values | {"c_thought": 1, "analyze": True})]
+def test_run_with_analyze_writes_report_once(save_path):
+    values = {"name": "looked_into", "method": "pause_as_thought", "model_id": str(save_path / "pause_model")}
+    command = [str(save_path / "config.yaml"), *words(values | {"c_thought": 1, "analyze": True})]
     assert run.main(command) == 0
-    report = place / "looked_into" / "analysis_checkpoint_4" / "report.html"
+    report = save_path / "looked_into" / "analysis_checkpoint_4" / "report.html"
     before = report.stat().st_mtime_ns
     assert run.main(command) == 0 and report.stat().st_mtime_ns == before
 
 
-def test_questions_that_make_no_sense_are_refused_or_left_out(place, capsys):
-    cot, pause = (str(place / name / "best") for name in ("cot", "pause"))
+def test_analyze_rejects_or_skips_inapplicable_questions(save_path, capsys):
+    cot, pause = (str(save_path / name / "best") for name in ("cot", "pause"))
     assert analyze.main([cot, "--questions", "lens"]) == 2
     assert "method cot at stage 0 has no thoughts" in capsys.readouterr().err
     assert analyze.main([pause, "--questions", "k_swep"]) == 2
     assert "k_swep" in capsys.readouterr().err
     assert analyze.main([cot, "--problem", "99"]) == 2
     assert analyze.main([cot, "--limit", "4"]) == 0
-    [folder] = (place / "cot").glob("analysis_*")
+    [folder] = (save_path / "cot").glob("analysis_*")
     assert {path.stem for path in folder.glob("*.csv")} == {"k_sweep", "k_sweep_tests"}
 
 
-def test_problems_without_a_graph_are_asked_what_makes_sense(place, capsys):
+def test_analyze_gsm_problems_without_graph(save_path, capsys):
     tokenizer = byte_tokenizer()
     problem = {"question": "Ann has 2 boxes of 3 pens.", "steps": ["<<2*3=6>>"], "answer": "6"}
     other = {"question": "Bob has 5 bags of 7 nuts and 2 more", "steps": ["<<5*7=35>>", "<<35+2=37>>"], "answer": "37"}
-    data = write_json(place / "gsm.json", [problem, other] * 3)
-    model = save_model(place / "bytes", tiny_gpt2(len(tokenizer), 128), tokenizer)
+    data = write_json(save_path / "gsm.json", [problem, other] * 3)
+    model = save_model(save_path / "bytes", tiny_gpt2(len(tokenizer), 128), tokenizer)
     values = {"name": "gsm", "method": "coconut", "model_id": model, "train_path": data, "val_path": data}
     values["c_thought"] = 1
-    assert run.main([str(place / "config.yaml"), *words(values)]) == 0
-    assert analyze.main([str(place / "gsm" / "best")]) == 0
-    [folder] = (place / "gsm").glob("analysis_*")
+    assert run.main([str(save_path / "config.yaml"), *words(values)]) == 0
+    assert analyze.main([str(save_path / "gsm" / "best")]) == 0
+    [folder] = (save_path / "gsm").glob("analysis_*")
     tables = {path.stem for path in folder.glob("*.csv")}
     assert {"k_sweep", "interventions", "operands", "attention"} <= tables
     assert not tables & {"search_tree", "probes", "decoded_roles"}
@@ -312,15 +312,15 @@ def test_problems_without_a_graph_are_asked_what_makes_sense(place, capsys):
     assert cells == {f"{which} result, {when}" for which in ("old", "new") for when in times}
 
 
-def test_sentences_and_a_tokenizer_that_puts_a_token_first(place, capsys):
+def test_analyze_prosqa_with_bos_token(save_path, capsys):
     recipe = prosqa.Recipe(nodes=9, min_hops=2, max_hops=3)
     problems = list(prosqa.generate(recipe, 10, seed=1))
-    data = write_json(place / "sentences.json", problems)
+    data = write_json(save_path / "sentences.json", problems)
     tokenizer = byte_tokenizer(bos=True)
-    model = save_model(place / "bos", tiny_llama(len(tokenizer), 700), tokenizer)
+    model = save_model(save_path / "bos", tiny_llama(len(tokenizer), 700), tokenizer)
     values = {"name": "sentences", "method": "coconut", "model_id": model, "train_path": data, "val_path": data}
-    assert run.main([str(place / "config.yaml"), *words(values | {"c_thought": 1})]) == 0
-    best = str(place / "sentences" / "best")
+    assert run.main([str(save_path / "config.yaml"), *words(values | {"c_thought": 1})]) == 0
+    best = str(save_path / "sentences" / "best")
     subject = open_subject(best, problems, batch_size=5)
     assert lens.mark_of_answer(subject) == subject.tokenize("### ")
     length = len(subject.prompts[0]["input_ids"])
@@ -332,21 +332,21 @@ def test_sentences_and_a_tokenizer_that_puts_a_token_first(place, capsys):
     assert analyze.main([best, "--questions", "search", "lens", "probes"]) == 0
 
 
-def test_the_mark_of_an_answer_is_what_gpt2_writes_before_it(place):
-    """Its tokenizer gives the blank to the answer's first word: no text of a training ends in "### "."""
+def test_mark_of_answer_with_gpt2_tokenization(save_path):
+    """GPT-2's tokenizer merges the space with the answer's first word: no training text ends in "### "."""
     tokens = {"### ": [21017, 220], "### Tom is a lorpus.": [21017, 4186, 318, 257]}
     subject = SimpleNamespace(tokenize=tokens.__getitem__, problems=[{"answer": "Tom is a lorpus."}])
     assert lens.mark_of_answer(subject) == [21017]
 
 
-def test_k_ends_where_the_positions_end(place, capsys):
+def test_k_sweep_stops_at_model_positions(save_path, capsys):
     tokenizer = AutoTokenizer.from_pretrained(REPOSITORY / "args" / "mini_model")
-    data = write_json(place / "short.json", PROBLEMS[:2])
+    data = write_json(save_path / "short.json", PROBLEMS[:2])
     longest = max(len(problem["question"].split()) for problem in PROBLEMS[:2])
-    model = save_model(place / "short_model", tiny_gpt2(len(tokenizer), longest + 8), tokenizer)
+    model = save_model(save_path / "short_model", tiny_gpt2(len(tokenizer), longest + 8), tokenizer)
     values = {"name": "short", "method": "coconut", "model_id": model, "train_path": data, "val_path": data}
-    assert run.main([str(place / "config.yaml"), *words(values | {"c_thought": 1, "max_new_tokens": 3})]) == 0
-    subject = open_subject(str(place / "short" / "best"), PROBLEMS[:2], batch_size=5)
+    assert run.main([str(save_path / "config.yaml"), *words(values | {"c_thought": 1, "max_new_tokens": 3})]) == 0
+    subject = open_subject(str(save_path / "short" / "best"), PROBLEMS[:2], batch_size=5)
     room = subject.positions - max(len(prompt["input_ids"]) for prompt in subject.with_thoughts(0).prompts)
     config = Config({"method": "coconut", "max_latent_stage": room})
-    assert k_sweep.sweep(replace(subject, opened=replace(subject.opened, config=config)))[-1][0] == room
+    assert k_sweep.sweep(replace(subject, checkpoint=replace(subject.checkpoint, config=config)))[-1][0] == room

@@ -1,4 +1,4 @@
-"""Graphs: what a question states of them, the roles of nodes and edges, and the classes of what a model may write."""
+"""Graphs: parsing, roles of nodes and edges, classification of outputs."""
 
 import json
 from itertools import islice
@@ -21,7 +21,7 @@ from analysis.graphs import (
 )
 from helpers import REPOSITORY
 
-# r -> a -> b -> t is a shortest path, r -> c -> b another; c -> d -> b -> t is a way round; a -> d joins two such ways.
+# r > a > b > t is a shortest path, so is r > c > b > t; r > c > d > b > t is longer.
 EDGES = ("r>a", "a>b", "b>t", "r>c", "c>b", "c>d", "d>b", "a>e", "e>f", "x>y")
 GRAPH = Graph(tuple(tuple(edge.split(">")) for edge in EDGES), "r", "t", "y")
 LONG_NAMES = {"r": "Tom", "x": "Sam"} | {letter: f"{letter}umpus" for letter in "abtcdefy"}
@@ -32,54 +32,54 @@ def sentence(edge):
     return f"{parent if parent[0].isupper() else f'Every {parent}'} is a {child}."
 
 
-LETTERED = {"question": f"{' '.join(EDGES)} y t r", "steps": ["a", "b", "t"], "answer": "t"}
-WORDED = {
+LETTERS_PROBLEM = {"question": f"{' '.join(EDGES)} y t r", "steps": ["a", "b", "t"], "answer": "t"}
+PROSQA_PROBLEM = {
     "question": f"{' '.join(map(sentence, EDGES))} Is Tom a yumpus or tumpus?",
     "steps": [sentence(edge) for edge in EDGES[:3]],
     "answer": "Tom is a tumpus.",
 }
 
 
-def judge_letters(steps, thoughts, answer="t"):
+def classify_letters(steps, thoughts, answer="t"):
     text = "".join(f"{step}\n" for step in steps) + (f"### {answer}" if answer else "")
     return classify(text, LETTERS, GRAPH, thoughts)
 
 
-def judge_words(edges, thoughts, answer="t"):
+def classify_sentences(edges, thoughts, answer="t"):
     text = "".join(f"{sentence(edge)}\n" for edge in edges) + (f"### Tom is a {LONG_NAMES[answer]}." if answer else "")
-    return classify(text, PROSQA, PROSQA.graph(WORDED), thoughts)
+    return classify(text, PROSQA, PROSQA.graph(PROSQA_PROBLEM), thoughts)
 
 
-def test_each_form_reads_its_own_problems_and_nothing_else():
-    assert find_form(LETTERED) is LETTERS and LETTERS.graph(LETTERED) == GRAPH
-    assert find_form(WORDED) is PROSQA
+def test_find_form():
+    assert find_form(LETTERS_PROBLEM) is LETTERS and LETTERS.graph(LETTERS_PROBLEM) == GRAPH
+    assert find_form(PROSQA_PROBLEM) is PROSQA
     named = [tuple(LONG_NAMES[node] for node in edge) for edge in GRAPH.edges]
-    assert PROSQA.graph(WORDED) == Graph(tuple(named), "Tom", "tumpus", "yumpus")
+    assert PROSQA.graph(PROSQA_PROBLEM) == Graph(tuple(named), "Tom", "tumpus", "yumpus")
     for question in ("How many apples?", "Every lorpus is a rempus. True or false: Sam is a rempus.", ""):
         assert find_form({"question": question, "steps": [], "answer": "5"}) is None
     assert find_form({"question": "a>b b>c a", "steps": ["b"], "answer": "b"}) is None  # the ring's: no two options
-    assert find_form(LETTERED | {"answer": "x"}) is None  # neither option
+    assert find_form(LETTERS_PROBLEM | {"answer": "x"}) is None  # neither option
 
 
-def test_facts_are_found_where_they_stand():
-    for form, problem in ((PROSQA, WORDED), (LETTERS, LETTERED)):
+def test_facts_positions():
+    for form, problem in ((PROSQA, PROSQA_PROBLEM), (LETTERS, LETTERS_PROBLEM)):
         question, facts = problem["question"], form.facts(problem["question"])
         assert [edge for *_, edge in facts] == list(form.graph(problem).edges)
         stated = " ".join(question[start:end] for start, end, _ in facts)
         assert question.startswith(f"{stated} ")
 
 
-def test_a_problems_own_graph_comes_first_in_the_questions_order():
+def test_graph_of_prosqa_fields_in_question_order():
     problem = next(prosqa.generate(prosqa.Recipe(), 1, seed=3))
     graph, names = PROSQA.graph(problem), problem["idx_to_symbol"]
     assert graph == PROSQA.graph({key: problem[key] for key in ("question", "steps", "answer")})
     assert sorted(graph.edges) == sorted((names[parent], names[child]) for parent, child in problem["edges"])
     assert graph.other == names[problem["neg_target"]]
-    with pytest.raises(UserError, match=r"idx_to_symbol.*are no graph.*leave them out"):
+    with pytest.raises(UserError, match=r"idx_to_symbol.*are not a valid graph.*remove them"):
         PROSQA.graph(problem | {"edges": [[0, 99]]})
 
 
-def test_what_is_written_of_a_concept():
+def test_written_concept():
     assert (PROSQA.opening + PROSQA.written("lorpus"), PROSQA.lead) == ("Every lorpus", 0)
     assert (LETTERS.opening + LETTERS.written("h"), LETTERS.lead) == ("h\n", 1)
 
@@ -99,27 +99,27 @@ def test_roles_of_nodes_and_edges():
     edges = {ON_PATH: "ra ab bt rc cb", REACHABLE: "cd db ae ef", UNREACHABLE: "xy"}
     assert all(GRAPH.edge_role(tuple(edge)) == role for role, names in edges.items() for edge in names.split())
     between = Graph((*GRAPH.edges, ("a", "c")), "r", "t", "y")
-    assert between.edge_role(("a", "c")) == REACHABLE  # both of its ends are on the path, it is not
+    assert between.edge_role(("a", "c")) == REACHABLE  # both nodes are on the path, the edge is not
 
 
-def test_a_circle_of_facts_ends():
+def test_cyclic_graph_terminates():
     circle = Graph((("a", "b"), ("b", "a"), ("b", "c")), "a", "c", "x")
     assert circle.distance("a", "c") == 2 and circle.height("a", longest=False) == 2
     assert Graph((("a", "b"), ("b", "a")), "a", "c", "x").height("a", longest=False) is None
 
 
-CHAINS = [  # edges written in full sentences after so many thoughts, the letters for the same, the class
+CHAINS = [  # edges, the same chain in letters, thoughts before it, class
     (["r>a", "a>b", "b>t"], "abt", 0, "Correct Path"),
-    (["r>c", "c>b", "b>t"], "cbt", 0, "Correct Path"),  # another shortest path than the data's
+    (["r>c", "c>b", "b>t"], "cbt", 0, "Correct Path"),  # another shortest path than the reference
     (["r>c", "c>d", "d>b", "b>t"], "cdbt", 0, "Longer Path"),
     (["r>a", "a>t"], "at", 0, "Hallucination"),  # no such edge
-    (["x>y"], None, 0, "Hallucination"),  # a true fact that the root does not lead to
-    (["r>a", "c>b", "b>t"], None, 0, "Hallucination"),  # every edge exists, the chain breaks
+    (["x>y"], None, 0, "Hallucination"),  # an edge not reachable from the root
+    (["r>a", "c>b", "b>t"], None, 0, "Hallucination"),  # all edges exist, the chain does not connect
     (["r>a", "a>e", "e>f"], "aef", 0, "Wrong Target"),
     (["r>a", "a>b"], "ab", 0, "Wrong Target"),  # it stops early
     (["c>b", "b>t"], "cbt", 1, "Correct Path"),
     (["b>t"], "bt", 2, "Correct Path"),
-    (["b>t"], "t", 3, "Correct Path"),  # how many edges the hidden part has is not asked
+    (["b>t"], "t", 3, "Correct Path"),  # the number of replaced steps is not checked
     (["c>d", "d>b", "b>t"], "cdbt", 1, "Longer Path"),
     (["a>e", "e>f"], "aef", 1, "Wrong Target"),
     (["a>b", "b>y"], "aby", 1, "Hallucination"),
@@ -128,14 +128,14 @@ CHAINS = [  # edges written in full sentences after so many thoughts, the letter
 
 
 @pytest.mark.parametrize(("edges", "letters", "thoughts", "kind"), CHAINS)
-def test_the_class_of_a_chain_in_both_forms(edges, letters, thoughts, kind):
-    assert kind in CLASSES and judge_words(edges, thoughts).kind == kind
+def test_classify_chains_in_both_forms(edges, letters, thoughts, kind):
+    assert kind in CLASSES and classify_sentences(edges, thoughts).kind == kind
     if letters is not None:
-        assert judge_letters(letters, thoughts).kind == kind
+        assert classify_letters(letters, thoughts).kind == kind
 
 
-def test_where_only_an_answer_is_written():
-    for judge in (judge_words, judge_letters):
+def test_classify_answer_without_steps():
+    for judge in (classify_sentences, classify_letters):
         for thoughts in (0, 3):
             assert [judge([], thoughts, answer).kind for answer in "ty"] == ["Correct Label", "Incorrect Label"]
             nothing = judge([], thoughts, None)
@@ -153,23 +153,23 @@ def test_where_only_an_answer_is_written():
         "Every aumpus is a bumpus.\n<|endoftext|>",
     ],
 )
-def test_malformed_steps_are_hallucinations(steps):
-    graph = PROSQA.graph(WORDED)
+def test_classify_malformed_steps_as_hallucination(steps):
+    graph = PROSQA.graph(PROSQA_PROBLEM)
     verdict = classify(f"{steps}\n### Tom is a tumpus.", PROSQA, graph, 1)
     assert (verdict.kind, verdict.chain, verdict.answer_right, verdict.agree) == ("Hallucination", None, True, None)
     assert classify("a b\nt\n### t", LETTERS, GRAPH, 0).kind == "Hallucination"
 
 
-def test_answer_and_path_are_judged_apart():
-    for judge, steps in ((judge_words, EDGES[:3]), (judge_letters, "abt")):
+def test_classify_answer_and_path_separately():
+    for judge, steps in ((classify_sentences, EDGES[:3]), (classify_letters, "abt")):
         rows = [judge(steps, 0, answer) for answer in ("t", "y", None)]
         assert {row.kind for row in rows} == {"Correct Path"} and all(row.path_right for row in rows)
         assert [row.answer_right for row in rows] == [True, False, None]
         assert [row.agree for row in rows] == [True, False, None]
-    astray = judge_letters("aef", 0, "t")
+    astray = classify_letters("aef", 0, "t")
     assert (astray.kind, astray.answer_right, astray.path_right, astray.agree) == ("Wrong Target", True, False, False)
-    assert judge_letters("aef", 0, "f").agree
-    assert classify("t\n### y\n### t,", LETTERS, GRAPH, 3).answer_right  # as evaluate reads answers: the last one
+    assert classify_letters("aef", 0, "f").agree
+    assert classify("t\n### y\n### t,", LETTERS, GRAPH, 3).answer_right  # the last answer counts, as in validation
 
 
 def shipped():
@@ -186,7 +186,7 @@ def shipped():
     ],
     ids=["shipped", "prosqa", "mini"],
 )
-def test_the_datas_own_solutions_are_correct_paths_with_any_steps_left_out(make):
+def test_classify_reference_solutions_as_correct(make):
     for problem in make():
         form, steps = find_form(problem), problem["steps"]
         graph = form.graph(problem)

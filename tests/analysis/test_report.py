@@ -1,4 +1,4 @@
-"""The report: one page that needs nothing else, in which no text of data or model is more than text."""
+"""The report: self-contained, with all text from data and models escaped."""
 
 import csv
 import json
@@ -18,7 +18,7 @@ SHOWN = EVIL.replace("\x00", "\ufffd")
 
 
 class Page(HTMLParser):
-    """The tags of a page with their attributes, and its texts outside scripts and styles."""
+    """Tags of a page with their attributes, and text outside scripts and styles."""
 
     def __init__(self, html):
         super().__init__()
@@ -40,7 +40,7 @@ class Page(HTMLParser):
             self.texts.append(data)
 
     def values(self, name):
-        """The values of an attribute."""
+        """Return the values of an attribute."""
         return [attrs[name] for _, attrs in self.tags if name in attrs]
 
 
@@ -63,7 +63,7 @@ PROBLEMS = [{"idx": 0, "question": EVIL, "thoughts": {"1": {"text": EVIL}}}, {"i
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A whole report."""
+    """Write a full report."""
     folder = tmp_path_factory.mktemp("analysis") / "new" / "analysis_best"
     write(folder, f"Analysis {EVIL}", {"checkpoint": EVIL, EVIL: {"a": [EVIL]}}, [EVIL], FIGURES, PROBLEMS)
     return folder
@@ -74,14 +74,14 @@ def page(folder):
     return Page((folder / "report.html").read_text(encoding="utf-8"))
 
 
-def test_a_report_is_a_page_with_the_files_behind_it(folder):
+def test_report_files(folder):
     names = {"report.html", "problems.jsonl", "rates.csv", "rates.svg", "again.csv", "again.svg", "lens.csv"}
     assert {path.name for path in folder.iterdir()} == names
     lines = (folder / "problems.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == PROBLEMS
 
 
-def test_csv_holds_the_values_in_full(folder):
+def test_csv_has_full_precision(folder):
     with open(folder / "rates.csv", encoding="utf-8", newline="") as file:
         first, second = csv.DictReader(file)
     assert first == {name: str(value) for name, value in ROWS[0].items()} and float(first["rate"]) == 1 / 3
@@ -89,28 +89,28 @@ def test_csv_holds_the_values_in_full(folder):
     assert (folder / "lens.csv").read_text(encoding="utf-8").startswith("thought,rank 1,rank 2\n1,")
 
 
-def test_what_comes_from_data_is_text(folder, page):
+def test_report_escapes_untrusted_text(folder, page):
     tags = [tag for tag, _ in page.tags]
     assert tags.count("script") == 1 and tags.count("svg") == 2 == tags.count("style") - 1
     texts = "".join(page.texts)
     assert f"Analysis {SHOWN}" in page.texts and f"Rates {SHOWN}" in page.texts
-    assert page.texts.count(SHOWN) >= 9  # summary, fact and its name, words, three cells, question, labels
+    assert page.texts.count(SHOWN) >= 9  # summary, fact and its name, caption, three cells, question, labels
     for name in ("rates", "again"):
         drawn = [
             text.text for text in ElementTree.parse(folder / f"{name}.svg").iter("{http://www.w3.org/2000/svg}text")
         ]
-        assert drawn.count(SHOWN) == 2 and 'id="a"' in drawn  # a tick and the legend, no formula
+        assert drawn.count(SHOWN) == 2 and 'id="a"' in drawn  # tick and legend, not parsed as math
     assert texts.count('id="a"') == 2
 
 
-def test_the_page_needs_no_network(page):
+def test_report_is_self_contained(page):
     for name in ("src", "href", "xlink:href"):
         for value in page.values(name):
             assert value.startswith("#") or re.fullmatch(r"[a-z]+\.(csv|svg|jsonl)", value)
     assert not {"link", "img", "iframe", "base"} & {tag for tag, _ in page.tags}
 
 
-def test_drawings_do_not_share_ids_and_find_their_own(page):
+def test_inlined_svg_ids_are_unique_and_resolve(page):
     ids = page.values("id")
     assert len(ids) == len(set(ids))
     used = [value[1:] for value in page.values("xlink:href")]
@@ -118,7 +118,7 @@ def test_drawings_do_not_share_ids_and_find_their_own(page):
     assert used and set(used) <= set(ids)
 
 
-def test_drawings_take_the_pages_colours_and_the_files_keep_black_and_white(folder, page):
+def test_inlined_svg_uses_page_colours(folder, page):
     styles = " ".join(page.values("style"))
     assert "var(--ink)" in styles and "var(--paper)" in styles and "#000000" not in styles
     svg = (folder / "rates.svg").read_text(encoding="utf-8")
@@ -138,25 +138,25 @@ def test_tables_show_numbers_shortly_and_roles_as_colours(folder, page):
     assert "$" not in html.replace("$x$", "").replace("`${shown} of ${problems.length}`", "")
 
 
-def test_a_report_is_never_overwritten_and_half_a_one_is_finished(tmp_path):
+def test_report_never_overwrites_but_completes_partial_folder(tmp_path):
     (tmp_path / "rates.csv").write_text("left by a run that was stopped")
     write(tmp_path, "one", {}, [], FIGURES[2:], [])
     before = (tmp_path / "report.html").read_bytes()
-    with pytest.raises(UserError, match=f"{tmp_path}: holds a report already"):
+    with pytest.raises(UserError, match=f"{tmp_path}: already contains a report"):
         write(tmp_path, "two", {}, [], [], [])
     assert (tmp_path / "report.html").read_bytes() == before
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="cannot write the report"):
         write(tmp_path / "file", "three", {}, [], [], [])
 
 
-def test_empty_tables_and_no_problems(tmp_path):
+def test_report_with_empty_table_and_no_problems(tmp_path):
     write(tmp_path, "empty", {}, [], [Figure("none", "None", "", [])], [])
     assert (tmp_path / "none.csv").read_text() == "\n"
     assert "0 of 0" in (tmp_path / "report.html").read_text()
 
 
-def test_without_matplotlib_the_remedy_is_named(tmp_path, monkeypatch):
+def test_report_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match=r"requirements-extra\.txt"):
         write(tmp_path / "no", "title", {}, [], FIGURES, [])

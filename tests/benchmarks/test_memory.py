@@ -1,4 +1,4 @@
-"""The simulated peak memory of a training step."""
+"""Simulated memory of a training step."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ CONFIGS = {
 }
 
 
-def arguments(*words: str):
-    """The benchmark's command line for a small batch."""
-    return memory.parse(["--batch", "8", "--length", "96", *words])
+def arguments(*options: str):
+    """Parse the benchmark's command line for a small batch."""
+    return memory.parse(["--batch", "8", "--length", "96", *options])
 
 
 @pytest.mark.parametrize("model", CONFIGS)
-def test_simulation_equals_a_real_step(model, thoughts=2):
-    """Tensors without content add up to the bytes of real ones."""
+def test_simulation_matches_real_step(model, thoughts=2):
+    """Fake tensors add up to the bytes of real ones."""
     given = arguments("--batch", "2")
     job = memory.Job(CONFIGS[model], given, Processes())
     job.step(job.make_batch(1, 8, 0, 1))
@@ -37,9 +37,9 @@ def test_simulation_equals_a_real_step(model, thoughts=2):
     assert simulated.total == pytest.approx(tracker.footprint().total, rel=0.01)
 
 
-def test_sharding_checkpointing_and_bf16_reduce_the_simulated_peak():
-    def peak(*words: str) -> int:
-        return memory.simulate(CONFIGS["llama"], arguments("--gpus", "4", *words), thoughts=3).total
+def test_sharding_checkpointing_and_bf16_reduce_simulated_peak():
+    def peak(*options: str) -> int:
+        return memory.simulate(CONFIGS["llama"], arguments("--gpus", "4", *options), thoughts=3).total
 
     assert peak() > peak("--strategy", "fsdp")
     assert peak() > peak("--gradient-checkpointing", "mlp") > peak("--gradient-checkpointing", "block")

@@ -1,4 +1,4 @@
-"""GSM8k and ProntoQA: conversion, downloads from a loopback server, bad input (which leaves no files)."""
+"""GSM8k and ProntoQA: conversion, downloads from a local server, invalid input."""
 
 import hashlib
 import http.server
@@ -44,7 +44,7 @@ EXAMPLE = {
 
 @pytest.fixture
 def tree(tmp_path):
-    """The scripts with an empty data folder beside them; RAW passes for the published validation file."""
+    """Copy the scripts next to an empty data folder; RAW stands in for the published validation file."""
     shutil.copytree(SOURCES, tmp_path / "preprocessing", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "data").mkdir()
     (tmp_path / "preprocessing" / "gsm_icot.sums").write_text(
@@ -53,12 +53,12 @@ def tree(tmp_path):
     return tmp_path
 
 
-def run(tree, *words, path=None):
-    """Run a script of the tree's preprocessing folder; bash or python by its name."""
-    program = "bash" if words[0].endswith(".bash") else sys.executable
+def run(tree, *argv, path=None):
+    """Run a script of the tree's preprocessing folder with bash or python."""
+    program = "bash" if argv[0].endswith(".bash") else sys.executable
     path = path or f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(
-        [program, f"preprocessing/{words[0]}", *map(str, words[1:])],
+        [program, f"preprocessing/{argv[0]}", *map(str, argv[1:])],
         cwd=tree,
         env=os.environ | {"PATH": str(path)},
         capture_output=True,
@@ -68,12 +68,12 @@ def run(tree, *words, path=None):
 
 
 def files(folder):
-    """What a folder holds."""
+    """List a folder."""
     return sorted(path.name for path in folder.iterdir())
 
 
-def assert_refused(result, *parts):
-    """Exit code 2 and a short message with all the parts."""
+def assert_error(result, *parts):
+    """Assert exit code 2 and a short message with all parts."""
     assert result.returncode == 2, result.stderr
     message = result.stderr[result.stderr.rindex("error: ") :]
     assert all(part in message for part in parts) and message.count("\n") <= 3, message
@@ -82,7 +82,7 @@ def assert_refused(result, *parts):
 # GSM8k
 
 
-def test_gsm_lines_become_problems():
+def test_gsm_convert():
     assert gsm_icot.convert(RAW.decode(), "raw") == PROBLEMS
     assert gsm_icot.convert(RAW.decode().rstrip("\n"), "raw") == PROBLEMS
     assert gsm_icot.convert(RAW.decode().replace("\n", "\r\n"), "raw") == PROBLEMS
@@ -103,17 +103,17 @@ def test_gsm_lines_become_problems():
         (None, ["gsm_valid.txt", "No such file"]),
     ],
 )
-def test_gsm_bad_input_is_refused_and_the_old_result_stays(tree, raw, parts):
+def test_gsm_invalid_input_keeps_old_output(tree, raw, parts):
     data = tree / "data"
     (data / "gsm_valid.json").write_text("old")
     if raw is not None:
         (data / "gsm_valid.txt").write_bytes(raw)
     before = files(data)
-    assert_refused(run(tree, "gsm_icot.py", "valid"), "gsm_valid.txt", "gsm_icot.bash", *parts)
+    assert_error(run(tree, "gsm_icot.py", "valid"), "gsm_valid.txt", "gsm_icot.bash", *parts)
     assert files(data) == before and (data / "gsm_valid.json").read_text() == "old"
 
 
-def test_gsm_from_a_folder(tree):
+def test_gsm_from_folder(tree):
     source = tree / "my downloads"
     source.mkdir()
     (source / "valid.txt").write_bytes(RAW)
@@ -121,7 +121,7 @@ def test_gsm_from_a_folder(tree):
     assert result.returncode == 0 and "3 problems, 1 without steps" in result.stdout, result.stderr
     assert json.loads((tree / "data/gsm_valid.json").read_text()) == PROBLEMS
     shutil.rmtree(source)
-    assert run(tree, "gsm_icot.bash", "valid").returncode == 0  # complete already: the address is not asked
+    assert run(tree, "gsm_icot.bash", "valid").returncode == 0  # already complete: nothing is downloaded
     assert files(tree / "data") == ["gsm_valid.json", "gsm_valid.txt"]
 
 
@@ -131,32 +131,32 @@ def test_gsm_from_a_folder(tree):
         (RAW[:50], f"has 50 bytes instead of {len(RAW)}"),
         (RAW.replace(b"300", b"301"), "SHA-256"),
         (POINTER, "git-lfs pointer"),
-        (None, "holds no valid.txt"),
+        (None, "has no valid.txt"),
     ],
 )
-def test_gsm_a_bad_download_leaves_nothing(tree, raw, part):
+def test_gsm_invalid_download_leaves_no_files(tree, raw, part):
     source = tree / "source"
     source.mkdir()
     if raw is not None:
         (source / "valid.txt").write_bytes(raw)
-    assert_refused(run(tree, "gsm_icot.bash", "--from", source, "valid"), part, "source")
+    assert_error(run(tree, "gsm_icot.bash", "--from", source, "valid"), part, "source")
     assert files(tree / "data") == []
 
 
 @pytest.mark.parametrize(
-    ("words", "part"),
+    ("argv", "part"),
     [
         (["--from", "nowhere"], "no such folder"),
         (["--from"], "--from needs"),
         (["trian"], "no split 'trian'"),
     ],
 )
-def test_gsm_wrong_arguments(tree, words, part):
-    assert_refused(run(tree, "gsm_icot.bash", *words), part)
+def test_gsm_invalid_arguments(tree, argv, part):
+    assert_error(run(tree, "gsm_icot.bash", *argv), part)
 
 
 class Breaking(http.server.BaseHTTPRequestHandler):
-    """Serves RAW as /valid.txt but breaks off within the first answer; continues it only if `ranges`."""
+    """Serve RAW as /valid.txt, but cut off the first response; support range requests only if `ranges`."""
 
     ranges = True
     log: list
@@ -177,12 +177,12 @@ class Breaking(http.server.BaseHTTPRequestHandler):
         self.wfile.write(RAW[start:] if len(self.log) > 1 else RAW[:70])
 
     def log_message(self, *args):
-        """Keep the tests' output clean."""
+        """Keep the test output clean."""
 
 
 @pytest.fixture
 def serve():
-    """serve(ranges) -> (address, list of the positions that were asked for)."""
+    """Return a function: serve(ranges) -> (URL, list of requested start positions)."""
     servers = []
 
     def start(ranges):
@@ -198,7 +198,7 @@ def serve():
 
 
 def path_with(folder, *programs):
-    """A PATH with only these programs, the script's other needs, and this Python."""
+    """Create a PATH with only these programs, the script's other dependencies, and this Python."""
     folder.mkdir()
     needs = "bash dirname mkdir grep head wc cut rm mv cp sleep cat sha256sum shasum"
     for program in [*needs.split(), *programs]:
@@ -210,7 +210,7 @@ def path_with(folder, *programs):
 
 @pytest.mark.parametrize("program", ["curl", "wget"])
 @pytest.mark.parametrize("ranges", [True, False])
-def test_gsm_a_broken_download_is_completed(tree, serve, program, ranges):
+def test_gsm_resumes_interrupted_download(tree, serve, program, ranges):
     if not shutil.which(program):
         pytest.skip(f"no {program} here")
     address, log = serve(ranges)
@@ -222,27 +222,27 @@ def test_gsm_a_broken_download_is_completed(tree, serve, program, ranges):
     assert log[0] == 0 and (log[1] == 70) == ranges
 
 
-def test_gsm_a_failing_server_leaves_nothing(tree, serve):
+def test_gsm_failed_download_leaves_no_files(tree, serve):
     address, _ = serve(True)
     result = run(tree, "gsm_icot.bash", "--from", f"{address}missing", "valid")
-    assert_refused(result, f"{address}missing/valid.txt", "--from FOLDER")
+    assert_error(result, f"{address}missing/valid.txt", "--from FOLDER")
     assert files(tree / "data") == []
     result = run(tree, "gsm_icot.bash", "--from", address, path=path_with(tree / "bin"))
-    assert_refused(result, "no split 'train'")
-    assert_refused(run(tree, "gsm_icot.bash", "--from", address, "valid", path=tree / "bin"), "neither curl nor wget")
+    assert_error(result, "no split 'train'")
+    assert_error(run(tree, "gsm_icot.bash", "--from", address, "valid", path=tree / "bin"), "neither curl nor wget")
 
 
 # ProntoQA
 
 
 def prontoqa_file(path, count=9201, **changes):
-    """A generator's file whose last example has `changes`."""
+    """Write a generator output whose last example has `changes`."""
     examples = {f"example{number}": EXAMPLE for number in range(1, count)}
     examples[f"example{count}"] = {"test_example": EXAMPLE["test_example"] | changes}
     path.write_text(json.dumps(examples))
 
 
-def test_prontoqa_examples_become_problems_of_six_steps():
+def test_prontoqa_convert_example():
     problem = prontoqa.convert_example(EXAMPLE)
     assert list(problem) == ["question", "steps", "answer"]
     assert problem["question"] == ("Tumpuses are gorpuses. Alex is a tumpus. True or false: Alex is happy.")
@@ -257,7 +257,7 @@ def test_prontoqa_examples_become_problems_of_six_steps():
     assert problem["answer"] == "True"
 
 
-def test_prontoqa_splits_in_the_order_of_the_file(tree):
+def test_prontoqa_splits_in_file_order(tree):
     prontoqa_file(tree / "data/5hop_0shot_random.json", answer="False")
     result = run(tree, "prontoqa.py")
     assert result.returncode == 0, result.stderr
@@ -275,33 +275,33 @@ def test_prontoqa_splits_in_the_order_of_the_file(tree):
         ({"count": 9200}, ["9,200 problems"]),
     ],
 )
-def test_prontoqa_bad_examples_are_refused_and_nothing_is_written(tree, changes, parts):
+def test_prontoqa_invalid_examples_write_nothing(tree, changes, parts):
     prontoqa_file(tree / "raw.json", **changes)
-    assert_refused(run(tree, "prontoqa.py", "raw.json", "--out", "new"), "raw.json", "prontoqa.bash", *parts)
+    assert_error(run(tree, "prontoqa.py", "raw.json", "--out", "new"), "raw.json", "prontoqa.bash", *parts)
     assert not (tree / "new").exists()
 
 
 @pytest.mark.parametrize(
     ("raw", "part"),
     [
-        (b'{"example1": {"test_exam', "not complete JSON"),
+        (b'{"example1": {"test_exam', "invalid or incomplete JSON"),
         (b'{"\xff": 1}', "UTF-8"),
         (b"[]", "object"),
         (None, "No such"),
     ],
 )
-def test_prontoqa_broken_files_are_refused(tree, raw, part):
+def test_prontoqa_invalid_files(tree, raw, part):
     path = tree / "data/5hop_0shot_random.json"
     if raw is not None:
         path.write_bytes(raw)
     before = files(tree / "data")
-    assert_refused(run(tree, "prontoqa.py"), str(path), "prontoqa.bash", part)
+    assert_error(run(tree, "prontoqa.py"), str(path), "prontoqa.bash", part)
     assert files(tree / "data") == before
 
 
 @pytest.fixture
 def generator(tree):
-    """A stand-in for the generator, and an environment that claims to have numpy and scipy."""
+    """Create a fake generator, and an environment that claims to have numpy and scipy."""
     python = tree / "data/prontoqa_env/bin/python"
     python.parent.mkdir(parents=True)
     python.write_text(f'#!/bin/sh\n[ "$1" = -c ] || exec "{sys.executable}" "$@"\n')
@@ -318,26 +318,26 @@ def generator(tree):
     return folder
 
 
-def test_prontoqa_from_a_folder_with_the_generator(tree, generator):
+def test_prontoqa_with_generator_folder(tree, generator):
     result = run(tree, "prontoqa.bash", "generator")
     assert result.returncode == 0 and "9,000 problems" in result.stdout, result.stderr
-    made = ["prontoqa_test.json", "prontoqa_train.json", "prontoqa_valid.json"]
-    assert files(tree / "data") == ["5hop_0shot_random.json", "prontoqa_env", *made]
+    splits = ["prontoqa_test.json", "prontoqa_train.json", "prontoqa_valid.json"]
+    assert files(tree / "data") == ["5hop_0shot_random.json", "prontoqa_env", *splits]
     shutil.rmtree(generator)
-    assert run(tree, "prontoqa.bash").returncode == 0  # the generated file is there: converted again
+    assert run(tree, "prontoqa.bash").returncode == 0  # converts the existing generator output again
 
 
-def test_prontoqa_a_failing_generator_is_reported(tree, generator):
+def test_prontoqa_generator_failure(tree, generator):
     (generator / "run_experiment.py").write_text("raise SystemExit('no luck')\n")
-    assert_refused(run(tree, "prontoqa.bash", "generator"), "generator failed", "no luck")
+    assert_error(run(tree, "prontoqa.bash", "generator"), "generator failed", "no luck")
     assert files(tree / "data") == ["prontoqa_env", "prontoqa_generator.log"]
-    assert_refused(run(tree, "prontoqa.bash", "data"), "run_experiment.py")
+    assert_error(run(tree, "prontoqa.bash", "data"), "run_experiment.py")
 
 
 # Writing
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+def test_write_json_failure_keeps_old_file(tmp_path, monkeypatch):
     path = tmp_path / "data.json"
     write_json(path, [1, {"a": "é"}])
     assert path.read_text() == '[1,{"a":"\\u00e9"}]'
@@ -345,5 +345,5 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         write_json(path, [2])
     assert files(tmp_path) == ["data.json"] and json.loads(path.read_text())[0] == 1
-    with pytest.raises(DataError, match="not complete JSON"):
+    with pytest.raises(DataError, match="invalid or incomplete JSON"):
         prontoqa.read_json(SOURCES / "gsm_icot.sums", "")

@@ -1,4 +1,4 @@
-"""The ProsQA generator: valid problems, the published statistics, the shipped files, the command."""
+"""The ProsQA generator: valid problems, published statistics, shipped files, command line."""
 
 import copy
 import hashlib
@@ -75,20 +75,20 @@ EXAMPLE = json.loads(
 
 @pytest.fixture(scope="module")
 def sample():
-    """2,000 fresh problems."""
+    """2,000 generated problems."""
     return list(generate(Recipe(), 2000, seed=7))
 
 
 @pytest.fixture(scope="module")
 def shipped():
-    """The problems of the three shipped files; skips where the published ones took their place."""
+    """The shipped problems by split; skip if data/ has the published files instead."""
     if hashlib.sha256((DATA / "prosqa_valid.json").read_bytes()).hexdigest() == PUBLISHED_VALID:
         pytest.skip("data/ holds the published ProsQA files")
     return {split: json.loads((DATA / f"prosqa_{split}.json").read_text()) for split in prosqa.SHIPPED}
 
 
 def differ(first: Counter, second: Counter) -> bool:
-    """Two-sample chi-square test at p = 0.001; neighbouring values are pooled until both expect 5 or more."""
+    """Two-sample chi-square test at p = 0.001; adjacent values are pooled until both expect 5 or more."""
     totals = first.total(), second.total()
     bins, pooled = [], [0, 0]
     for value in sorted(first | second):
@@ -104,36 +104,36 @@ def differ(first: Counter, second: Counter) -> bool:
             chi_square += (observed - expected) ** 2 / expected
     freedom = len(bins) - 1
     scale = 2 / (9 * freedom)
-    return chi_square > freedom * (1 - scale + 3.09 * scale**0.5) ** 3  # quantile by Wilson and Hilferty
+    return chi_square > freedom * (1 - scale + 3.09 * scale**0.5) ** 3  # Wilson-Hilferty quantile
 
 
-def test_fresh_problems_match_the_published_statistics(sample):
+def test_generated_statistics_match_published_files(sample):
     rows = prosqa_stats.gather(sample)
     for row, (mean, tolerance) in PUBLISHED_MEANS.items():
         assert fmean(rows[row]) == pytest.approx(mean, abs=tolerance), row
     assert not [row for row, counts in PUBLISHED.items() if differ(Counter(rows[row]), Counter(counts))]
 
 
-def test_the_statistics_tell_the_papers_algorithm_from_the_released_files():
+def test_paper_algorithm_differs_from_published_files():
     rows = prosqa_stats.gather(generate(Recipe(printed=True), 300, seed=0))
     assert fmean(rows["nodes without a parent"]) == pytest.approx(4.8, abs=0.3)
     assert differ(Counter(rows["nodes without a parent"]), Counter(PUBLISHED["nodes without a parent"]))
 
 
-def test_every_problem_is_valid(sample):
+def test_generated_problems_pass_check(sample):
     for problem in [EXAMPLE, *sample]:
         prosqa_stats.check_problem(problem)
 
 
 def descendants(problem, start):
-    """The nodes that follow from `start`, found without the code under test."""
+    """Compute the nodes reachable from `start` without the code under test."""
     found = {start}
     for _ in problem["idx_to_symbol"]:
         found |= {child for parent, child in problem["edges"] if parent in found}
     return found
 
 
-def test_the_question_has_one_answer(sample):
+def test_question_has_exactly_one_answer(sample):
     for problem in sample[:300]:
         reached = descendants(problem, problem["root"])
         assert problem["target"] in reached and problem["neg_target"] not in reached
@@ -162,13 +162,13 @@ def test_the_question_has_one_answer(sample):
         ("question", EXAMPLE["question"].replace("or gerpus", "or lorpus"), "query"),
     ],
 )
-def test_the_check_finds_a_broken_rule(key, value, rule):
+def test_check_problem_detects_violations(key, value, rule):
     broken = copy.deepcopy(EXAMPLE) | {key: value}
     with pytest.raises(DataError, match=rule):
         prosqa_stats.check_problem(broken)
 
 
-def test_shortest_paths_on_a_small_graph():
+def test_shortest_paths():
     edges = [(0, 2), (0, 3), (1, 3), (2, 4), (3, 4), (4, 5), (0, 5), (2, 6), (4, 6)]
     assert prosqa.shortest_paths(edges, 0, 4) == [[0, 2, 4], [0, 3, 4]]
     assert prosqa.shortest_paths(edges, 0, 5) == [[0, 5]]
@@ -176,31 +176,31 @@ def test_shortest_paths_on_a_small_graph():
     assert prosqa.shortest_paths(edges, 1, 2) == []
 
 
-def test_the_shipped_files_are_what_the_generator_makes(shipped):
+def test_shipped_files_equal_generator_output(shipped):
     assert {split: len(problems) for split, problems in shipped.items()} == prosqa.SHIPPED
     fresh = generate(Recipe(), sum(prosqa.SHIPPED.values()), prosqa.SHIPPED_SEED)
     assert list(islice(fresh, 200)) == shipped["train"][:200]
 
 
-def test_no_shipped_problem_occurs_twice_and_all_are_valid(shipped):
+def test_shipped_problems_are_unique_and_valid(shipped):
     problems = [problem for split in shipped.values() for problem in split]
     assert len({frozenset(prosqa_stats.facts_of(problem)) for problem in problems}) == len(problems)
     for problem in problems[::10]:
         prosqa_stats.check_problem(problem)
 
 
-def test_a_seed_gives_the_same_problems_and_a_smaller_number_their_beginning():
+def test_generate_is_deterministic_and_prefix_stable():
     assert list(generate(Recipe(), 5, seed=1)) == list(generate(Recipe(), 8, seed=1))[:5]
     assert list(generate(Recipe(), 5, seed=1)) != list(generate(Recipe(), 5, seed=2))
 
 
-def test_a_repeated_draw_is_left_out(monkeypatch):
+def test_generate_skips_duplicates(monkeypatch):
     drawn = iter([EXAMPLE, EXAMPLE, None, *generate(Recipe(), 1, seed=3)])
     monkeypatch.setattr(prosqa, "draw_problem", lambda recipe, rng: next(drawn))
     assert [problem["answer"] for problem in generate(Recipe(), 2, seed=0)].count(EXAMPLE["answer"]) == 1
 
 
-def test_the_knobs_change_the_graphs():
+def test_recipe_changes_graphs():
     larger = list(generate(Recipe(nodes=60, parents=2.5, min_hops=5, max_hops=5), 20, seed=0))
     for problem in larger:
         prosqa_stats.check_problem(problem)
@@ -208,10 +208,10 @@ def test_the_knobs_change_the_graphs():
     assert set(rows["hops of the shortest path"]) == {5}
     assert fmean(rows["nodes"]) > 45 and fmean(rows["edges"]) > 100
     names = {name for problem in larger for name in problem["idx_to_symbol"] if name.islower()}
-    assert set(prosqa.CONCEPTS) < names  # the published concepts are used before made-up ones
+    assert set(prosqa.CONCEPTS) < names  # published names are used first
 
 
-def test_a_recipe_that_nothing_satisfies_is_an_error(monkeypatch):
+def test_unsatisfiable_recipe(monkeypatch):
     monkeypatch.setattr(prosqa, "MAX_REJECTED", 20)
     with pytest.raises(DataError, match="none of 20 graphs"):
         next(generate(Recipe(min_hops=20, max_hops=20), 1, seed=0))
@@ -221,31 +221,31 @@ def test_a_recipe_that_nothing_satisfies_is_an_error(monkeypatch):
         prosqa.enough(["Tom"], ["Barlo"], 3)
 
 
-def test_the_command_keeps_existing_files_without_force(tmp_path):
+def test_command_overwrites_only_with_force(tmp_path):
     out = tmp_path / "ood.json"
-    words = ["--out", str(out), "--num", "3", "--nodes", "30"]
-    prosqa.main([*words, "--seed", "1"])
+    argv = ["--out", str(out), "--num", "3", "--nodes", "30"]
+    prosqa.main([*argv, "--seed", "1"])
     first = out.read_text()
     assert first == json.dumps(json.loads(first), separators=(",", ":")) and len(json.loads(first)) == 3
     with pytest.raises(DataError, match="--force"):
-        prosqa.main([*words, "--seed", "2"])
+        prosqa.main([*argv, "--seed", "2"])
     assert out.read_text() == first
-    prosqa.main([*words, "--seed", "2", "--force"])
+    prosqa.main([*argv, "--seed", "2", "--force"])
     assert out.read_text() != first
 
 
-def test_without_arguments_the_three_splits_are_written(tmp_path, monkeypatch):
+def test_command_without_arguments_writes_three_splits(tmp_path, monkeypatch):
     monkeypatch.setattr(prosqa, "DATA", tmp_path)
     monkeypatch.setattr(prosqa, "SHIPPED", {"train": 4, "valid": 1, "test": 2})
     prosqa.main([])
     written = [json.loads((tmp_path / f"prosqa_{split}.json").read_text()) for split in ("train", "valid", "test")]
     assert [problem for split in written for problem in split] == list(generate(Recipe(), 7, prosqa.SHIPPED_SEED))
-    for words in (["--num", "5"], ["--out", str(tmp_path / "none.json"), "--num", "0"]):
+    for argv in (["--num", "5"], ["--out", str(tmp_path / "none.json"), "--num", "0"]):
         with pytest.raises(SystemExit, match="2"):
-            prosqa.main(words)
+            prosqa.main(argv)
 
 
-def test_the_table_shows_files_side_by_side(tmp_path, monkeypatch, capsys):
+def test_stats_table(tmp_path, monkeypatch, capsys):
     path = tmp_path / "one.json"
     path.write_text(json.dumps([EXAMPLE]))
     monkeypatch.setattr("sys.argv", ["prosqa_stats.py", str(path), f"{path},{path}"])
@@ -259,7 +259,7 @@ def test_the_table_shows_files_side_by_side(tmp_path, monkeypatch, capsys):
         prosqa_stats.main()
 
 
-def test_a_token_per_word(tmp_path):
+def test_tokenizer_has_one_token_per_word(tmp_path):
     prosqa.main(["--tokenizer", str(tmp_path)])
     for path in tmp_path.iterdir():
         assert path.read_bytes() == (REPOSITORY / "args" / "prosqa_model" / path.name).read_bytes()

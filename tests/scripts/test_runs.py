@@ -1,4 +1,4 @@
-"""Plots and comparisons of runs: what run.py writes is read, and different things are told apart."""
+"""scripts/compare.py, plot.py, record.py and evaluations.py on runs of run.py."""
 
 import json
 import shutil
@@ -17,100 +17,107 @@ from helpers import make_problems, save_model, words, write_json
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """A function that trains four epochs with a stage switch in the middle, and returns the run's directory."""
-    world = tmp_path_factory.mktemp("world")
-    config = {"save_path": str(world), "model_id": save_model(world / "model"), "logger": "none", "max_new_tokens": 5}
-    config |= {"train_path": write_json(world / "train.json", make_problems(12)), "method": "coconut"}
-    config |= {"val_path": write_json(world / "valid.json", make_problems(4, seed=1)), "reset_optimizer": True}
+def train(tmp_path_factory):
+    """Return a function that trains four epochs with one stage switch and returns the run directory."""
+    save_path = tmp_path_factory.mktemp("runs")
+    config = {
+        "save_path": str(save_path),
+        "model_id": save_model(save_path / "model"),
+        "logger": "none",
+        "max_new_tokens": 5,
+    }
+    config |= {"train_path": write_json(save_path / "train.json", make_problems(12)), "method": "coconut"}
+    config |= {"val_path": write_json(save_path / "valid.json", make_problems(4, seed=1)), "reset_optimizer": True}
     config |= {"max_latent_stage": 1, "epochs_per_stage": 2, "num_epochs": 4, "batch_size_training": 4, "lr": 3e-3}
-    (world / "config.yaml").write_text(yaml.safe_dump(config))
+    (save_path / "config.yaml").write_text(yaml.safe_dump(config))
 
-    def train(name, **values):
-        if not (world / name).exists():
-            assert run.main([str(world / "config.yaml"), *words({"name": name, **values})]) == 0
-        return world / name
+    def train_once(name, **values):
+        if not (save_path / name).exists():
+            assert run.main([str(save_path / "config.yaml"), *words({"name": name, **values})]) == 0
+        return save_path / name
 
-    return train
+    return train_once
 
 
 @pytest.fixture
-def seeds(start, tmp_path):
-    """A folder with the runs of two seeds."""
+def seeds(train, tmp_path):
+    """Copy the runs of two seeds into a folder."""
     for seed in (0, 1):
-        shutil.copytree(start(f"seed{seed}", seed=seed), tmp_path / "seeds" / str(seed), symlinks=True)
+        shutil.copytree(train(f"seed{seed}", seed=seed), tmp_path / "seeds" / str(seed), symlinks=True)
     return tmp_path / "seeds"
 
 
-def edit(directory, change):
-    """Rewrites every line of a run's metrics by a function."""
+def rewrite_metrics(directory, change):
+    """Apply a function to each line of a run's metrics.jsonl."""
     path = directory / "metrics.jsonl"
     lines = [change(json.loads(line)) for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def test_the_same_training_is_alike(start, seeds, capsys):
-    assert compare.main([str(start("again")), str(seeds)]) == 0
-    assert " here, " not in capsys.readouterr().out  # nothing differs: the name of a run is no version
-    assert compare.main([str(start("halves", batch_size_training=2, gradient_accumulation_steps=2)), str(seeds)]) == 0
+def test_compare_accepts_rerun_and_equal_effective_batch(train, seeds, capsys):
+    assert compare.main([str(train("again")), str(seeds)]) == 0
+    assert " here, " not in capsys.readouterr().out  # no differing key or version
+    assert compare.main([str(train("halves", batch_size_training=2, gradient_accumulation_steps=2)), str(seeds)]) == 0
 
 
 @pytest.mark.parametrize("key, value", [("reset_optimizer", False), ("c_thought", 0), ("lr", 1e-3)])
-def test_a_run_with_a_wrong_key_is_told_apart(start, seeds, capsys, key, value):
-    assert compare.main([str(start(f"wrong-{key}", **{key: value})), str(seeds)]) == 1
-    printed = [line.split() for line in capsys.readouterr().out.splitlines() if "another training" in line]
-    assert [line[2] for line in printed] == [key]
+def test_compare_names_differing_config_key(train, seeds, capsys, key, value):
+    assert compare.main([str(train(f"wrong-{key}", **{key: value})), str(seeds)]) == 1
+    output = [line.split() for line in capsys.readouterr().out.splitlines() if "config differs" in line]
+    assert [line[2] for line in output] == [key]
 
 
 @pytest.mark.parametrize("epochs, code", [((3,), 0), ((2, 3), 1), ((4,), 1)])
-def test_a_curve_leaves_the_spread_for_two_epochs_or_in_the_last(start, seeds, capsys, epochs, code):
+def test_compare_rejects_curve_outside_spread_for_two_epochs_or_at_end(train, seeds, capsys, epochs, code):
     def worse(line):
         return line | ({"eval/acc": 0.9} if line.get("eval/epoch") in epochs else {})
 
-    shutil.copytree(start("seed0"), changed := seeds.parent / "changed", symlinks=True)
-    edit(changed, worse)
+    shutil.copytree(train("seed0"), changed := seeds.parent / "changed", symlinks=True)
+    rewrite_metrics(changed, worse)
     assert compare.main([str(changed), str(seeds)]) == code
-    assert [f"epoch {epoch} " in capsys.readouterr().out for epoch in epochs[:1]] == [True]
+    output = capsys.readouterr().out
+    assert f"epoch {epochs[0]} " in output
+    assert ("accuracy: outside the reference's spread" in output) == (code == 1)
 
 
-def test_a_spread_is_as_wide_again_on_either_side_or_by_a_margin():
-    assert compare.spread([0.5, 0.6], "accuracy") == pytest.approx((0.4, 0.7))
-    assert compare.spread([0.99, 1.0], "accuracy") == pytest.approx((0.94, 1.05))
-    assert compare.spread([2.0], "training loss") == pytest.approx((1.8, 2.2))
-    assert compare.spread([0.002, 0.004], "validation loss") == pytest.approx((-0.008, 0.014))
+def test_compare_allowed_range_has_width_of_seeds_or_margin():
+    assert compare.allowed_range([0.5, 0.6], "accuracy") == pytest.approx((0.4, 0.7))
+    assert compare.allowed_range([0.99, 1.0], "accuracy") == pytest.approx((0.94, 1.05))
+    assert compare.allowed_range([2.0], "training loss") == pytest.approx((1.8, 2.2))
+    assert compare.allowed_range([0.002, 0.004], "validation loss") == pytest.approx((-0.008, 0.014))
 
 
-def test_other_methods_and_other_data_are_no_reference(start, seeds, capsys, tmp_path):
-    assert compare.main([str(start("cot", method="cot")), str(seeds)]) == 2
+def test_compare_rejects_reference_of_other_method_or_data(train, seeds, capsys, tmp_path):
+    assert compare.main([str(train("cot", method="cot")), str(seeds)]) == 2
     assert "method cot" in capsys.readouterr().err
     other = write_json(tmp_path / "other.json", make_problems(4, seed=1))
-    assert compare.main([str(start("other", val_path=other)), str(seeds)]) == 1
+    assert compare.main([str(train("other", val_path=other)), str(seeds)]) == 1
     assert "val_path is 'other.json' here, 'valid.json'" in capsys.readouterr().out
-    shutil.copytree(start("other"), seeds / "other", symlinks=True)
-    assert compare.main([str(start("seed0")), str(seeds)]) == 2
+    shutil.copytree(train("other"), seeds / "other", symlinks=True)
+    assert compare.main([str(train("seed0")), str(seeds)]) == 2
     assert "differ in val_path" in capsys.readouterr().err
 
 
-def test_what_is_no_finished_run_is_refused(start, capsys, tmp_path):
+def test_compare_and_plot_reject_invalid_or_unfinished_runs(train, capsys, tmp_path):
     for text in (None, "", "step 1\n", '{"eval/epoch": 1}\n', "[]\n"):
         (tmp_path / "config.yaml").write_text("method: cot")
         if text is not None:
             (tmp_path / "metrics.jsonl").write_text(text)
-        assert compare.main([str(tmp_path), str(start("seed0"))]) == 2
+        assert compare.main([str(tmp_path), str(train("seed0"))]) == 2
         assert str(tmp_path) in capsys.readouterr().err
         assert plot.main([str(tmp_path), "--out", str(tmp_path / "no.svg")]) == 2
     assert not (tmp_path / "no.svg").exists()
 
 
-def test_a_line_that_a_running_run_has_begun_is_left_out(start, tmp_path):
-    shutil.copytree(start("seed0"), tmp_path / "running", symlinks=True)
+def test_read_run_ignores_incomplete_last_line(train, tmp_path):
+    shutil.copytree(train("seed0"), tmp_path / "running", symlinks=True)
     with open(tmp_path / "running" / "metrics.jsonl", "a") as metrics:
         metrics.write('{"step": 13, "train/ep')
-    assert compare.main([str(tmp_path / "running"), str(start("seed0"))]) == 0
+    assert compare.main([str(tmp_path / "running"), str(train("seed0"))]) == 0
 
 
-def test_a_plot_shows_methods_seeds_and_stages(start, seeds, tmp_path, capsys):
-    runs = [start("cot", method="cot"), seeds / "0", seeds / "1", start("wrong-lr", lr=1e-3)]
+def test_plot_labels_methods_seeds_and_stages(train, seeds, tmp_path, capsys):
+    runs = [train("cot", method="cot"), seeds / "0", seeds / "1", train("wrong-lr", lr=1e-3)]
     assert plot.main([*map(str, runs), "--out", str(tmp_path / "a.svg")]) == 0
     texts = {element.text for element in ElementTree.parse(tmp_path / "a.svg").iter("{http://www.w3.org/2000/svg}text")}
     assert {"cot", "coconut, lr 0.003 (2 seeds)", "coconut, lr 0.001", "stage 1"} <= texts
@@ -118,32 +125,32 @@ def test_a_plot_shows_methods_seeds_and_stages(start, seeds, tmp_path, capsys):
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
 
 
-def test_lines_of_other_data_are_named(start, tmp_path):
-    other = start("other", val_path=write_json(tmp_path / "other.json", make_problems(4, seed=1)))
-    names = plot.labels(plot.group([plot.read_run(path) for path in (start("cot", method="cot"), other)]))
+def test_plot_labels_differing_data(train, tmp_path):
+    other = train("other", val_path=write_json(tmp_path / "other.json", make_problems(4, seed=1)))
+    names = plot.labels(plot.group([plot.read_run(path) for path in (train("cot", method="cot"), other)]))
     assert names == ["cot, val_path valid.json", "coconut, val_path other.json"]
 
 
-def test_a_plot_replaces_nothing(start, tmp_path, capsys):
+def test_plot_never_overwrites_and_rejects_invalid_paths(train, tmp_path, capsys):
     (tmp_path / "kept.png").write_text("kept")
-    assert plot.main([str(start("seed0")), "--out", str(tmp_path / "kept.png")]) == 2
+    assert plot.main([str(train("seed0")), "--out", str(tmp_path / "kept.png")]) == 2
     assert (tmp_path / "kept.png").read_text() == "kept"
     for name in ("plot.what", "nowhere/plot.svg"):
-        assert plot.main([str(start("seed0")), "--out", str(tmp_path / name)]) == 2
-    assert plot.main([str(start("seed0")), "--out", str(tmp_path / "new.png")]) == 0
+        assert plot.main([str(train("seed0")), "--out", str(tmp_path / name)]) == 2
+    assert plot.main([str(train("seed0")), "--out", str(tmp_path / "new.png")]) == 0
     assert (tmp_path / "new.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_missing_matplotlib_is_named(start, tmp_path, capsys, monkeypatch):
+def test_plot_without_matplotlib(train, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert plot.main([str(start("seed0")), "--out", str(tmp_path / "no.svg")]) == 2
+    assert plot.main([str(train("seed0")), "--out", str(tmp_path / "no.svg")]) == 2
     assert "requirements-extra.txt" in capsys.readouterr().err
 
 
 @pytest.fixture
-def tested(start, tmp_path):
-    """Runs of two seeds and of another method, of which that and the first seed were tested."""
-    runs = [start("seed0"), start("seed1", seed=1), start("cot", method="cot")]
+def evaluated_runs(train, tmp_path):
+    """Runs of two seeds and another method; the first seed and the other method are evaluated."""
+    runs = [train("seed0"), train("seed1", seed=1), train("cot", method="cot")]
     for directory in (runs[0], runs[2]):
         if not list(directory.glob("eval_*")):
             config = directory / "config.yaml"
@@ -152,12 +159,12 @@ def tested(start, tmp_path):
     return runs
 
 
-def test_a_record_is_a_reference(tested, tmp_path, capsys):
+def test_record_writes_a_reference_for_compare(evaluated_runs, tmp_path, capsys):
     folder = tmp_path / "results" / "small"
-    assert record.main([str(folder), *map(str, tested), "--command", "python make.py"]) == 0
-    assert compare.main([*map(str, tested), str(folder)]) == 0
-    assert "2 seed(s)" in (printed := capsys.readouterr().out)
-    assert "one seed shows no spread" in printed  # cot
+    assert record.main([str(folder), *map(str, evaluated_runs), "--command", "python make.py"]) == 0
+    assert compare.main([*map(str, evaluated_runs), str(folder)]) == 0
+    assert "2 seed(s)" in (output := capsys.readouterr().out)
+    assert "single-seed reference" in output  # cot
     page = (folder / "README.md").read_text()
     assert "    python make.py\n    python scripts/record.py" in page
     assert str(tmp_path.parent) not in page.replace(str(folder), "")
@@ -165,17 +172,17 @@ def test_a_record_is_a_reference(tested, tmp_path, capsys):
     assert page.count("to ") >= 3  # intervals: of two seeds, and of two tests
     ElementTree.parse(folder / "curves.svg")
     assert {path.name for path in folder.iterdir()} == {"README.md", "curves.svg"} | {
-        f"{directory.name}{ending}" for directory in tested for ending in (".yaml", ".jsonl")
+        f"{directory.name}{ending}" for directory in evaluated_runs for ending in (".yaml", ".jsonl")
     }
     kept = (folder / "README.md").stat()
-    assert record.main([str(folder), str(tested[0])]) == 2
+    assert record.main([str(folder), str(evaluated_runs[0])]) == 2
     assert "never overwritten" in capsys.readouterr().err
     assert (folder / "README.md").stat() == kept
 
 
-def test_unfinished_and_repeated_runs_are_not_recorded(start, seeds, tmp_path, capsys):
-    edit(seeds / "1", lambda line: line if line.get("eval/epoch") != 4 else {"step": 12})
-    shutil.copytree(start("seed0"), seeds / "twin", symlinks=True)
+def test_record_rejects_unfinished_and_duplicate_runs(train, seeds, tmp_path, capsys):
+    rewrite_metrics(seeds / "1", lambda line: line if line.get("eval/epoch") != 4 else {"step": 12})
+    shutil.copytree(train("seed0"), seeds / "twin", symlinks=True)
     for runs, problem in [([seeds / "1"], "3 of 4 epochs"), ([seeds / "0", seeds / "twin"], "name seed0: ")]:
         assert record.main([str(tmp_path / "out"), *map(str, runs)]) == 2
         assert problem in capsys.readouterr().err
@@ -186,16 +193,16 @@ def test_unfinished_and_repeated_runs_are_not_recorded(start, seeds, tmp_path, c
     assert not (tmp_path / "out").exists()
 
 
-def test_a_failed_record_leaves_nothing(start, tmp_path, monkeypatch):
+def test_record_removes_folder_on_failure(train, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert record.main([str(tmp_path / "out"), str(start("seed0"))]) == 2
+    assert record.main([str(tmp_path / "out"), str(train("seed0"))]) == 2
     assert not (tmp_path / "out").exists()
 
 
-def test_a_record_has_a_line_for_each_epoch_and_the_curves_of_its_run(tested, tmp_path, capsys):
+def test_recorded_run_has_curves_and_evaluations_of_original(evaluated_runs, tmp_path, capsys):
     folder = tmp_path / "small"
-    assert record.main([str(folder), *map(str, tested)]) == 0
-    for directory in tested:
+    assert record.main([str(folder), *map(str, evaluated_runs)]) == 0
+    for directory in evaluated_runs:
         recorded = folder / f"{directory.name}.yaml"
         copy, original = plot.read_run(recorded), plot.read_run(directory)
         for name in ("curves", "validations", "stages", "steps", "versions", "best"):
@@ -207,7 +214,7 @@ def test_a_record_has_a_line_for_each_epoch_and_the_curves_of_its_run(tested, tm
     assert compare.main([*map(str, folder.glob("*.yaml")), str(folder)]) == 0
     capsys.readouterr()
     tables = []
-    for runs in ([tested[0], tested[2]], [folder / "seed0.yaml", folder / "cot.yaml"]):
+    for runs in ([evaluated_runs[0], evaluated_runs[2]], [folder / "seed0.yaml", folder / "cot.yaml"]):
         assert evaluations.main([*map(str, runs)]) == 0
         tables.append(capsys.readouterr().out)
     assert tables[0] == tables[1]
@@ -216,19 +223,19 @@ def test_a_record_has_a_line_for_each_epoch_and_the_curves_of_its_run(tested, tm
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
 
 
-def test_the_spread_over_seeds_is_students():
+def test_record_spread_is_student_t_interval():
     assert record.spread([50.0]) == "50.0"
     assert record.spread([74.0, 76.0, 78.0]) == "76.0 ± 2.0 (71.0 to 81.0)"  # 4.303 * 2 / sqrt(3) = 4.97
-    assert record.spread([0.0, 100.0]) == "50.0 ± 70.7 (0.0 to 100.0)"  # no rate lies beyond
+    assert record.spread([0.0, 100.0]) == "50.0 ± 70.7 (0.0 to 100.0)"  # clipped to 0..100
 
 
-def test_evaluations_are_tabled_with_their_intervals(tmp_path, capsys):
+def test_evaluations_table_with_wilson_intervals(tmp_path, capsys):
     def write(name, problems, **values):
         path = tmp_path / "run" / "eval_checkpoint_9" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(yaml.safe_dump({"val_path": "data/far.json", "eval/acc": 0.5, **problems, **values}))
 
-    write("metrics_far.yaml", {})  # an older one, whose problems are counted in its predictions
+    write("metrics_far.yaml", {})  # an older file: the number of problems comes from its predictions
     assert evaluations.main([str(tmp_path / "run")]) == 2
     assert "predictions_far.jsonl" in capsys.readouterr().err
     (tmp_path / "run" / "eval_checkpoint_9" / "predictions_far.jsonl").write_text("{}\n" * 100)

@@ -1,4 +1,4 @@
-"""scripts/table1.py: which runs it starts, in which order, and from which checkpoints."""
+"""scripts/table1.py: which runs it starts, in which order, from which checkpoints."""
 
 from pathlib import Path
 
@@ -13,13 +13,13 @@ ARGS = REPOSITORY / "args"
 
 @pytest.fixture
 def launched(monkeypatch):
-    """The config's name and the words of each run.py that would run."""
+    """Collect the config names and overrides of the run.py calls instead of running them."""
     runs = []
-    monkeypatch.setattr(table1, "launch", lambda processes, path, words: runs.append((path.name, words)))
+    monkeypatch.setattr(table1, "launch", lambda processes, path, overrides: runs.append((path.name, overrides)))
     return runs
 
 
-def test_a_run_comes_after_the_one_that_it_starts_from_with_the_same_seed(launched):
+def test_table1_trains_start_checkpoint_with_same_seed_first(launched):
     table1.train(ARGS / "gsm_coconut.yaml", 2, 1, ["bf16=True"])
     assert launched == [
         ("gsm_cot.yaml", ["bf16=True", "name=gsm-cot-seed2", "seed=2"]),
@@ -30,24 +30,24 @@ def test_a_run_comes_after_the_one_that_it_starts_from_with_the_same_seed(launch
     ]
 
 
-def test_a_start_of_the_users_own_is_left_as_it_is(launched):
+def test_table1_keeps_load_model_path_override(launched):
     table1.train(ARGS / "gsm_coconut.yaml", 0, 1, ["load_model_path=elsewhere/best"])
     assert launched == [("gsm_coconut.yaml", ["load_model_path=elsewhere/best", "name=gsm-coconut-seed0", "seed=0"])]
 
 
 @pytest.mark.parametrize("dataset", ["gsm", "prontoqa", "prosqa", "ring", "mini"])
-def test_every_start_has_a_config_beside_that_of_the_method(dataset, launched):
+def test_table1_start_checkpoints_all_have_a_config(dataset, launched):
     for method in table1.METHODS:
         table1.train(ARGS / f"{dataset}_{method}.yaml", 0, 1, [])
     trained = set()
-    for _, words in launched:
-        given = dict(word.split("=", 1) for word in words)
-        assert "load_model_path" not in given or Path(given["load_model_path"]).parent.name in trained
-        trained.add(given["name"])
+    for _, overrides in launched:
+        values = dict(override.split("=", 1) for override in overrides)
+        assert "load_model_path" not in values or Path(values["load_model_path"]).parent.name in trained
+        trained.add(values["name"])
     assert len(trained) >= len(table1.METHODS)
 
 
-def test_a_start_without_a_config_is_named(launched, tmp_path):
+def test_table1_names_missing_config_of_start_checkpoint(launched, tmp_path):
     (tmp_path / "x_coconut.yaml").write_text("load_model_path: checkpoints/x-none/best\n")
     with pytest.raises(UserError, match=r"x_none\.yaml"):
         table1.train(tmp_path / "x_coconut.yaml", 0, 1, [])

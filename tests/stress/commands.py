@@ -1,9 +1,9 @@
-"""Takes every command of README and docs as written and runs it in a fresh clone with a new virtual environment.
+"""Run every command of README and docs in a fresh clone with a new virtual environment.
 
     python tests/stress/commands.py                 minutes: the quickstart trains three models
     python tests/stress/commands.py --check         run nothing; check each command's files, options and config
 
-A line for each command: ran, or checked and why it was not run. The exit code is 1 if one failed.
+Prints a line per command: ran, or checked and why it was not run. Exit code 1 if one failed.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from config import Config, parse_overrides, read_yaml  # noqa: E402
 
 PAGES = [*sorted(ROOT.glob("*.md"), key=lambda page: page.name != "README.md"), *sorted(ROOT.glob("*/*.md"))]
 STARTS = ("bash", "conda", "head", "pip", "printf", "python", "source", "srun", "time", "torchrun")
-ONLY_CHECKED = {  # what stands in a command: why it is not run
-    r"\b(?!README)[A-Z_]{3,}\b|\bDIR\b|_node N\b": "something is to be filled in",
-    r"\b(gsm_icot|prontoqa)\.": "needs a network",
-    r"run_experiment": "a command of ProntoQA's own code",
-    r"^conda": "another way to a virtual environment",
+ONLY_CHECKED = {  # pattern: why matching commands are not run
+    r"\b(?!README)[A-Z_]{3,}\b|\bDIR\b|_node N\b": "has a placeholder",
+    r"\b(gsm_icot|prontoqa)\.": "needs network access",
+    r"run_experiment": "part of ProntoQA's generator",
+    r"^conda": "alternative environment",
     r"^(torchrun|srun)|table1.py (prosqa|gsm)|checkpoints/prosqa": "needs GPUs, or days",
-    r"benchmarks/\w+\.py": "measures for long",
-    r"_[78]hops|\bmini[._-]|table1.py (ring|mini)|smoke": "minutes, or needs a run that takes some",
+    r"benchmarks/\w+\.py": "long benchmark",
+    r"_[78]hops|\bmini[._-]|table1.py (ring|mini)|smoke": "takes minutes, or needs a longer run",
     r"published/": "needs the published files",
     r"tests/stress/(soak|fuzz|commands)\.py|matrix\.bash|\.ci/run|-m slow": "minutes to hours",
 }
-TINY = {"bash tests/run.bash": "bash tests/run.bash tests/test_config.py"}  # further words go to pytest
-NOT_OURS = {"CONFIG.yaml", "run_experiment.py"}  # files: the user's, and one of ProntoQA's
+TINY = {"bash tests/run.bash": "bash tests/run.bash tests/test_config.py"}  # arguments go to pytest
+EXTERNAL = {"CONFIG.yaml", "run_experiment.py"}  # files of the user, and of ProntoQA
 
 
 def commands(page: Path) -> Iterator[str]:
-    """The commands in a page's indented and fenced blocks, with the lines that they go on in; Python that is fenced."""
+    """Yield the commands in a page's indented and fenced blocks, with continuation lines, and fenced Python."""
     text = page.read_text(encoding="utf-8")
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     for language, block in blocks:
@@ -53,24 +53,24 @@ def commands(page: Path) -> Iterator[str]:
     shell = "".join(block for language, block in blocks if language in ("bash", "sh"))
     shell += "".join(re.findall(r"^    (.*\n)", text, re.MULTILINE))
     for line in re.findall(rf"^(?:\$ )?((?:{'|'.join(STARTS)}) (?:.*\\\n)*.*)$", shell, re.MULTILINE):
-        yield line if "\\\n" in line else re.split(r"   +(?=[a-z#])", line)[0]  # without what explains it
+        yield line if "\\\n" in line else re.split(r"   +(?=[a-z#])", line)[0]  # without the explanation
 
 
 def reason(command: str) -> str | None:
-    """Why a command is checked and not run."""
+    """Return why a command is only checked, or None."""
     return next((why for pattern, why in ONLY_CHECKED.items() if re.search(pattern, command)), None)
 
 
 def check(command: str) -> None:
-    """Raises ValueError where a command names a file, an option or a config key that does not exist."""
+    """Raise ValueError if a command names a file, option or config key that does not exist."""
     for word in re.findall(r"(?<![\w./-])(?:[\w.]+/)*[\w.]+\.(?:py|bash|yaml)\b", command):
-        if word not in NOT_OURS and not (ROOT / word).exists():
+        if word not in EXTERNAL and not (ROOT / word).exists():
             raise ValueError(f"{word} does not exist")
     words = shlex.split(command.split("<<")[0].replace("\\\n", ""), comments=True)
     place = next((i for i, word in enumerate(words) if (ROOT / word).is_file() and word.endswith(".py")), None)
     if "torchrun" in words:
         check_options(words[words.index("torchrun") : place], " ".join(get_args_parser()._option_string_actions))
-    if place is None or words[place] == "scripts/lm_eval_coconut.py":  # its options are another project's
+    if place is None or words[place] == "scripts/lm_eval_coconut.py":  # its options belong to lm-evaluation-harness
         return
     folder = (ROOT / words[place]).parent  # scripts share options
     check_options(words[place:], "".join(path.read_text(encoding="utf-8") for path in folder.glob("*.py")))
@@ -82,15 +82,15 @@ def check(command: str) -> None:
 
 
 def check_options(words: list[str], known: str) -> None:
-    """Raises ValueError for the first --option that does not stand in a text."""
+    """Raise ValueError for the first --option that does not occur in the text `known`."""
     for word in words:
         option = re.match(r"\[?(--[\w-]+)", word)
         if option and not re.search(rf"{option[1]}\b(?!-)", known):
-            raise ValueError(f"{option[1]} is no option of {words[0]}")
+            raise ValueError(f"{option[1]} is not an option of {words[0]}")
 
 
 def run(command: str, clone: Path) -> None:
-    """Runs a command as a user would who has activated the virtual environment. Raises ValueError if it fails."""
+    """Run a command in the activated virtual environment; raise ValueError if it fails."""
     activated = f"[ ! -e .venv ] || source .venv/bin/activate\n{TINY.get(command, command)}\n"
     own = {key: value for key, value in os.environ.items() if key not in ("VIRTUAL_ENV", "PYTHONPATH")}
     own["PATH"] = os.pathsep.join(p for p in own["PATH"].split(os.pathsep) if Path(p) != Path(sys.prefix, "bin"))
@@ -100,7 +100,7 @@ def run(command: str, clone: Path) -> None:
 
 
 def main() -> int:
-    """The command line."""
+    """Check or run all commands."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="run nothing")
     only_check, failed, seen = parser.parse_args().check, 0, set()

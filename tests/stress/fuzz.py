@@ -1,10 +1,9 @@
-"""Bad input of every kind: each is taken, or refused by a UserError that names the file or the key.
+"""Fuzz every reader of files and args: input must be accepted or rejected with a UserError naming the file or key.
 
     python tests/stress/fuzz.py --examples 10000
 
-Hypothesis changes files and command lines that are sound, byte by byte and value by value, and hands them to what a run
-reads them with. Prints a table of what it tried; a traceback is printed with the smallest example, and the exit code
-is 1.
+Hypothesis mutates valid files and command lines, byte by byte and value by value. Prints a table; for a traceback, also
+the smallest example, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ from config import Config, UserError, load_config  # noqa: E402
 from curriculum import evaluation_stage  # noqa: E402
 from helpers import make_problems, save_model, write_json  # noqa: E402
 
-# --- what is put in ---------------------------------------------------------------------------------------------------
+# --- inputs -----------------------------------------------------------------------------------------------------------
 
 DIGITS, HEX = b"9" * 5000, b"0x" + b"f" * 5000
 ODD_TEXT = [b"", b"\0", b"\xff", b"\n", b"\r", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"x" * 300, b"/" * 5000, DIGITS]
@@ -62,7 +61,7 @@ ODD_VALUES = [None, True, -1, 0, 3, 1.5, "", "a", "<|latent|>", [], {}, [1], {"a
 
 @st.composite
 def mutated(draw, content: bytes, fragments: list[bytes]) -> bytes:
-    """The content with one to three pieces of it exchanged for odd ones."""
+    """Replace one to three slices of the content by odd ones."""
     for _ in range(draw(st.integers(1, 3))):
         start = draw(st.integers(0, len(content)))
         end = min(len(content), start + draw(st.sampled_from([0, 0, 1, 3, 8, len(content)])))
@@ -73,7 +72,7 @@ def mutated(draw, content: bytes, fragments: list[bytes]) -> bytes:
 
 @st.composite
 def replaced(draw, value):
-    """A JSON value in which one part, or all of it, is exchanged for an odd one."""
+    """Replace a part of a JSON value, or all of it, by an odd one."""
     if not isinstance(value, dict | list) or not value or draw(st.integers(0, 4)) == 0:
         return draw(st.sampled_from(ODD_VALUES))
     keys = list(value) if isinstance(value, dict) else range(len(value))
@@ -85,13 +84,13 @@ def replaced(draw, value):
 
 
 def json_files(value) -> st.SearchStrategy[bytes]:
-    """JSON files that were of the value, changed as texts or as values."""
+    """JSON files of the value, mutated as text or as values."""
     return mutated(json.dumps(value).encode(), ODD_JSON) | replaced(value).map(lambda v: json.dumps(v).encode())
 
 
 @st.composite
 def command_lines(draw) -> list[str]:
-    """One to three key=value words."""
+    """One to three key=value args."""
     key = st.sampled_from([*Config().resolved(), "base", "", "--lr", "lrr", "\0"])
     value = st.sampled_from(ODD_TEXT + ODD_YAML).map(os.fsdecode) | st.text(max_size=12)
     word = st.builds("{}={}".format, key, value) | value
@@ -99,7 +98,7 @@ def command_lines(draw) -> list[str]:
 
 
 def saved(value) -> bytes:
-    """What torch.save writes of a value."""
+    """Return the bytes that torch.save writes."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
@@ -107,7 +106,7 @@ def saved(value) -> bytes:
 
 @st.composite
 def torch_files(draw, value) -> bytes:
-    """Files of torch.save that were of the value: changed as they are, or in their pickle, or of odd values."""
+    """Files of torch.save: mutated as bytes, in their pickle, or with odd values."""
     kind = draw(st.sampled_from(["bytes", "pickle", "value"]))
     if kind == "bytes":
         return draw(mutated(saved(value), []))
@@ -126,7 +125,7 @@ def torch_files(draw, value) -> bytes:
 
 @st.composite
 def tables(draw) -> bytes:
-    """Parquet files: sound ones that were changed, and tables with odd columns."""
+    """Parquet files: mutated valid ones, and tables with odd columns."""
     sink = io.BytesIO()
     if draw(st.booleans()):
         parquet.write_table(pyarrow.Table.from_pylist(make_problems(3)), sink)
@@ -143,11 +142,11 @@ def tables(draw) -> bytes:
     return sink.getvalue()
 
 
-# --- what takes it ----------------------------------------------------------------------------------------------------
+# --- readers ----------------------------------------------------------------------------------------------------------
 
 
 class Place:
-    """A folder with a sound run's files, and for each kind of input what changes it and what reads it."""
+    """A folder with the files of a valid run, and the readers to fuzz."""
 
     def __init__(self, folder: Path):
         self.folder, self.model = folder, folder / "model"
@@ -162,7 +161,7 @@ class Place:
         self.checkpoint.mkdir(parents=True)
 
     def kinds(self) -> dict[str, tuple[st.SearchStrategy, Callable]]:
-        """What is tried: strategy, and the function that reads an example of it."""
+        """Return for each kind of input its strategy and the function that reads an example."""
         config = (self.folder / "sound.yaml").read_bytes()
         lines = "\n".join(json.dumps(p) for p in make_problems(2)).encode()
         ids = {"<|start-latent|>": 258, "<|end-latent|>": 259, "<|latent|>": 260}
@@ -207,7 +206,7 @@ class Place:
         {token for token in ("<|latent|>",) if token in set(description.get("token_ids", ()))}
 
     def manifest(self, content: bytes) -> None:
-        """A manifest that does not fit makes a damaged checkpoint, which is passed over."""
+        """A manifest that does not match makes a damaged checkpoint, which is skipped."""
         (self.checkpoint / "manifest.json").write_bytes(content)
         (self.checkpoint / "optimizer.safetensors").touch()
         latest_checkpoint(self.checkpoint.parent)
@@ -239,7 +238,7 @@ class Place:
 
 
 def must_name(name: str, read: Callable, *args):
-    """What read(*args) returns; a refusal must hold the name."""
+    """Return read(*args); a UserError must contain the name."""
     try:
         return read(*args)
     except UserError as error:
@@ -247,45 +246,45 @@ def must_name(name: str, read: Callable, *args):
         raise
 
 
-# --- trying -----------------------------------------------------------------------------------------------------------
+# --- fuzzing ----------------------------------------------------------------------------------------------------------
 
 
 def fuzz(strategy: st.SearchStrategy, read: Callable, examples: int) -> Counter:
-    """Tries examples, which are the same each time, and counts those that were refused and accepted.
+    """Run deterministic examples; count the accepted and refused ones.
 
-    Raises what is no UserError, from the smallest example that Hypothesis finds.
+    Raises: any error other than UserError, from the smallest example that Hypothesis finds.
     """
     tried = Counter()
 
     @settings(max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=HealthCheck)
     @given(strategy)
-    def attempt(example):
+    def try_example(example):
         try:
             read(example)
             tried["accepted"] += 1
         except UserError:
             tried["refused"] += 1
 
-    attempt()
+    try_example()
     return tried
 
 
 def main() -> int:
-    """Tries every kind, and says whether there was a traceback."""
+    """Fuzz all kinds; return 1 if there was a traceback."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--examples", type=int, default=10_000, help="of all kinds together")
-    parser.add_argument("--kinds", nargs="+", help="only these")
-    arguments = parser.parse_args()
+    parser.add_argument("--examples", type=int, default=10_000, help="in total")
+    parser.add_argument("--kinds", nargs="+", help="default: all")
+    args = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     transformers.logging.disable_progress_bar()
     rows, failures, started = [], [], time.monotonic()
-    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as silence:
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as devnull:
         kinds = Place(Path(folder)).kinds()
-        kinds = {kind: kinds[kind] for kind in arguments.kinds or kinds}
+        kinds = {kind: kinds[kind] for kind in args.kinds or kinds}
         for number, (kind, (strategy, read)) in enumerate(kinds.items()):
-            examples = arguments.examples * (number + 1) // len(kinds) - arguments.examples * number // len(kinds)
-            stdout, sys.stdout = sys.stdout, silence  # warnings of damaged files
+            examples = args.examples * (number + 1) // len(kinds) - args.examples * number // len(kinds)
+            stdout, sys.stdout = sys.stdout, devnull  # warnings of damaged files
             try:
                 tried = fuzz(strategy, read, examples)
             except BaseException as error:

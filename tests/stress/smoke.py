@@ -1,10 +1,10 @@
-"""Trains the smallest reference again, results/smoke's seed 0, and says whether the curves are still like those there.
+"""Retrain seed 0 of the smallest reference, results/smoke, and compare the curves.
 
-    python tests/stress/smoke.py                         exit code 0 alike, 1 not, 2 and above: a run failed
-    python tests/stress/smoke.py reset_optimizer=False   key=value words go to all runs: this one has to fail
+    python tests/stress/smoke.py                         exit code 0 match, 1 differs, 2 and above: a run failed
+    python tests/stress/smoke.py reset_optimizer=False   key=value overrides for all runs; this one must fail
 
-Other machines and versions add in another order, so what is asked is scripts/compare.py's question: within the spread
-of the reference's seeds? All in one process, since a start takes longer than a training.
+Machines and versions differ in the order of additions, so scripts/compare.py decides: within the spread of the
+reference's seeds? All runs share a process, because starting one takes longer than training.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ import torch  # noqa: E402
 import run  # noqa: E402
 
 
-def main(words: list[str]) -> int:
-    """Makes the problems, trains each method and compares all."""
+def main(overrides: list[str]) -> int:
+    """Generate the problems, train each method, and compare."""
     torch.set_num_threads(1)
-    os.chdir(ROOT)  # where the configs' paths begin
+    os.chdir(ROOT)  # paths in configs are relative to the root
     ring.main(["--small"])
     with tempfile.TemporaryDirectory() as folder:
         for method in ("cot", "no_cot", "coconut"):
-            places = [f"save_path={folder}", f"data_cache={folder}/cache"]
-            if code := run.main([f"args/smoke_{method}.yaml", *places, *words]):
+            paths = [f"save_path={folder}", f"data_cache={folder}/cache"]
+            if code := run.main([f"args/smoke_{method}.yaml", *paths, *overrides]):
                 return code
         return compare.main([*map(str, sorted(Path(folder).glob("smoke-*"))), "results/smoke"])
 

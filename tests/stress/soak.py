@@ -1,13 +1,12 @@
-"""A soak: runs of two processes, killed with SIGKILL at random moments, must end as if nothing had ever happened.
+"""Soak test: runs of two ranks, killed with SIGKILL at random moments, must end like undisturbed ones.
 
     python tests/stress/soak.py --kills 50
 
-Each kind of run (with keep_checkpoints, with LoRA, with FSDP) gets its share of the kills. A run that nothing disturbs
-comes first. Then the same command is started under torchrun again and again, and torchrun and its workers are all
-killed at once: in the phases by turns, at a random moment of a random occurrence. After the last kill the run may
-finish, and is compared with the first one: weights, optimizer and random streams bit by bit, metrics and predictions
-line by line. A run that finishes before that is compared, too, and another one begins. The exit code is 1 for any
-difference.
+Each kind of run (keep_checkpoints, LoRA, FSDP) gets a share of the kills. First comes an undisturbed run. Then the same
+command is started under torchrun again and again, and torchrun and its workers are killed together at a random moment
+of each phase in turn. After the last kill, the run may finish and is compared with the undisturbed one: weights,
+optimizer state and random state bit by bit, metrics and predictions line by line. A run that finishes earlier is
+compared too, and another one starts. Exit code 1 for any difference.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ KINDS = {
     "lora": {"lora_rank": 2},
     "fsdp": {"parallel": "fsdp"},
 }
-PHASES = {  # what the program calls in them
+PHASES = {  # phase: module and function
     "caching": ("components.tokenization", "make_entry"),
     "training": ("train:Trainer", "train_epoch"),
     "validation": ("evaluate:Validator", "validate"),
@@ -48,11 +47,11 @@ PHASES = {  # what the program calls in them
 }
 
 
-# --- in the killed processes ------------------------------------------------------------------------------------------
+# --- worker -----------------------------------------------------------------------------------------------------------
 
 
 def watched(log: Path, words: list[str]) -> None:
-    """run.py, whose main process writes down which phase it is in, and when it came there."""
+    """Execute run.py; rank 0 logs when it enters which phase."""
     if os.environ["RANK"] == "0":
         stack, file = ["start-up"], log.open("a", buffering=1)
 
@@ -67,16 +66,16 @@ def watched(log: Path, words: list[str]) -> None:
 
 
 def watch(owner: str, name: str, phase: str, stack: list[str], enter) -> None:
-    """Calls enter(phase) whenever a function is entered, and enter(the phase around it) when it is left."""
-    module, _, name_of_class = owner.partition(":")
+    """Patch a function to call enter(phase) when it starts, and enter(the enclosing phase) when it returns."""
+    module, _, class_name = owner.partition(":")
     owner = importlib.import_module(module)
-    owner = getattr(owner, name_of_class) if name_of_class else owner
+    owner = getattr(owner, class_name) if class_name else owner
     function = getattr(owner, name)
 
     @functools.wraps(function)
     def patched(*args, **kwargs):
         if phase == "training":
-            stack[0] = phase  # what is left of start-up is over
+            stack[0] = phase  # start-up is over
         stack.append(phase)
         enter(phase)
         try:
@@ -88,7 +87,7 @@ def watch(owner: str, name: str, phase: str, stack: list[str], enter) -> None:
     setattr(owner, name, patched)
 
 
-# --- the killer -------------------------------------------------------------------------------------------------------
+# --- launcher ---------------------------------------------------------------------------------------------------------
 
 
 class Process:
@@ -104,12 +103,12 @@ class Process:
             self.process = subprocess.Popen([sys.executable, *torchrun, *words], stdout=output, stderr=output)
 
     def phases(self) -> list[tuple[float, str]]:
-        """The phases so far, each with the time at which it began."""
+        """Return the phases so far, each with its start time."""
         lines = [line.split() for line in self.log.read_text().splitlines()]
         return [(float(moment), phase) for moment, phase in lines] or [(0.0, "start-up")]
 
     def wait_for(self, phase: str) -> bool:
-        """Waits until the run enters a phase; False if it ends before."""
+        """Wait until the run enters a phase; return False if it ends first."""
         seen = len(self.phases())
         while all(other != phase for _, other in self.phases()[seen - 1 :]):
             if self.process.poll() is not None:
@@ -118,8 +117,8 @@ class Process:
         return True
 
     def kill(self) -> str:
-        """Kills the run and says what it was doing."""
-        os.kill(self.process.pid, signal.SIGSTOP)  # torchrun starts no more workers
+        """Kill the run; return its phase."""
+        os.kill(self.process.pid, signal.SIGSTOP)  # keep torchrun from restarting workers
         for pid in [self.process.pid, *descendants(self.process.pid)]:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -128,14 +127,14 @@ class Process:
 
 
 def descendants(pid: int) -> list[int]:
-    """The processes that a process started, and those that they started."""
+    """Return the ids of all child processes, recursively."""
     tasks = Path(f"/proc/{pid}/task").glob("*/children")
     children = [int(child) for task in tasks for child in task.read_text().split()]
     return [*children, *(pid for child in children for pid in descendants(child))]
 
 
 def durations(process: Process) -> dict[str, float]:
-    """The mean seconds that a finished run spent in a phase, before it came into another one."""
+    """Return the mean seconds that a finished run spent in each phase."""
     spans, phases = {}, process.phases()
     for (begin, phase), (end, _) in pairwise(phases):
         spans.setdefault(phase, []).append(end - begin)
@@ -143,11 +142,11 @@ def durations(process: Process) -> dict[str, float]:
 
 
 def disturb(process: Process, target: str, mean: dict[str, float], rng: random.Random) -> str | None:
-    """Kills a run at a random moment of a phase; returns the phase that it was in, None if it finished before."""
+    """Kill a run at a random moment of a phase; return the phase it was in, or None if it finished first."""
     if target not in ("start-up", "caching"):
         if not process.wait_for("training"):
             return None
-        time.sleep(rng.uniform(0, 2))  # not always at the first save, validation, ...
+        time.sleep(rng.uniform(0, 2))  # not always at the first save or validation
     if not process.wait_for(target):
         return None
     time.sleep(rng.uniform(0, mean[target]))
@@ -155,19 +154,19 @@ def disturb(process: Process, target: str, mean: dict[str, float], rng: random.R
 
 
 def newest(directory: Path) -> str:
-    """The name of the checkpoint that last points to."""
+    """Return the name of the checkpoint that `last` points to."""
     return os.readlink(directory / "last") if (directory / "last").is_symlink() else "none yet"
 
 
-def forget_tokens(cache: Path) -> None:
-    """Empties the cache of tokenized data but for what a kill left there unfinished, so that every start fills it."""
+def clear_cache(cache: Path) -> None:
+    """Empty the cache of tokenized data, except for partial entries left by a kill, so that every start fills it."""
     for path in cache.glob("coconut-*"):
         if not path.name.endswith(".partial"):
             shutil.rmtree(path)
 
 
 def differs(run: Path, reference: Path) -> int:
-    """Compares two finished runs; prints the verdict, and returns 1 where they differ."""
+    """Compare two finished runs; print the result, return 1 if they differ."""
     from helpers.setting import assert_same, metrics
 
     try:
@@ -176,23 +175,23 @@ def differs(run: Path, reference: Path) -> int:
         print(f"DIFFERENT: {run.name}: {error}", flush=True)
         return 1
     lines = len(metrics(run))
-    print(f"{run.name}: weights, optimizer, random streams, {lines} lines of metrics: no difference", flush=True)
+    print(f"{run.name}: weights, optimizer, random state, {lines} lines of metrics: no difference", flush=True)
     return 0
 
 
 def soak(setting, kind: str, kills: int, rng: random.Random) -> tuple[Counter, int]:
-    """Kills runs of a kind until as many kills are done and the last run has finished.
+    """Kill runs of one kind until all kills are done and the last run has finished.
 
-    Returns how many kills struck in which phase, and the number of runs that differ.
+    Returns: number of kills per phase, and number of runs that differ.
     """
     changes, targets = KINDS[kind], cycle(["start-up", *PHASES])
-    forget_tokens(Path(setting.values["data_cache"]))
+    clear_cache(Path(setting.values["data_cache"]))
     undisturbed = Process(setting, f"{kind}_undisturbed", changes)
     assert undisturbed.process.wait() == 0, undisturbed.output.read_text(errors="replace")
     mean, struck, failures, run = durations(undisturbed), Counter(), 0, 1
     print(f"{kind}: mean seconds in a phase: {json.dumps({k: round(v, 3) for k, v in mean.items()})}", flush=True)
     while struck.total() < kills or run:
-        forget_tokens(Path(setting.values["data_cache"]))
+        clear_cache(Path(setting.values["data_cache"]))
         process = Process(setting, f"{kind}_killed_{run}", changes)
         place = disturb(process, next(targets), mean, rng) if struck.total() < kills else None
         if place:
@@ -208,7 +207,7 @@ def soak(setting, kind: str, kills: int, rng: random.Random) -> tuple[Counter, i
 
 
 def make_setting(directory: Path, epochs: int):
-    """Problems, a tiny model, and a config that saves often."""
+    """Create problems, a tiny model, and a config that saves often."""
     from helpers import make_problems, write_json
     from helpers.setting import Setting
 
@@ -220,23 +219,23 @@ def make_setting(directory: Path, epochs: int):
 
 
 def main() -> int:
-    """Soaks, and says where the kills struck and whether anything was different."""
+    """Run the soak test; print the kills per phase and the differences."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--epochs", type=int, default=24, help="the length of a run")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    arguments = parser.parse_args()
-    print(json.dumps(vars(arguments)), flush=True)
-    rng, lines, failures = random.Random(arguments.seed), [], 0
+    parser.add_argument("--epochs", type=int, default=24, help="epochs per run")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the kill times")
+    args = parser.parse_args()
+    print(json.dumps(vars(args)), flush=True)
+    rng, lines, failures = random.Random(args.seed), [], 0
     with tempfile.TemporaryDirectory() as directory:
-        setting = make_setting(Path(directory), arguments.epochs)
+        setting = make_setting(Path(directory), args.epochs)
         for number, kind in enumerate(KINDS):
-            share = len(range(number, arguments.kills, len(KINDS)))
+            share = len(range(number, args.kills, len(KINDS)))
             struck, different = soak(setting, kind, share, rng)
             failures += different
             where = ", ".join(f"{struck[phase]} in {phase}" for phase in ("start-up", *PHASES))
             lines.append(f"{kind}: {struck.total()} kills ({where}), {different} differences")
-    print("\n".join([*lines, f"{arguments.kills} kills, {failures} differences"]))
+    print("\n".join([*lines, f"{args.kills} kills, {failures} differences"]))
     return 1 if failures else 0
 
 

@@ -1,0 +1,86 @@
+"""scripts/ask.py: output, options, stdin, errors."""
+
+import io
+import json
+
+import ask
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from curriculum import START
+from helpers.checkpoints import METHODS, PROMPTS, expected_ids, until_eos
+
+
+def ask_json(capsys, *argv) -> list[dict]:
+    """Run ask.py --json; return its output."""
+    ask.main([str(arg) for arg in (*argv, "--json")])
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_ask_output_matches_coconut_generate(save_path, capsys, name):
+    folder = save_path / name / "best"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    [result] = ask_json(capsys, folder, "1+2+3")
+    middle, thoughts = (0, "") if name == "cot" else (6, "" if name == "pause" else "[4 thoughts]")
+    [new] = until_eos([row[middle:] for row in expected_ids(folder, PROMPTS[:1])], tokenizer.eos_token_id)
+    assert result["question"] == "1+2+3"
+    assert result["generated"] == thoughts + tokenizer.decode(new)
+    assert result["new_tokens"] == min(len(new) + 1, 6) + (4 if thoughts else 0)
+    assert result["seconds"] > 0
+
+
+def test_ask_thoughts_option(save_path, capsys):
+    folder = save_path / "gpt2" / "best"
+    for count, shown in ((1, "[1 thought]"), (7, "[7 thoughts]")):
+        [result] = ask_json(capsys, folder, "1+2+3", "--thoughts", count)
+        assert result["generated"].startswith(shown)
+    [result] = ask_json(capsys, folder, "1+2+3", "--thoughts", 0)
+    assert "thought" not in result["generated"]
+
+
+def test_ask_show_thoughts_prints_top_tokens(save_path, capsys):
+    folder = save_path / "gpt2" / "best"
+    [result] = ask_json(capsys, folder, "1+2+3", "--show-thoughts")
+    tokenizer, lm = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():  # no thought precedes the first one, so the plain model computes it too
+        prompt = tokenizer("1+2+3\n" + START, return_tensors="pt", return_token_type_ids=False)
+        expected = lm(**prompt).logits[0, -1].softmax(-1).max(-1)
+    assert [len(tokens) for tokens in result["thoughts"]] == [5] * 4
+    token, probability = result["thoughts"][0][0]
+    assert token == tokenizer.decode(expected.indices)
+    assert probability == pytest.approx(expected.values.item(), rel=1e-4)
+    ask.main([str(folder), "1+2+3", "--show-thoughts"])
+    assert "thought 4: " in capsys.readouterr().out
+
+
+def test_ask_reads_questions_from_stdin(save_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("1+2+3\n\n 4+5 \n"))
+    assert [result["question"] for result in ask_json(capsys, save_path / "cot" / "best")] == ["1+2+3", "4+5"]
+
+
+def test_ask_skips_too_long_question_and_exits_with_2(save_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("1+2\n" + "1+" * 80 + "\n4+5\n"))
+    with pytest.raises(SystemExit) as raised:
+        ask.main([str(save_path / "gpt2" / "best"), "--json"])
+    out, err = capsys.readouterr()
+    assert raised.value.code == 2 and err.count("error: ") == 1
+    assert [json.loads(line)["question"] for line in out.splitlines()] == ["1+2", "4+5"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["gpt2_model", "1+2"], "coconut.json"),
+        (["nowhere", "1+2"], "nowhere"),
+        (["cot/best", "1+2", "--thoughts", "2"], "cot"),
+        (["gpt2/best", "1+2", "--thoughts", "-1"], "--thoughts"),
+        (["gpt2/best", "1+" * 80], "128"),
+    ],
+)
+def test_ask_rejects_invalid_arguments(save_path, capsys, argv, message):
+    with pytest.raises(SystemExit) as raised:
+        ask.main([str(save_path / argv[0]), *argv[1:]])
+    assert raised.value.code == 2
+    assert message in capsys.readouterr().err
