@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from pyarrow import compute
 
-from components.data_sources import read_problems
-from components.tokenization import TOKENS, tokenize_problems
+from components.distributed import Processes
+from components.tokenization import TOKENS, default_cache, load_tokenized
 from config import UserError
 from curriculum import METHODS, apply_curriculum, num_removed, placeholders, stage_of
 
@@ -25,8 +25,9 @@ GROUPED_STEPS = 16  # optimizer steps whose problems group_by_length sorts toget
 
 
 def get_dataset(path: str, tokenizer, max_size: int | None = None) -> Dataset:
-    """The first max_size problems of a source as token ids, in memory; see `read_problems` and `tokenize_chunk`."""
-    return tokenize_problems(read_problems(path, max_size), tokenizer).select_columns(TOKENS)
+    """The first max_size problems of a source as token ids; see `read_problems`, `load_tokenized`, `tokenize_chunk`."""
+    [examples] = load_tokenized([(path, max_size)], tokenizer, default_cache(), Processes())
+    return examples.select_columns(TOKENS)
 
 
 class SequenceDataset(torch.utils.data.Dataset):

@@ -208,8 +208,8 @@ class Opened:
         """The prompts as validation makes them: input_ids, attention_mask, position_ids, idx. Raises UserError where
         the model has too few positions."""
         tokenizer, method = self.pretrained.tokenizer, self.config.method
-        problems = [{"question": question, "answer": "", "steps": []} for question in questions]
-        columns = tokenize_chunk(problems, 0, tokenizer)
+        problems = {"question": questions, "answer": [""] * len(questions), "steps": [[]] * len(questions)}
+        columns = tokenize_chunk(problems, range(len(questions)), tokenizer)
         examples = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         ids, plain = self.pretrained.prompt_ids(method), not METHODS[method].markers
         prompts = get_question_latent_dataset(self.stage, [], self.config, *ids, no_special_marker=plain)

@@ -5,9 +5,9 @@
 
 Trains a tiny model with the tokenizer in the folder TOKENIZER over one epoch of the file, but every optimizer step
 computes nothing, so that all that is left is data. The first start has an empty cache, later ones what it left there;
-32 problems, which cost nearly nothing, are there to compare with. Memory is the sum over all processes
-of their proportional share (PSS), so that shared pages count once, at the end of the epoch. Seconds are CPU seconds of
-the slowest process, but for the first column, which is the clock's.
+32 problems, which cost nearly nothing, are there to compare with. Memory, at the end of the epoch, is the sum over all
+processes of their proportional share (PSS), so that shared pages count once, and the private memory of the last rank.
+Seconds are CPU seconds of the slowest process, but for the first column, which is the clock's.
 --project names another checkout (as of an earlier commit) whose core is measured instead.
 """
 
@@ -50,7 +50,7 @@ def work(project: Path, words: list[str], reports: Path) -> None:
     from config import load_config
     from utils import StopRequest
 
-    report = {}
+    report = {"rank": int(os.environ.get("RANK", 0))}
 
     def note(*_) -> dict:
         """In place of a step's passes and update, or of an earlier version's train_step."""
@@ -100,8 +100,8 @@ def main() -> None:
     if arguments.worker:
         return work(arguments.project, arguments.words, arguments.worker)
     train, tokenizer, *words = arguments.words
-    print("| ranks | data | to the first step, s | CPU s | check_lengths | order | whole epoch | PSS, MiB |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| ranks | data | first step, s | CPU s | check_lengths | order | whole epoch | PSS, MiB | private, MiB |")
+    print("|---|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         small, config = make_files(Path(folder), Path(train), Path(tokenizer))
         os.environ["HF_DATASETS_CACHE"] = f"{folder}/cache"
@@ -129,10 +129,12 @@ def make_files(folder: Path, train: Path, tokenizer: Path) -> tuple[str, str]:
 
 
 def columns(reports: list[dict]) -> str:
-    """A row's figures: the slowest process's seconds, and the memory of all."""
+    """A row's figures: the slowest process's seconds, the memory of all, and the last one's own."""
     names = ("first step", "first step, CPU", "check_lengths", "epoch_order", "train_epoch")
     seconds = [f"{max(report.get(name, 0) for report in reports):.1f}" for name in names]
-    return " | ".join([*seconds, f"{sum(report['Pss'] for report in reports):.0f}"])
+    last = max(reports, key=lambda report: report["rank"])
+    memory = [sum(report["Pss"] for report in reports), last["Private_Clean"] + last["Private_Dirty"]]
+    return " | ".join([*seconds, *(f"{mib:.0f}" for mib in memory)])
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ import json
 import os
 import random
 import runpy
-import shutil
 import signal
 import subprocess
 import sys
@@ -40,7 +39,7 @@ KINDS = {
     "fsdp": {"parallel": "fsdp"},
 }
 PHASES = {  # what the program calls in them
-    "caching": ("components.tokenization", "make_entry"),
+    "caching": ("components.tokenization", "tokenize_problems"),
     "training": ("train.Trainer", "train_epoch"),
     "validation": ("train", "validate"),
     "saving": ("train", "save_checkpoint"),
@@ -160,9 +159,8 @@ def newest(directory: Path) -> str:
 
 def forget_tokens(cache: Path) -> None:
     """Empties the cache of tokenized data but for what a kill left there unfinished, so that every start fills it."""
-    for path in cache.glob("coconut-*"):
-        if not path.name.endswith(".partial"):
-            shutil.rmtree(path)
+    for path in cache.glob("coconut/*.arrow"):
+        path.unlink()
 
 
 def differs(run: Path, reference: Path) -> int:
