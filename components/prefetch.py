@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import ctypes
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +25,6 @@ def prefetch(make: Callable, items: Sequence, workers: int, pin: bool = False) -
     options = {"batch_size": None, "collate_fn": make, "pin_memory": pin, "generator": torch.Generator()}
     workers = min(workers, len(items)) if sys.platform == "linux" else 0
     if workers:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork, so it would warn
         options |= {"num_workers": workers, "multiprocessing_context": "fork", "worker_init_fn": init_worker}
     # Workers inherit the blocked signals: the parent finishes its step after a signal to the whole process group.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
