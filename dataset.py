@@ -13,11 +13,10 @@ import torch
 from pyarrow import compute
 
 from coconut import plan_batch
-from components.data_sources import read_problems
 from components.distributed import Processes
 from components.prefetch import prefetch
 from components.pretrained import Pretrained
-from components.tokenization import TOKENS, default_cache, load_tokenized, tokenize_problems
+from components.tokenization import TOKENS, default_cache, load_tokenized
 from config import Config, UserError
 from curriculum import METHODS, apply_curriculum, evaluation_stage, num_placeholders, num_removed, stage_of
 
@@ -30,8 +29,9 @@ DEBUG_TRAIN, DEBUG_VALID = 5000, 32  # problems in a debug run
 
 
 def get_dataset(path: str, tokenizer, max_size: int | None = None) -> Dataset:
-    """Tokenize the first max_size problems of a source; see `read_problems` and `tokenize_chunk` for both formats."""
-    return tokenize_problems(read_problems(path, max_size), tokenizer).select_columns(TOKENS)
+    """Load the first max_size problems of a source as token ids; see `read_problems` and `tokenize_chunk`."""
+    [examples] = load_tokenized([(path, max_size)], tokenizer, default_cache(), Processes())
+    return examples.select_columns(TOKENS)
 
 
 def load_data(config: Config, pretrained: Pretrained, processes: Processes) -> tuple[Dataset | None, Dataset]:

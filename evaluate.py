@@ -288,8 +288,8 @@ class OpenedCheckpoint:
 
         Raises UserError for a prompt that is longer than the model's positions.
         """
-        problems = [{"question": question, "answer": "", "steps": []} for question in questions]
-        columns = tokenize_chunk(problems, 0, self.pretrained.tokenizer)
+        problems = {"question": questions, "answer": [""] * len(questions), "steps": [[]] * len(questions)}
+        columns = tokenize_chunk(problems, range(len(questions)), self.pretrained.tokenizer)
         examples = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         tokens = self.pretrained.sequence_tokens(self.config.method)
         prompts = get_question_latent_dataset(self.stage, [], self.config, **tokens)

@@ -6,8 +6,8 @@
 Trains a tiny model with the tokenizer in the folder TOKENIZER for one epoch of the file, with optimizer steps that
 compute nothing, so that only data loading remains. The first start has an empty cache, later starts a filled one; 32
 problems serve as the baseline. Memory is the proportional set size (PSS) summed over all processes, which counts shared
-pages once, at the end of the epoch. Seconds are CPU seconds of the slowest process, except in the first column (wall
-time). --project measures another checkout, such as an earlier commit.
+pages once, and the private memory of the last rank, at the end of the epoch. Seconds are CPU seconds of the slowest
+process, except in the first column (wall time). --project measures another checkout, such as an earlier commit.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def work(project: Path, argv: list[str], reports: Path) -> None:
     from config import load_config
     from utils import StopRequest
 
-    report = {}
+    report = {"rank": int(os.environ.get("RANK", 0))}
 
     def skip_step(*_) -> dict:
         """Replace the forward, backward and update of a step (or train_step of an earlier version)."""
@@ -98,8 +98,8 @@ def main() -> None:
     if args.worker:
         return work(args.project, args.argv, args.worker)
     train, tokenizer, *argv = args.argv
-    print("| ranks | data | to the first step, s | CPU s | check_lengths | order | whole epoch | PSS, MiB |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| ranks | data | first step, s | CPU s | check_lengths | order | whole epoch | PSS, MiB | private, MiB |")
+    print("|---|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         small, config = make_files(Path(folder), Path(train), Path(tokenizer))
         os.environ["HF_DATASETS_CACHE"] = f"{folder}/cache"
@@ -127,10 +127,12 @@ def make_files(folder: Path, train: Path, tokenizer: Path) -> tuple[str, str]:
 
 
 def columns(reports: list[dict]) -> str:
-    """Format a row: seconds of the slowest process, memory of all."""
+    """Format a row: seconds of the slowest process, PSS of all processes, private memory of the last rank."""
     names = ("first step", "first step, CPU", "check_lengths", "epoch_order", "train_epoch")
     seconds = [f"{max(report.get(name, 0) for report in reports):.1f}" for name in names]
-    return " | ".join([*seconds, f"{sum(report['Pss'] for report in reports):.0f}"])
+    last = max(reports, key=lambda report: report["rank"])
+    memory = [sum(report["Pss"] for report in reports), last["Private_Clean"] + last["Private_Dirty"]]
+    return " | ".join([*seconds, *(f"{mib:.0f}" for mib in memory)])
 
 
 if __name__ == "__main__":

@@ -1,102 +1,60 @@
-"""Worker processes that make things ahead of their use."""
+"""Batches prepared ahead of their use, by the worker processes of a DataLoader."""
 
 from __future__ import annotations
 
+import atexit
 import ctypes
-import io
-import os
-import pickle
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from functools import partial
+from multiprocessing.reduction import ForkingPickler
 
 import torch
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader
 
-STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent dies
 
 
-class Made(Dataset):
-    """make(item) for every item."""
-
-    def __init__(self, make: Callable, items: Sequence):
-        self.make, self.items = make, items
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int):
-        made = self.make(self.items[index])
-        return made if get_worker_info() is None else Parcel(made)
-
-
-class Parcel:
-    """Something made by a worker, which its parent receives in one piece: torch would send a file for every tensor, and
-    to receive those of a batch takes the parent as long as to make them."""
-
-    def __init__(self, made):
-        content = io.BytesIO()
-        TensorPickler(content, pickle.HIGHEST_PROTOCOL).dump(made)
-        self.content = content.getvalue()
-
-    def __reduce__(self) -> tuple:
-        return pickle.loads, (self.content,)
-
-
-class TensorPickler(pickle.Pickler):
-    """Pickles the numbers of a tensor with the rest."""
-
-    def reducer_override(self, value):
-        return (torch.from_numpy, (value.numpy(),)) if isinstance(value, torch.Tensor) else NotImplemented
-
-
 def prefetch(make: Callable, items: Sequence, workers: int, pin: bool = False) -> Iterator:
-    """Yields make(item) for every item, in order; `workers` processes are ahead by two each, none: made when asked for.
+    """Yield make(item) for every item, in order. Each of `workers` forked processes works up to two items ahead.
 
-    pin: whether tensors are brought to pinned memory, too. The workers are forks, which hold what this process holds
-    without a copy of it, must leave a GPU alone, end with this process, however it ends, and leave signals to it. The
-    random streams of this process stay as they are.
+    Without workers, and on systems other than Linux, make(item) is called here when it is asked for. pin: copy tensors
+    to pinned memory. `make` must leave a GPU alone. Workers do not touch the random number generators of this process.
     """
-    if not items:
-        return
+    options = {"batch_size": None, "collate_fn": make, "pin_memory": pin, "generator": torch.Generator()}
     workers = min(workers, len(items)) if sys.platform == "linux" else 0
-    options = {"multiprocessing_context": "fork", "worker_init_fn": belong_to_parent} if workers else {}
-    generator = torch.Generator()  # a DataLoader draws a seed
-    loader = DataLoader(
-        Made(make, items), batch_size=None, num_workers=workers, pin_memory=pin, generator=generator, **options
-    )
-    with signals_held():
-        iterator = iter(loader)
-    yield from iterator
-
-
-def cores() -> int:
-    """The processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextmanager
-def signals_held() -> Iterator[None]:
-    """Lets the stop signals wait; for good in processes forked meanwhile, since a signal to all is for the parent."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    if workers:
+        options |= {"num_workers": workers, "multiprocessing_context": "fork", "worker_init_fn": init_worker}
+    # Workers inherit the blocked signals: the parent finishes its step after a signal to the whole process group.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     try:
-        yield
+        iterator = iter(DataLoader(items, **options))
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    if not workers:
+        yield from iterator
+        return
+    # At exit multiprocessing sends workers SIGTERM and waits for them, forever since they block it: they must have
+    # ended by then, even if a traceback keeps this generator from being closed.
+    end = partial(end_workers, iterator)
+    atexit.register(end)
+    try:
+        yield from iterator
+    finally:
+        atexit.unregister(end)
+        end()
 
 
-def belong_to_parent(_worker: int) -> None:
-    """Ends this worker with its parent at once, whose files, and locks on them, a fork holds open; and when the parent
-    sends SIGTERM, as it does to workers that are left at its end."""
-    parent = os.getppid()
+def init_worker(_worker: int) -> None:
+    """Make a worker die with its parent and send tensors as bytes."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    # torch shares each tensor through a file descriptor: receiving a batch of ten would take the parent 3 ms, not 1.
+    ForkingPickler.register(torch.Tensor, lambda tensor: (torch.from_numpy, (tensor.numpy(),)))
 
-    def wait() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-            pass
-        os._exit(0)
 
-    threading.Thread(target=wait, daemon=True).start()
+def end_workers(iterator) -> None:
+    """Ask the workers of a DataLoader's iterator to end, and kill those that do not within seconds; idempotent."""
+    iterator._shutdown_workers()
+    while iterator._workers:
+        iterator._workers.pop().kill()

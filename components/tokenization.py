@@ -1,4 +1,4 @@
-"""Problems as token ids in Arrow files: tokenized once, kept in a cache, and mapped into memory by every process."""
+"""Problems as token ids, tokenized once by `map` of datasets into an Arrow file that every process memory-maps."""
 
 from __future__ import annotations
 
@@ -6,27 +6,22 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pyarrow
-from tqdm import tqdm
-
 from components.data_sources import content_digest, read_problems
 from components.distributed import Processes
-from components.files import atomic_directory, make_private, verify_manifest
-from components.prefetch import cores, prefetch
+from components.files import fsync, make_private
 from config import UserError
 
-if TYPE_CHECKING:  # it is slow to import, and not needed to refuse a config
+if TYPE_CHECKING:  # slow to import
     from datasets import Dataset
 
-RULES = 1  # by which problems are read and tokenized: whoever changes what comes out counts up, so that it is made anew
-CHUNK = 1000  # problems that are tokenized in one go, and that lie together in a file
-DATA = "data.arrow"
+RULES = 1  # version of how problems are read and tokenized: a change of the result needs another number, so a new file
 TEXTS = ["question", "answer", "steps"]
 TOKENS = ["question_tokenized", "steps_tokenized", "answer_tokenized", "idx"]
 
@@ -34,138 +29,139 @@ TOKENS = ["question_tokenized", "steps_tokenized", "answer_tokenized", "idx"]
 def load_tokenized(
     sources: list[tuple[str, int | None]], tokenizer, folder: str | None, processes: Processes
 ) -> list[Dataset]:
-    """The data sets of some sources, each a path and the number of problems to take (None: all); see `tokenize_chunk`.
+    """Open the tokenized data of each source, a path and the number of problems to take (None: all), as memory maps.
 
-    The first process of each node makes what is not in the cache folder yet (None: a temporary one); all map it into
-    memory. Every process calls this. Raises UserError in all of them for what is wrong with a source.
+    Every process calls this. The first one of each node tokenizes what the cache `folder` lacks (None: all of it, into
+    temporary files). The columns are those of `tokenize_chunk`. Raises UserError in every process for invalid data.
     """
     from datasets import Dataset
 
     with ExitStack() as temporary:
-        files = processes.run_on_each_node(lambda: prepare(sources, tokenizer, folder, temporary))
+        files = processes.run_on_each_node(lambda: find_or_tokenize(sources, tokenizer, folder, temporary))
         opened = [Dataset.from_file(str(file)) for file in files]
-        processes.all_gather_object(None)  # all have opened them: what lies in a temporary folder may lose its name
+        processes.all_gather_object(None)  # an open file outlives its name in the temporary folder
     return opened
 
 
 def default_cache() -> str:
-    """The cache folder of datasets."""
+    """Return the cache folder of datasets."""
     import datasets
 
     return str(datasets.config.HF_DATASETS_CACHE)
 
 
-def prepare(sources: list, tokenizer, folder: str | None, temporary: ExitStack) -> list[Path]:
-    """The Arrow files of some sources, made where they are missing; in a temporary folder where `folder` takes none."""
-    complaint = None if getattr(tokenizer, "is_fast", False) else "the tokenizer is none that can be told from others"
-    if folder is not None and complaint is None:
-        try:
-            return cached_files(sources, tokenizer, Path(folder))
-        except OSError as error:
-            complaint = str(error)
+def find_or_tokenize(sources: list, tokenizer, folder: str | None, temporary: ExitStack) -> list[Path]:
+    """Return the Arrow file of each source, in a temporary folder if there is no cache or it cannot be used."""
     if folder is not None:
-        advice = "so this run goes on without it; data_cache names another folder"
-        print(f"warning: the cache of tokenized data in {folder} cannot be used ({complaint}), {advice}", flush=True)
+        reason = "a tokenizer that is not a fast one has no fingerprint"
+        try:
+            if tokenizer.is_fast:
+                return cached_files(sources, tokenizer, Path(folder) / "coconut")
+        except OSError as error:
+            reason = str(error)
+        advice = "so this run continues without it; set data_cache to another folder"
+        print(f"warning: the cache of tokenized data in {folder} cannot be used ({reason}), {advice}", flush=True)
     try:
         return cached_files(sources, tokenizer, Path(temporary.enter_context(tempfile.TemporaryDirectory())))
     except OSError as error:
-        raise UserError(f"data_cache: no folder takes the tokenized data, a temporary one neither: {error}") from error
+        raise UserError(f"data_cache: no room for the tokenized data, nor in a temporary folder: {error}") from error
 
 
 def cached_files(sources: list, tokenizer, folder: Path) -> list[Path]:
-    """The Arrow files of some sources in a folder. What is missing or damaged there is made, when all is read."""
-    entries = [folder / cache_name(path, size, tokenizer) for path, size in sources]
-    missing = {entry: source for entry, source in zip(entries, sources, strict=True) if verify_manifest(entry)}
-    problems = {entry: read_problems(*source) for entry, source in missing.items()}  # mistakes, before any is written
-    if missing:
-        make_private(folder)
-        with locked(folder):
-            for entry, (path, _) in missing.items():
-                make_entry(entry, problems.pop(entry), tokenizer, path)
-    return [entry / DATA for entry in entries]
+    """Return the Arrow file of each source in a folder, and makes those that are missing or damaged."""
+    files = [folder / f"{fingerprint(*source, tokenizer)}.arrow" for source in sources]
+    missing = {file: source for file, source in zip(files, sources, strict=True) if not can_be_opened(file)}
+    if not missing:
+        return files
+    print(f"reading and tokenizing {', '.join(path for path, _ in missing.values())}", flush=True)
+    problems = {file: read_problems(*source) for file, source in missing.items()}  # reports mistakes before any write
+    make_private(folder)
+    partial = folder / "partial"
+    with locked(folder):
+        try:
+            for file, (path, _) in missing.items():
+                if can_be_opened(file):  # made by another run in the meantime
+                    continue
+                if file.exists():
+                    print(f"warning: {file} cannot be opened, so {path} is tokenized again", flush=True)
+                tokenize_problems(problems.pop(file), tokenizer, partial / file.name, path)
+                fsync(partial / file.name)
+                os.replace(partial / file.name, file)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)  # also what a killed run left there
+    return files
 
 
-def cache_name(path: str, max_size: int | None, tokenizer) -> str:
-    """The name under which a tokenized source is kept: another for other content, tokenizer or rules."""
+def fingerprint(path: str, max_size: int | None, tokenizer) -> str:
+    """Return a name that changes with the content of a source, the number of problems, the tokenizer and RULES."""
     backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else None
     parts = [RULES, content_digest(path), max_size, tokenizer.eos_token_id, backend]
-    return "coconut-" + hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def can_be_opened(file: Path) -> bool:
+    """Return whether a file exists and datasets can open it."""
+    from datasets import Dataset
+
+    try:
+        Dataset.from_file(str(file))
+    except Exception:  # a truncated file raises various errors of pyarrow
+        return False
+    return True
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keeps other runs from making files in a cache folder meanwhile: they wait, and then find them made."""
-    with open(folder / "coconut.lock", "ab") as file:
+    """Let one run at a time write to a cache folder; the others wait."""
+    with open(folder / "lock", "ab") as file:  # closing it unlocks it
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             print(f"waiting for another run that tokenizes data into {folder}", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)  # workers that are just ending hold the file, too
+        yield
 
 
-def make_entry(entry: Path, problems: list[dict], tokenizer, title: str) -> None:
-    """Tokenizes problems into a new directory of the cache, unless another run did so in the meantime."""
-    complaint = verify_manifest(entry)
-    if complaint is None:
-        return
-    if entry.exists():
-        print(f"warning: {entry} is damaged ({complaint}), so it is made again", flush=True)
-    with atomic_directory(entry) as partial, open(partial / DATA, "wb") as file:
-        write_tokenized(file, problems, tokenizer, title)
+def tokenize_problems(problems: list[dict], tokenizer, file: Path | None = None, title: str = "problems") -> Dataset:
+    """Return problems with the columns of `tokenize_chunk`, from a new Arrow file or (None) in memory.
+
+    One process writes one file; a fast tokenizer uses all cores through threads of its own.
+    """
+    from datasets import Dataset, Features, Value
+
+    text, ids = Value("string"), [Value("int32")]
+    types = {"question": text, "answer": text, "steps": [text]}
+    problems = Dataset.from_dict({name: [problem[name] for problem in problems] for name in TEXTS}, Features(types))
+    types |= {"question_tokenized": ids, "steps_tokenized": [ids], "answer_tokenized": ids, "idx": Value("int64")}
+    return problems.map(
+        tokenize_chunk,
+        with_indices=True,
+        batched=True,
+        features=Features(types),
+        fn_kwargs={"tokenizer": tokenizer},
+        cache_file_name=file and str(file),
+        load_from_cache_file=False,
+        new_fingerprint=file.stem if file else "in-memory",
+        desc=f"tokenizing {title}",
+    )
 
 
-def tokenize_problems(problems: list[dict], tokenizer) -> Dataset:
-    """Problems as a data set in memory; see `tokenize_chunk`."""
-    from datasets import Dataset
-
-    sink = pyarrow.BufferOutputStream()
-    write_tokenized(sink, problems, tokenizer, "problems")
-    return Dataset.from_buffer(sink.getvalue())
-
-
-def write_tokenized(sink, problems: list[dict], tokenizer, title: str) -> None:
-    """Writes problems and their tokens as an Arrow stream. All cores tokenize, with a progress bar if it takes long."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not go with processes
-    starts = range(0, len(problems), CHUNK)
-
-    def make(start: int) -> pyarrow.RecordBatch:
-        columns = tokenize_chunk(problems[start : start + CHUNK], start, tokenizer)
-        return pyarrow.RecordBatch.from_pydict(columns, schema())
-
-    bar = tqdm(total=len(problems), desc=f"tokenizing {title}", unit="problem", delay=1)
-    with pyarrow.ipc.new_stream(sink, schema()) as writer, bar:
-        for batch in prefetch(make, starts, workers=cores() if len(starts) > 1 else 0):
-            writer.write_batch(batch)
-            bar.update(batch.num_rows)
-
-
-def schema() -> pyarrow.Schema:
-    """The columns of a tokenized source."""
-    text, tokens = pyarrow.string(), pyarrow.list_(pyarrow.int32())
-    types = [text, text, pyarrow.list_(text), tokens, pyarrow.list_(tokens), tokens, pyarrow.int64()]
-    return pyarrow.schema(list(zip([*TEXTS, *TOKENS], types, strict=True)))
-
-
-def tokenize_chunk(problems: list[dict], first: int, tokenizer) -> dict[str, Sequence]:
-    """Columns of texts and token ids of problems: question_tokenized, steps_tokenized (a list for each step) and
-    answer_tokenized.
+def tokenize_chunk(problems: dict[str, list], indices: Sequence[int], tokenizer) -> dict[str, list]:
+    """Return the token ids of columns of problems as columns: question_tokenized, steps_tokenized (a list for each
+    step), answer_tokenized, and idx, the given indices.
 
     The question takes the tokenizer's special tokens (bos, if it adds one); steps and answer do not. Each piece ends
-    its line; the answer follows "### " and ends with eos. idx counts from `first`.
+    its line; the answer follows "### " and ends with eos.
     """
 
     def encode(texts: list[str], special: bool = False) -> list[list[int]]:
         return tokenizer(texts, add_special_tokens=special)["input_ids"] if texts else []
 
-    columns = {name: [problem[name] for problem in problems] for name in TEXTS}
-    columns["question_tokenized"] = encode([question + "\n" for question in columns["question"]], special=True)
-    tokenized = iter(encode([step + "\n" for steps in columns["steps"] for step in steps]))
-    columns["steps_tokenized"] = [[next(tokenized) for _ in steps] for steps in columns["steps"]]
-    answers = encode(["### " + answer for answer in columns["answer"]])
-    columns["answer_tokenized"] = [[*answer, tokenizer.eos_token_id] for answer in answers]
-    columns["idx"] = range(first, first + len(problems))
-    return columns
+    steps = iter(encode([step + "\n" for steps in problems["steps"] for step in steps]))
+    answers = encode(["### " + answer for answer in problems["answer"]])
+    return {
+        "question_tokenized": encode([question + "\n" for question in problems["question"]], special=True),
+        "steps_tokenized": [[next(steps) for _ in range(len(texts))] for texts in problems["steps"]],
+        "answer_tokenized": [[*answer, tokenizer.eos_token_id] for answer in answers],
+        "idx": list(indices),
+    }

@@ -1,4 +1,4 @@
-"""Things that are made ahead by worker processes: in order, without a trace in random streams, and never orphaned."""
+"""Batches prepared by workers: in order, without touching random number generators, and no worker left behind."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ import torch
 
 from components.prefetch import prefetch
 from helpers import REPOSITORY
+from helpers.faults import Fault
+from helpers.setting import Setting, assert_same
 
 
 def make(item: int) -> tuple[int, list[dict]]:
@@ -24,7 +26,7 @@ def make(item: int) -> tuple[int, list[dict]]:
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
-def test_what_is_made_ahead_is_what_would_be_made(workers):
+def test_batches_and_random_states_do_not_depend_on_the_number_of_workers(workers):
     states = torch.get_rng_state(), random.getstate()
     made = list(prefetch(make, range(10, 17), workers))
     if workers:
@@ -36,12 +38,12 @@ def test_what_is_made_ahead_is_what_would_be_made(workers):
         assert torch.equal(batch["flags"], torch.eye(3, dtype=torch.bool)[:, :2]) and batch["none"] is None
 
 
-def test_nothing_to_make():
+def test_no_items():
     assert list(prefetch(make, [], 2)) == []
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_error_reaches_the_user_of_what_is_made(workers):
+def test_an_error_in_make_is_raised_in_the_parent(workers):
     def fail(item: int) -> int:
         if item == 2:
             raise ValueError("item 2")
@@ -53,7 +55,25 @@ def test_an_error_reaches_the_user_of_what_is_made(workers):
         next(made)
 
 
-# --- signals and ends, in a process of its own ------------------------------------------------------------------------
+def test_workers_fork_from_a_process_that_has_tokenized_with_threads():
+    """They could tokenize, and tokenizers does not warn, although TOKENIZERS_PARALLELISM is not set."""
+    program = f"""
+import sys
+sys.path[:0] = [{str(REPOSITORY)!r}, {str(REPOSITORY / "tests")!r}]
+from components.prefetch import prefetch
+from components.tokenization import tokenize_problems
+from helpers import byte_tokenizer, make_problems
+tokenizer = byte_tokenizer()
+tokenize_problems(make_problems(50), tokenizer)
+print(list(prefetch(lambda text: tokenizer([text, text])["input_ids"] != [], ["a", "b"], 2)))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "[True, True]\n", done.stderr
+    assert "TOKENIZERS_PARALLELISM" not in done.stderr
+
+
+# --- signals and ends, in an interpreter of its own -------------------------------------------------------------------
 
 PROGRAM = """
 import os, sys, time
@@ -61,21 +81,40 @@ sys.path.insert(0, sys.argv[1])
 from utils import StopRequest
 from components.prefetch import prefetch
 
+action, kept = sys.argv[2], []
+
 def make(item):
+    if item == 8 and action == "worker raises":
+        raise ValueError("item 8")
+    if item == 7 and action in ("worker hangs", "kill", "os._exit"):
+        time.sleep(1000)
     time.sleep(0.05)
     return item, os.getpid()
 
-with StopRequest() as stop:
-    for item, worker in prefetch(make, range(200), 2):
+def consume():
+    for item, worker in made:
         print(worker, flush=True)
-        if item == 5 and sys.argv[2] == "raise":
+        if item == 5 and action == "raise":
             raise RuntimeError("an error")
-        if item == 5 and sys.argv[2] == "kill":
+        if item == 5 and action == "keep the error":
+            try:
+                raise RuntimeError("an error")
+            except RuntimeError as error:
+                return kept.append(error)
+        if item == 5 and action in ("sys.exit", "worker hangs"):
+            sys.exit(3)
+        if item == 5 and action == "os._exit":
+            os._exit(4)
+        if item == 5 and action == "kill":
             os.kill(os.getpid(), 9)
-        if item == 5 and sys.argv[2] == "kill worker":
+        if item == 5 and action == "kill worker":
             os.kill(worker, 9)
         if stop.signal:
-            break
+            return
+
+with StopRequest() as stop:
+    made = prefetch(make, range(200), 2)
+    consume()
 print("signal", stop.signal)
 """
 
@@ -96,7 +135,7 @@ def lives(pid: int) -> bool:
 
 
 def ended(pids: set[int]) -> bool:
-    """Whether all these processes end within two seconds: a DataLoader's own workers may take five."""
+    """Whether all these processes end within two seconds: torch's own watchdog may take five."""
     for _ in range(20):
         if not any(lives(pid) for pid in pids):
             return True
@@ -105,7 +144,7 @@ def ended(pids: set[int]) -> bool:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_all_processes_is_for_the_parent(number):
+def test_workers_ignore_a_signal_to_the_process_group(number):
     with start("go on") as process:
         workers = {int(process.stdout.readline()) for _ in range(4)}
         os.killpg(process.pid, number)
@@ -115,15 +154,50 @@ def test_a_signal_to_all_processes_is_for_the_parent(number):
     assert len(workers) == 2 and ended(workers)
 
 
-@pytest.mark.parametrize(("action", "code"), [("kill", -9), ("raise", 1)])
-def test_no_worker_outlives_its_parent(action, code):
+ENDS = [("kill", -9), ("raise", 1), ("keep the error", 0), ("sys.exit", 3), ("os._exit", 4), ("worker raises", 1)]
+
+
+@pytest.mark.parametrize(("action", "code"), [*ENDS, pytest.param("worker hangs", 3, marks=pytest.mark.slow)])
+def test_no_worker_outlives_its_parent_or_makes_its_exit_hang(action, code):
     with start(action) as process:
-        output, errors = process.communicate(timeout=60)
+        workers = {int(process.stdout.readline()) for _ in range(6)}
+        process.wait(timeout=60)  # for the parent alone; communicate would wait for all that hold its pipes
+        assert ended(workers)
+        _, errors = process.communicate()
     assert process.returncode == code, errors
-    assert ended({int(pid) for pid in output.split()})  # with the locks that they held, before a restarted run asks
+    assert len(workers) == 2 and "Exception ignored" not in errors
 
 
-def test_a_worker_that_dies_is_an_error_of_its_parent():
+def test_a_worker_that_dies_is_an_error_in_the_parent():
     with start("kill worker") as process:
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 1 and "DataLoader worker" in errors
+
+
+# --- whole runs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory) -> Setting:
+    return Setting(tmp_path_factory.mktemp("prefetch"))
+
+
+WORKERS = [(1, None), (2, Fault("kill", "backward", 9)), (2, Fault("sigterm", "step", 6))]
+
+
+@pytest.mark.parametrize(("workers", "fault"), WORKERS, ids=["undisturbed", "killed", "stopped"])
+def test_training_with_workers_is_bit_for_bit_the_same(setting, workers, fault):
+    """In a run with random stages, dropout, and accumulation that is cut short in the middle of an epoch."""
+    name = f"workers_{workers}_{fault.action if fault else 'whole'}"
+    if fault:
+        assert setting.run(name, fault=fault, data_workers=workers).codes == [143 if fault.action == "sigterm" else -9]
+    outcome = setting.run(name, data_workers=workers)
+    assert outcome.codes == [0], outcome.output
+    assert_same(setting.directory / name, setting.reference())
+
+
+@pytest.mark.parametrize("changes", [{"method": "icot", "remove_per_epoch": 5}, {"group_by_length": True}], ids=str)
+def test_two_ranks_with_workers_train_with_stages_within_an_epoch_and_grouping(setting, changes):
+    name = "-".join(changes)
+    assert setting.run(name, 2, data_workers=2, **changes).codes == [0, 0]
+    assert_same(setting.directory / name, setting.reference(2, **changes))

@@ -1,10 +1,12 @@
-"""Tokenized data: what they hold, and the cache that keeps them, in which nothing false or half is ever found."""
+"""Tokenized data: the columns, and a cache in which an incomplete or outdated file is never used."""
 
 from __future__ import annotations
 
 import errno
 import multiprocessing
 import os
+import resource
+import stat
 import tempfile
 import threading
 import time
@@ -15,10 +17,10 @@ import pytest
 
 from components import tokenization
 from components.distributed import Processes
-from components.tokenization import RULES, cache_name, cached_files, load_tokenized, locked, tokenize_problems
+from components.tokenization import RULES, fingerprint, load_tokenized, tokenize_problems
 from config import UserError
 from helpers import byte_tokenizer, make_problems, show, snapshot, write_json
-from helpers.faults import Fault, flip, truncate
+from helpers.faults import truncate
 from helpers.setting import Setting, assert_same
 
 
@@ -28,21 +30,26 @@ def source(tmp_path):
 
 
 @pytest.fixture
+def large(tmp_path):
+    """A source that `map` tokenizes in two batches."""
+    return write_json(tmp_path / "large.json", make_problems(1001))
+
+
+@pytest.fixture
 def cache(tmp_path):
     return tmp_path / "deep" / "cache"
 
 
 @pytest.fixture
 def tokenized(monkeypatch):
-    """The numbers of problems of all chunks that are tokenized, while all is done in this process."""
+    """The sizes of all batches that are tokenized."""
     sizes, chunk = [], tokenization.tokenize_chunk
 
-    def counted(problems, first, tokenizer):
-        sizes.append(len(problems))
-        return chunk(problems, first, tokenizer)
+    def counted(problems, indices, tokenizer):
+        sizes.append(len(indices))
+        return chunk(problems, indices, tokenizer)
 
     monkeypatch.setattr(tokenization, "tokenize_chunk", counted)
-    monkeypatch.setattr(tokenization, "cores", lambda: 0)
     return sizes
 
 
@@ -52,11 +59,15 @@ def load(path, folder, tokenizer=None, size=None):
     return data.to_list()
 
 
-# --- content ----------------------------------------------------------------------------------------------------------
+def arrow_files(cache: Path) -> list[Path]:
+    return list(cache.glob("coconut/*.arrow"))
 
 
-def test_the_rules_of_this_version():
-    """Whoever has to change this changes what a cache of theirs holds, and must count RULES up."""
+# --- columns ----------------------------------------------------------------------------------------------------------
+
+
+def test_tokenized_columns_at_this_version_of_the_rules():
+    """A change that requires another expectation here makes existing cache files wrong, so it must increase RULES."""
     tokenizer = byte_tokenizer(bos=True)
     [row] = tokenize_problems([{"question": "q?", "answer": "7", "steps": ["ab", ""]}], tokenizer)
     parts = {name: row[f"{name}_tokenized"] for name in ("question", "answer")}
@@ -66,42 +77,45 @@ def test_the_rules_of_this_version():
     assert RULES == 1
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2])
-def test_any_number_of_cores_makes_the_same_file(tmp_path, monkeypatch, workers):
-    problems, tokenizer = make_problems(50), byte_tokenizer()
-    monkeypatch.setattr(tokenization, "CHUNK", 7)
-    files = [tmp_path / "one", tmp_path / "many"]
-    for file, count in zip(files, (0, workers), strict=True):
-        monkeypatch.setattr(tokenization, "cores", lambda count=count: count)
-        with file.open("wb") as sink:
-            tokenization.write_tokenized(sink, problems, tokenizer, "title")
-    assert files[0].read_bytes() == files[1].read_bytes()
-    rows = tokenize_problems(problems, tokenizer)
-    assert [row["idx"] for row in rows] == list(range(50))
-    assert [row["question"] for row in rows] == [problem["question"] for problem in problems]
+def test_several_batches_keep_the_order_of_the_problems(large, cache, tokenized):
+    rows, problems = load(large, cache), make_problems(1001)
+    assert tokenized == [1000, 1]
+    assert [row["idx"] for row in rows] == list(range(1001))
+    assert [{name: row[name] for name in problems[0]} for row in rows] == problems
+    assert rows == tokenize_problems(problems, byte_tokenizer()).to_list()
 
 
-# --- what is found again ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("steps", [[], [""]])
+def test_a_source_without_any_steps(steps):
+    [row] = tokenize_problems([{"question": "q?", "answer": "7", "steps": steps}], byte_tokenizer())
+    assert row["steps"] == steps and len(row["steps_tokenized"]) == len(steps)
 
 
-def test_the_next_run_finds_what_was_tokenized(source, cache, tokenized, tmp_path):
+# --- cache hits and misses --------------------------------------------------------------------------------------------
+
+
+def test_the_cache_is_keyed_by_content_and_a_hit_does_not_read_the_source(
+    source, cache, tokenized, tmp_path, monkeypatch
+):
     first = load(source, cache)
     assert tokenized == [5]
     before = snapshot(cache)
     os.rename(source, tmp_path / "moved.json")
     os.utime(tmp_path / "moved.json", (0, 0))
+    monkeypatch.setattr(tokenization, "read_problems", None)
     assert load(str(tmp_path / "moved.json"), cache) == first
     assert tokenized == [5] and snapshot(cache) == before
 
 
-def test_a_cache_that_cannot_be_written_any_more_is_still_found(source, cache, tokenized, monkeypatch, capsys):
+def test_a_hit_needs_neither_a_lock_nor_a_writable_cache(source, cache, tokenized, monkeypatch, capsys):
     first = load(source, cache)
     monkeypatch.setattr(tokenization, "locked", None)
+    monkeypatch.setattr(tokenization, "make_private", None)
     assert load(source, cache) == first
     assert tokenized == [5] and "warning" not in capsys.readouterr().out
 
 
-def test_any_change_makes_a_file_of_its_own(source, cache, tokenized, tmp_path, monkeypatch):
+def test_other_content_tokenizer_size_or_rules_miss_the_cache(source, cache, tokenized, tmp_path, monkeypatch):
     load(source, cache)
     load(write_json(tmp_path / "other.json", [*make_problems(4), make_problems(6)[5]]), cache)
     load(source, cache, byte_tokenizer(bos=True))
@@ -112,92 +126,94 @@ def test_any_change_makes_a_file_of_its_own(source, cache, tokenized, tmp_path, 
     monkeypatch.setattr(tokenization, "RULES", RULES + 1)
     load(source, cache)
     assert tokenized == [5, 5, 5, 3, 5, 5]
-    assert len([path for path in cache.iterdir() if path.is_dir()]) == 6
+    assert len(arrow_files(cache)) == 6
 
 
-def test_a_checkpoints_tokenizer_is_that_of_the_model(tmp_path, source):
+def test_a_tokenizer_saved_in_a_checkpoint_has_the_same_fingerprint(tmp_path, source):
     tokenizer = byte_tokenizer(pad=True)
     tokenizer.add_tokens(["<|latent|>"])
     tokenizer(["a", "bcd"], padding=True)
     tokenizer.save_pretrained(tmp_path / "checkpoint")
     again = type(tokenizer).from_pretrained(tmp_path / "checkpoint")
-    assert cache_name(source, None, again) == cache_name(source, None, tokenizer)
+    assert fingerprint(source, None, again) == fingerprint(source, None, tokenizer)
 
 
-def test_a_mistake_in_any_source_is_named_before_a_file_is_made(source, cache, tmp_path):
+def test_invalid_data_is_reported_before_anything_is_written(source, cache, tmp_path):
     bad = write_json(tmp_path / "bad.json", [*make_problems(2), {"question": "?"}])
     with pytest.raises(UserError, match=r"bad\.json: problem 2"):
         load_tokenized([(source, None), (bad, None)], byte_tokenizer(), str(cache), Processes())
     assert not cache.parent.exists()
 
 
-def test_without_a_folder_nothing_is_left(source, tmp_path, monkeypatch):
+def test_without_a_cache_the_temporary_folder_is_removed(source, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     before = snapshot(tmp_path)
     assert len(load(source, None)) == 5
     assert snapshot(tmp_path) == before
 
 
+def test_files_in_a_cache_that_others_can_read_are_private(source, cache):
+    cache.mkdir(mode=0o755, parents=True)
+    load(source, cache)
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (cache, cache / "coconut")] == [0o755, 0o700]
+
+
 # --- faults -----------------------------------------------------------------------------------------------------------
 
 
-def missing(path: Path) -> None:
-    path.unlink()
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
 
 
 def foreign(path: Path) -> None:
     path.write_text("[]")
 
 
-@pytest.mark.parametrize(
-    ("harm", "name"),
-    [
-        (truncate, "data.arrow"),
-        (flip, "data.arrow"),
-        (missing, "data.arrow"),
-        (truncate, "manifest.json"),
-        (foreign, "manifest.json"),
-        (missing, "manifest.json"),
-    ],
-)
-def test_a_damaged_cache_is_named_and_made_again(source, cache, tokenized, capsys, harm, name):
+@pytest.mark.parametrize("damage", [truncate, empty, foreign])
+def test_a_cache_file_that_cannot_be_opened_is_made_again_with_a_warning(source, cache, tokenized, capsys, damage):
     first = load(source, cache)
-    [entry] = cache.glob("coconut-*/")
-    whole = {path.name: path.read_bytes() for path in entry.iterdir()}
-    harm(entry / name)
+    [file] = arrow_files(cache)
+    content = file.read_bytes()
+    damage(file)
     assert load(source, cache) == first
-    assert f"warning: {entry} is damaged ({name}" in capsys.readouterr().out
+    assert f"warning: {file} cannot be opened, so {source} is tokenized again" in capsys.readouterr().out
     assert tokenized == [5, 5]
-    assert {path.name: path.read_bytes() for path in entry.iterdir()} == whole
+    assert file.read_bytes() == content
 
 
-def test_a_run_that_is_killed_while_it_tokenizes_leaves_nothing_false(source, cache, monkeypatch):
-    first = load(source, None)
-    monkeypatch.setattr(tokenization, "tokenize_chunk", lambda *_: os.kill(os.getpid(), 9))
-    monkeypatch.setattr(tokenization, "cores", lambda: 0)
-    killed = multiprocessing.get_context("fork").Process(target=load, args=(source, cache))
+@pytest.mark.parametrize("moment", ["while tokenizing", "before the file has its name"])
+def test_sigkill_while_tokenizing_leaves_no_file_that_counts(large, cache, monkeypatch, moment):
+    chunk = tokenization.tokenize_chunk
+
+    def kill(problems, indices, tokenizer):
+        if indices[0] == 1000:
+            os.kill(os.getpid(), 9)
+        return chunk(problems, indices, tokenizer)
+
+    if moment == "while tokenizing":
+        monkeypatch.setattr(tokenization, "tokenize_chunk", kill)
+    else:
+        monkeypatch.setattr(tokenization, "sync", lambda _: os.kill(os.getpid(), 9))
+    killed = multiprocessing.get_context("fork").Process(target=load, args=(large, cache))
     killed.start()
     killed.join()
-    assert killed.exitcode == -9 and len(list(cache.glob("*.partial"))) == 1
+    assert killed.exitcode == -9
+    assert not arrow_files(cache) and list((cache / "coconut" / "partial").iterdir())
     monkeypatch.undo()
-    assert load(source, cache) == first
-    assert not list(cache.glob("*.partial"))
-
-
-def refuse(*_):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert load(large, cache) == load(large, None)
+    assert arrow_files(cache) and not (cache / "coconut" / "partial").exists()
 
 
 def full(monkeypatch, cache):
-    """The disk is full when the file is half written; the temporary folder has room."""
-    write = tokenization.write_tokenized
+    """The disk of the cache is full when the file is written; that of the temporary folder has room."""
+    tokenize = tokenization.tokenize_problems
 
-    def patched(sink, *arguments):
-        write(sink, *arguments)
-        if sink.name.startswith(str(cache)):
-            refuse()
+    def patched(problems, tokenizer, file, title):
+        tokenize(problems, tokenizer, file, title)
+        if file.is_relative_to(cache):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(tokenization, "write_tokenized", patched)
+    monkeypatch.setattr(tokenization, "tokenize_problems", patched)
     return "No space left"
 
 
@@ -207,32 +223,47 @@ def file_in_its_place(_, cache):
     return "File exists"
 
 
-def without_locks(monkeypatch, _):
-    monkeypatch.setattr(tokenization.fcntl, "flock", refuse)
-    monkeypatch.setattr(tokenization, "write_tokenized", None)
-    return "No space left"
+def without_locks(monkeypatch, cache):
+    flock = tokenization.fcntl.flock
+
+    def patched(file, operation):
+        if Path(file.name).is_relative_to(cache):
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+        flock(file, operation)
+
+    monkeypatch.setattr(tokenization.fcntl, "flock", patched)
+    return "No locks available"
 
 
-@pytest.mark.parametrize("fault", [full, file_in_its_place])
-def test_without_room_for_a_cache_the_run_goes_on(source, cache, tmp_path, capsys, monkeypatch, fault):
+@pytest.mark.parametrize("fault", [full, file_in_its_place, without_locks])
+def test_a_cache_that_cannot_be_used_is_replaced_by_a_temporary_folder(
+    source, cache, tmp_path, capsys, monkeypatch, fault
+):
     first = load(source, None)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     reason = fault(monkeypatch, cache)
-    before = snapshot(tmp_path)
+    capsys.readouterr()
     assert load(source, cache) == first
-    [message] = capsys.readouterr().out.splitlines()
-    assert f"warning: the cache of tokenized data in {cache} cannot be used" in message and reason in message
+    [message] = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert f"the cache of tokenized data in {cache} cannot be used" in message and reason in message
     assert "data_cache names another folder" in message
-    assert [name for name in snapshot(tmp_path) if name not in before and "coconut-" in name] == []
+    assert not list(tmp_path.rglob("*.arrow")) and not list(tmp_path.rglob("partial"))
 
 
-def test_without_room_anywhere_the_key_is_named(source, cache, monkeypatch):
-    monkeypatch.setattr(tokenization, "write_tokenized", refuse)
-    with pytest.raises(UserError, match=r"data_cache: no folder takes .* No space left"):
-        load(source, cache)
+def test_without_room_anywhere_data_cache_is_named_and_nothing_is_left(large, cache, tmp_path, monkeypatch):
+    """A limit on the size of files stands for the disk that is full."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"data_cache: no room .* File too large"):
+            load(large, cache)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in (cache / "coconut").iterdir()] == ["lock"]
 
 
-def test_a_tokenizer_that_cannot_be_told_from_others_has_no_cache(source, cache, capsys):
+def test_slow_tokenizers_are_not_cached(source, cache, capsys):
     class Slow:
         eos_token_id, is_fast = 0, False
 
@@ -246,43 +277,44 @@ def test_a_tokenizer_that_cannot_be_told_from_others_has_no_cache(source, cache,
 # --- several processes ------------------------------------------------------------------------------------------------
 
 
-def tokenize_slowly(source: str, cache: Path, log: Path) -> None:
-    """A run that tokenizes, and writes down that it does."""
-    make = tokenization.make_entry
+def load_with_log(source: str, cache: Path, log: Path) -> None:
+    """A run that logs when it is about to take the lock, and does not tokenize before another one is, too."""
+    lock, tokenize = tokenization.locked, tokenization.tokenize_problems
 
-    def slow(*arguments):
+    def note(word: str) -> None:
         with log.open("a") as file:
-            file.write("asked\n")
-        make(*arguments)
+            file.write(f"{word}\n")
 
-    write = tokenization.write_tokenized
+    def logged_lock(folder):
+        note("asks")
+        return lock(folder)
 
-    def noted(*arguments):
-        with log.open("a") as file:
-            file.write("made\n")
-        time.sleep(0.5)
-        write(*arguments)
+    def late(*arguments):
+        note("tokenizes")
+        end = time.monotonic() + 60
+        while log.read_text().count("asks") < 2 and time.monotonic() < end:
+            time.sleep(0.05)
+        time.sleep(0.2)
+        return tokenize(*arguments)
 
-    tokenization.make_entry, tokenization.write_tokenized = slow, noted
-    cached_files([(source, None)], byte_tokenizer(), cache)
+    tokenization.locked, tokenization.tokenize_problems = logged_lock, late
+    load(source, cache)
 
 
-def test_two_runs_at_once_tokenize_once(source, cache, tmp_path):
+def test_of_two_runs_at_once_one_tokenizes_and_the_other_waits(source, cache, tmp_path, capfd):
     context, log = multiprocessing.get_context("fork"), tmp_path / "log"
-    runs = [context.Process(target=tokenize_slowly, args=(source, cache, log)) for _ in range(2)]
-    cache.mkdir(parents=True)
-    with locked(cache):  # until both have read the data and found nothing
-        for run in runs:
-            run.start()
-        time.sleep(1)
+    runs = [context.Process(target=load_with_log, args=(source, cache, log)) for _ in range(2)]
     for run in runs:
-        run.join(60)
+        run.start()
+    for run in runs:
+        run.join(90)
     assert [run.exitcode for run in runs] == [0, 0]
-    assert sorted(log.read_text().split()) == ["asked", "asked", "made"]
+    assert sorted(log.read_text().split()) == ["asks", "asks", "tokenizes"]
+    assert "waiting for another run" in capfd.readouterr().out
     assert len(load(source, cache)) == 5
 
 
-def test_each_node_has_a_process_that_makes_and_an_error_of_any_is_raised_by_all(monkeypatch):
+def test_the_first_process_of_each_node_tokenizes_and_all_raise_its_error(monkeypatch):
     """Two nodes of two processes, which are threads here."""
     calls, told, barrier = [], {}, threading.Barrier(4, timeout=20)
 
@@ -315,7 +347,7 @@ def setting(tmp_path_factory) -> Setting:
     return Setting(tmp_path_factory.mktemp("tokens"))
 
 
-def test_both_processes_of_a_run_raise_what_the_first_one_finds(setting, tmp_path):
+def test_invalid_data_stops_every_process_of_a_run(setting, tmp_path):
     bad = write_json(tmp_path / "bad.json", [{"question": "?"}])
     outcome = setting.run("bad", 2, val_path=bad, data_cache=tmp_path / "cache")
     assert outcome.codes == [2, 2]
@@ -323,29 +355,8 @@ def test_both_processes_of_a_run_raise_what_the_first_one_finds(setting, tmp_pat
     assert not (tmp_path / "cache").exists()
 
 
-def test_runs_share_a_cache_that_is_named(setting, tmp_path):
+def test_runs_share_the_folder_data_cache(setting, tmp_path):
     for name in ("first", "second"):
         assert setting.run(name, 2, num_epochs=1, data_cache=tmp_path).codes == [0, 0]
-    assert len(list(tmp_path.glob("coconut-*/data.arrow"))) == 2  # of the training and the validation problems
+    assert len(arrow_files(tmp_path)) == 2  # of the training and the validation problems
     assert_same(setting.directory / "first", setting.directory / "second")
-
-
-WORKERS = [(1, None), (2, Fault("kill", "backward", 9)), (2, Fault("sigterm", "step", 6))]
-
-
-@pytest.mark.parametrize(("workers", "fault"), WORKERS, ids=["undisturbed", "killed", "stopped"])
-def test_batches_made_ahead_train_bit_for_bit_the_same(setting, workers, fault):
-    """In a run with random stages, dropout, and accumulation that is cut short in the middle of an epoch."""
-    name = f"workers_{workers}_{fault.action if fault else 'whole'}"
-    if fault:
-        assert setting.run(name, fault=fault, data_workers=workers).codes == [143 if fault.action == "sigterm" else -9]
-    outcome = setting.run(name, data_workers=workers)
-    assert outcome.codes == [0], outcome.output
-    assert_same(setting.directory / name, setting.reference())
-
-
-@pytest.mark.parametrize("changes", [{"method": "icot", "remove_per_epoch": 5}, {"group_by_length": True}], ids=str)
-def test_stages_within_an_epoch_and_grouping_with_workers_in_two_processes(setting, changes):
-    name = "-".join(changes)
-    assert setting.run(name, 2, data_workers=2, **changes).codes == [0, 0]
-    assert_same(setting.directory / name, setting.reference(2, **changes))

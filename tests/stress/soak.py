@@ -18,7 +18,6 @@ import json
 import os
 import random
 import runpy
-import shutil
 import signal
 import subprocess
 import sys
@@ -39,7 +38,7 @@ KINDS = {
     "fsdp": {"parallel": "fsdp"},
 }
 PHASES = {  # phase: module and function
-    "caching": ("components.tokenization", "make_entry"),
+    "caching": ("components.tokenization", "tokenize_problems"),
     "training": ("train:Trainer", "train_epoch"),
     "validation": ("evaluate:Validator", "validate"),
     "saving": ("train", "save_checkpoint"),
@@ -159,10 +158,9 @@ def newest(directory: Path) -> str:
 
 
 def clear_cache(cache: Path) -> None:
-    """Empty the cache of tokenized data, except for partial entries left by a kill, so that every start fills it."""
-    for path in cache.glob("coconut-*"):
-        if not path.name.endswith(".partial"):
-            shutil.rmtree(path)
+    """Empty the cache of tokenized data, except for what a kill left unfinished, so that every start fills it."""
+    for path in cache.glob("coconut/*.arrow"):
+        path.unlink()
 
 
 def differs(run: Path, reference: Path) -> int:
