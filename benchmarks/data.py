@@ -1,7 +1,7 @@
 """What data cost: seconds from the command to the first step, and the memory of 1, 2 and 4 processes.
 
     python benchmarks/gsm_size.py FOLDER train.json
-    python benchmarks/data.py train.json TOKENIZER [--ranks 1 2 4] [--project FOLDER] [key=value ...]
+    python benchmarks/data.py train.json TOKENIZER [key=value ...] [--ranks 1 2 4] [--project FOLDER]
 
 Trains a tiny model with the tokenizer in the folder TOKENIZER over one epoch of the file, but every optimizer step
 computes nothing, so that all that is left is data. The first start has an empty cache, later ones what it left there;
