@@ -1,7 +1,7 @@
 """Benchmark data loading: seconds from launch to the first step, and the memory of 1, 2 and 4 processes.
 
     python benchmarks/gsm_size.py FOLDER train.json
-    python benchmarks/data.py train.json TOKENIZER [--ranks 1 2 4] [--project FOLDER] [key=value ...]
+    python benchmarks/data.py train.json TOKENIZER [key=value ...] [--ranks 1 2 4] [--project FOLDER]
 
 Trains a tiny model with the tokenizer in the folder TOKENIZER for one epoch of the file, with optimizer steps that
 compute nothing, so that only data loading remains. The first start has an empty cache, later starts a filled one; 32
