@@ -22,7 +22,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from config import Config, UserError, read_words, read_yaml  # noqa: E402
+from config import Config, UserError, parse_overrides, read_yaml  # noqa: E402
 from curriculum import METHODS  # noqa: E402
 
 # Table 1 of the paper, GPT-2: accuracy in % ± standard deviation (generated tokens).
@@ -74,7 +74,7 @@ def launch(processes: int, config: Path, overrides: list[str]) -> None:
 
 def train(path: Path, seed: int, processes: int, overrides: list[str]) -> tuple[Config, list[str]]:
     """Train one config with one seed, after the run it starts from; return the config and the overrides used."""
-    config = Config(read_yaml(path) | read_words(overrides)[0])  # run.py reports invalid ones
+    config = Config(read_yaml(path) | parse_overrides(overrides)[0])  # run.py reports invalid ones
     own_overrides = [*overrides, f"name={config.name}-seed{seed}", f"seed={seed}"]
     if config.load_model_path and not any(override.startswith("load_model_path=") for override in overrides):
         start = Path(config.load_model_path)  # save_path/NAME/best; args/ has the config of NAME

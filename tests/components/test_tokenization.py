@@ -193,7 +193,7 @@ def test_sigkill_while_tokenizing_leaves_no_file_that_counts(large, cache, monke
     if moment == "while tokenizing":
         monkeypatch.setattr(tokenization, "tokenize_chunk", kill)
     else:
-        monkeypatch.setattr(tokenization, "sync", lambda _: os.kill(os.getpid(), 9))
+        monkeypatch.setattr(tokenization, "fsync", lambda _: os.kill(os.getpid(), 9))
     killed = multiprocessing.get_context("fork").Process(target=load, args=(large, cache))
     killed.start()
     killed.join()
@@ -246,7 +246,7 @@ def test_a_cache_that_cannot_be_used_is_replaced_by_a_temporary_folder(
     assert load(source, cache) == first
     [message] = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
     assert f"the cache of tokenized data in {cache} cannot be used" in message and reason in message
-    assert "data_cache names another folder" in message
+    assert "set data_cache to another folder" in message
     assert not list(tmp_path.rglob("*.arrow")) and not list(tmp_path.rglob("partial"))
 
 
@@ -318,7 +318,7 @@ def test_the_first_process_of_each_node_tokenizes_and_all_raise_its_error(monkey
     """Two nodes of two processes, which are threads here."""
     calls, told, barrier = [], {}, threading.Barrier(4, timeout=20)
 
-    def gather(self, value):
+    def all_gather_object(self, value):
         told[self.rank] = value
         barrier.wait()
         values = [told[rank] for rank in range(4)]
@@ -334,7 +334,7 @@ def test_the_first_process_of_each_node_tokenizes_and_all_raise_its_error(monkey
 
         return Processes(rank, 4, local_rank=rank % 2).run_on_each_node(make)
 
-    monkeypatch.setattr(Processes, "gather", gather)
+    monkeypatch.setattr(Processes, "all_gather_object", all_gather_object)
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(run_on_each_node, range(4))) == ["made by 0"] * 2 + ["made by 2"] * 2
         assert sorted(calls) == [0, 2]
