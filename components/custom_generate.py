@@ -1,6 +1,6 @@
-"""Makes a checkpoint think wherever transformers opens its folder with trust_remote_code=True.
+"""The generate function of an exported checkpoint, which thinks under transformers' trust_remote_code=True.
 
-transformers copies this file alone and calls its `generate` in place of the model's own, so it imports no other one.
+transformers copies only this file and calls its `generate` instead of the model's own, so it imports no other module.
 """
 
 import json
@@ -13,11 +13,16 @@ from transformers.utils import cached_file
 
 @torch.no_grad()
 def generate(inputs=None, *args, model, input_ids=None, attention_mask=None, thoughts=None, **options):
-    """Appends the markers and thoughts of coconut.json to prompts, thinks, and goes on as transformers generates.
+    """Append markers and thoughts to prompts, fill in the thoughts, and generate as transformers does.
 
-    Args: token ids and mask (batch, length), padded on either side, of prompts that end as in training ("question\\n");
-    the number of thoughts (default: the checkpoint's); all that transformers' `generate` takes besides.
-    Returns what that returns: the prompts, now with markers and thoughts, padded on the left; then the new tokens.
+    Args:
+        inputs or input_ids, attention_mask: (batch, length), padded on either side; prompts end as in training, in
+            "question\\n".
+        thoughts: their number, by default that of coconut.json.
+        args, options: those of transformers' `generate`.
+
+    Returns:
+        What `generate` returns: the prompts with markers and thoughts, padded on the left, then the new tokens.
     """
     input_ids = inputs if input_ids is None else input_ids
     if input_ids is None or options.get("inputs_embeds") is not None:
@@ -40,7 +45,7 @@ def generate(inputs=None, *args, model, input_ids=None, attention_mask=None, tho
 
 
 def append(input_ids, attention_mask, middle):
-    """Prompts and their mask, (batch, length) each, with the tokens `middle` at their ends and all padding ahead."""
+    """Append the tokens `middle` to prompts and their mask, (batch, length) each, and move all padding to the left."""
     order = attention_mask.argsort(dim=1, stable=True)  # (batch, length), padding first
     input_ids, attention_mask = input_ids.gather(1, order), attention_mask.gather(1, order)
     added = input_ids.new_tensor(middle).expand(len(input_ids), -1)  # (batch, len(middle))
@@ -48,9 +53,9 @@ def append(input_ids, attention_mask, middle):
 
 
 def think(model, embeds, attention_mask, thoughts):
-    """Fills the thoughts, which stand before the last column, into embeds (batch, length, hidden).
+    """Fill the thoughts, in the columns before the last one, into embeds (batch, length, hidden).
 
-    Each is the last hidden state, after the final norm, of the column before it.
+    Each is the last hidden state, after the final norm, of the previous column.
     """
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)  # (batch, length)
     body = model.get_decoder() if model.base_model is model else model.base_model  # transformers 4's Gemma 3: itself
