@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 
 from components.activation_checkpointing import checkpoint_activations
+from components.activations import fuse_gelu
 from components.export import DESCRIPTION, export
 from components.kv_cache import BufferedLayer, causal_mask
 from config import UserError
@@ -87,7 +88,7 @@ class Coconut(nn.Module):
     however the rows are aligned, and gradients flow through all of them.
 
     Args:
-        base_causallm: a causal language model of transformers.
+        base_causallm: a causal language model of transformers; its tanh-approximated GELUs become fused ones, in place.
         latent_token_id, start_latent_id, end_latent_id, eos_token_id: ids of the tokens that sequences are made of.
     """
 
@@ -95,6 +96,7 @@ class Coconut(nn.Module):
         self, base_causallm, latent_token_id: int, start_latent_id: int, end_latent_id: int, eos_token_id: int
     ):
         super().__init__()
+        fuse_gelu(base_causallm)
         self.base_causallm = base_causallm
         self.latent_token_id = latent_token_id
         self.start_latent_id = start_latent_id

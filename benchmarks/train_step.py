@@ -5,13 +5,14 @@
     python benchmarks/train_step.py --device cuda --bf16 --sweep             thoughts 0 to 16, batch 1 to 64
 
 Variants, forward and backward, all with the same weights and the same batch (on the CPU):
-  floor      the plain model over the padded batch, with thoughts as ordinary tokens and the vocabulary projection only
-             at supervised positions: the same arithmetic without feeding thoughts back
+  floor      the plain model, with transformers' own activation functions, over the padded batch, with thoughts as
+             ordinary tokens and the vocabulary projection only at supervised positions: no thoughts are fed back
   hf         the plain transformers call with labels, which projects every position onto the vocabulary
   ours       Coconut
+  unfused    Coconut with transformers' own activation functions: the same arithmetic as the floor's, plus thoughts
   compiled   Coconut with `compile: True`
   graphs     the same with CUDA graphs (experimental, only on request)
-  recompute  naive Coconut: the whole prefix is recomputed for each thought, without a cache
+  recompute  naive Coconut over the floor's model: the whole prefix is recomputed for each thought, without a cache
 Times are CPU seconds of the process (CUDA: events) after a warm-up step. Ratios are computed within each repeat;
 median, min and max over repeats are reported. Memory is the peak of a separate step above the level before it.
 """
@@ -25,8 +26,11 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
+from copy import deepcopy
 from functools import cache, partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import transformers
@@ -95,9 +99,24 @@ def to_device(lm: nn.Module, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor
     return inputs, tuple(t.to(lm.device, non_blocking=True) for t in supervised)
 
 
+@cache
+def wrap(lm: nn.Module, fused: bool = True, **compile_options) -> Coconut:
+    """Return Coconut over a copy of the model that shares its weights (cached).
+
+    A copy, because Coconut fuses the activation functions of the model that it is given, and the floor keeps its own.
+    compile_options: those of torch.compile; none for eager passes.
+    """
+    weights = {id(tensor): tensor for tensor in (*lm.parameters(), *lm.buffers())}
+    with nullcontext() if fused else patch("coconut.fuse_gelu"):
+        model = Coconut(deepcopy(lm, weights), LATENT, START, END, EOS)
+    if compile_options:
+        model.compile(**compile_options)
+    return model
+
+
 def supervised_loss(lm: nn.Module, hidden: Tensor, rows: Tensor, columns: Tensor, targets: Tensor) -> Tensor:
     """Compute the mean cross entropy of states (batch, length, hidden), projected only at supervised positions."""
-    logits = Coconut(lm, LATENT, START, END, EOS).logits(hidden[rows, columns])  # (supervised, vocabulary), in float32
+    logits = wrap(lm).logits(hidden[rows, columns])  # (supervised, vocabulary), in float32
     return F.cross_entropy(logits, targets)
 
 
@@ -115,25 +134,22 @@ def hf(lm: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 def ours(lm: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Compute Coconut's loss."""
-    return Coconut(lm, LATENT, START, END, EOS)(**batch).loss
+    return wrap(lm)(**batch).loss
 
 
-@cache
-def compiled_model(lm: nn.Module, **options) -> Coconut:
-    """Return Coconut with compiled passes (cached)."""
-    model = Coconut(lm, LATENT, START, END, EOS)
-    model.compile(**options)
-    return model
+def unfused(lm: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Compute Coconut's loss with the model's own activation functions."""
+    return wrap(lm, fused=False)(**batch).loss
 
 
 def compiled(lm: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Compute Coconut's loss with compiled passes."""
-    return compiled_model(lm)(**batch).loss
+    return wrap(lm, mode="default")(**batch).loss
 
 
 def graphs(lm: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Compute Coconut's loss with compiled passes and CUDA graphs."""
-    return compiled_model(lm, mode="reduce-overhead")(**batch).loss
+    return wrap(lm, mode="reduce-overhead")(**batch).loss
 
 
 def recompute(lm: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -150,7 +166,8 @@ def recompute(lm: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return supervised_loss(lm, hidden, *supervised)
 
 
-VARIANTS = {"floor": floor, "hf": hf, "ours": ours, "compiled": compiled, "graphs": graphs, "recompute": recompute}
+VARIANTS = {"floor": floor, "hf": hf, "ours": ours, "unfused": unfused}
+VARIANTS |= {"compiled": compiled, "graphs": graphs, "recompute": recompute}
 
 
 def retain_memory(retain: bool) -> None:
