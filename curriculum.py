@@ -56,7 +56,7 @@ def last_stage(config) -> int:
 def stage_of(progress: float, config) -> int:
     """Return the stage that is trained after `progress` epochs, in 0 .. last_stage."""
     if METHODS[config.method].steps == "by token":
-        stage = int(progress * config.remove_per_epoch)
+        stage = int(round(progress * config.remove_per_epoch, 9))  # a whole number may come out just below itself
     else:
         stage = int(progress // config.epochs_per_stage)
     return min(effective_stage(stage, config), last_stage(config))
