@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -246,12 +248,22 @@ def write_evaluation(predictions: list[dict], result: dict, directory: Path) -> 
     """Write predictions_DATA.jsonl and metrics_DATA.yaml; existing files are kept, new names get _2, _3, ..."""
     with saving(directory):
         make_private(directory)
-        path = first = directory / f"predictions_{Path(result['val_path']).stem}.jsonl"
-        number = 2
-        while path.exists():
-            path, number = first.with_stem(f"{first.stem}_{number}"), number + 1
-        write_predictions(predictions, path)
-        path.with_name(path.stem.replace("predictions", "metrics") + ".yaml").write_text(yaml.safe_dump(result))
+        path = reserve(directory / f"predictions_{Path(result['val_path']).stem}.jsonl")
+        try:
+            write_predictions(predictions, path)
+        except BaseException:
+            path.unlink()
+            raise
+        write_atomic(path.with_name(path.stem.replace("predictions", "metrics", 1) + ".yaml"), yaml.safe_dump(result))
+
+
+def reserve(first: Path) -> Path:
+    """Create an empty file under the first free name of NAME, NAME_2, NAME_3, ...; only one process gets each."""
+    for number in itertools.count(1):
+        path = first if number == 1 else first.with_stem(f"{first.stem}_{number}")
+        with suppress(FileExistsError):
+            path.touch(exist_ok=False)
+            return path
 
 
 # --- questions to a checkpoint ----------------------------------------------------------------------------------------
