@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from coconut import Coconut, check_model
+from components.data_sources import content_digest
 from components.distributed import Processes
 from components.errors import VALIDATION_MEMORY_ADVICE
 from components.export import DESCRIPTION, read_description
@@ -25,7 +26,7 @@ from components.parallelize import unsharded
 from components.pretrained import Pretrained, load_pretrained
 from components.tokenization import TEXTS, TOKENS, tokenize_chunk
 from config import Config, UserError
-from curriculum import METHODS, evaluation_stage
+from curriculum import ALL_STEPS, METHODS, evaluation_stage, num_placeholders
 from dataset import (
     PlanningCollator,
     SequenceDataset,
@@ -235,8 +236,11 @@ def evaluate_checkpoint(validator: Validator) -> None:
     for key, trained in description.items():
         if getattr(config, key, trained) != trained:
             processes.print(f"warning: {key} is {getattr(config, key)} here, but the checkpoint has {trained}")
+    digest = processes.run_on_rank0(lambda: content_digest(config.val_path))
     evaluation = validator.validate(stage)
-    result = {"checkpoint": str(checkpoint), "val_path": config.val_path, "stage": stage}
+    result = {"checkpoint": str(checkpoint), "val_path": config.val_path, "data_digest": digest}
+    result |= {"method": config.method, "stage": stage}
+    result |= {"thoughts": num_placeholders(stage, ALL_STEPS, config, training=False)}
     result |= {"problems": len(evaluation.predictions), **evaluation.metrics()}
     if not config.debug:
         directory = config.run_directory / f"eval_{checkpoint.resolve().name}"

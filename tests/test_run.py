@@ -19,6 +19,7 @@ import train
 from components import checkpoint_manager, files
 from components.checkpoint import check_same_training
 from components.checkpoint_manager import list_checkpoints
+from components.data_sources import content_digest
 from components.distributed import Processes
 from components.files import file_digest, verify_manifest
 from config import UserError, load_config
@@ -612,7 +613,8 @@ def test_only_eval_writes_to_eval_directory_only(world, whole):
     assert (written / "predictions_valid.jsonl").read_text() == (directory / "predictions_3.jsonl").read_text()
     summary = yaml.safe_load((written / "metrics_valid.yaml").read_text())
     [*_, trained] = metrics(whole, "eval/")
-    assert summary["stage"] == 1
+    assert summary["data_digest"] == content_digest(str(world / "valid.json"))
+    assert (summary["method"], summary["stage"], summary["thoughts"]) == ("coconut", 1, 1)
     assert summary["eval/loss"] == pytest.approx(trained["eval/loss"], rel=1e-6)
 
 
