@@ -20,7 +20,7 @@ from coconut import Coconut, check_model
 from components.data_sources import content_digest
 from components.distributed import Processes
 from components.errors import VALIDATION_MEMORY_ADVICE
-from components.export import DESCRIPTION, read_description
+from components.export import require_description
 from components.files import make_private, saving, write_atomic
 from components.parallelize import unsharded
 from components.pretrained import Pretrained, load_pretrained
@@ -233,9 +233,11 @@ def evaluate_checkpoint(validator: Validator) -> None:
     config, processes, description = validator.config, validator.processes, validator.pretrained.description
     checkpoint, stage = Path(config.load_model_path), evaluation_stage(config, description)
     processes.print(f"evaluating {checkpoint} on {config.val_path} at stage {stage}")
+    here = config.resolved() | {"max_new_tokens": config.answer_limit, "stage": stage}
     for key, trained in description.items():
-        if getattr(config, key, trained) != trained:
-            processes.print(f"warning: {key} is {getattr(config, key)} here, but the checkpoint has {trained}")
+        if here.get(key, trained) != trained:
+            why = f" (resume: {config.resume})" if key == "stage" and config.resume else ""
+            processes.print(f"warning: {key} is {here[key]} here{why}, but the checkpoint has {trained}")
     digest = processes.run_on_rank0(lambda: content_digest(config.val_path))
     evaluation = validator.validate(stage)
     result = {"checkpoint": str(checkpoint), "val_path": config.val_path, "data_digest": digest}
@@ -318,10 +320,7 @@ class OpenedCheckpoint:
 
 def open_checkpoint(path: str, thoughts: int | None = None) -> OpenedCheckpoint:
     """Open a checkpoint for questions; thoughts: how many its prompts hold (None: as many as it was trained with)."""
-    description = read_description(path)
-    if not description:
-        remedy = "give a checkpoint of a run, such as checkpoints/NAME/best"
-        raise UserError(f"{path} has no {DESCRIPTION}, so it is not a checkpoint of a run; {remedy}")
+    description = require_description(path, "method", "c_thought", "max_latent_stage", "stage")
     # A question does not tell its number of steps, so pad_latent_to_max keeps its default, True.
     values = {key: description[key] for key in ("method", "c_thought", "max_latent_stage")}
     config = Config(values | {"max_new_tokens": description.get("max_new_tokens")})
@@ -329,5 +328,5 @@ def open_checkpoint(path: str, thoughts: int | None = None) -> OpenedCheckpoint:
     check_model(pretrained.lm, pretrained.tokenizer.eos_token_id, "load_model_path")
     model = Coconut.wrap(pretrained.lm, pretrained.tokenizer)
     model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-    checkpoint = OpenedCheckpoint(path, pretrained, model, config, description["stage"])
+    checkpoint = OpenedCheckpoint(path, pretrained, model, config, evaluation_stage(config, description))
     return checkpoint if thoughts is None else checkpoint.with_thoughts(thoughts)

@@ -182,6 +182,12 @@ def test_stage_of_each_epoch(options, stages):
     assert [stage_of(epoch, config) for epoch in range(len(stages))] == stages
 
 
+def test_data_set_functions_name_a_missing_method():
+    for make in (get_cot_latent_dataset, get_question_latent_dataset):
+        with pytest.raises(ValueError, match="method: None is none; set it to one of cot, no_cot"):
+            make(0, [], Config({"max_latent_stage": 2}), 1, 2, 3)
+
+
 @pytest.mark.parametrize("rate", [8, 7, 0.3, 2.5])
 def test_removed_tokens_of_icot_at_all_positions_equal_exact_fractions(rate):
     config = Config({"method": "icot", "remove_per_epoch": rate, "remove_all_when_remove_beyond": 100_000})
