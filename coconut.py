@@ -301,7 +301,9 @@ class Coconut(nn.Module):
         """Open a checkpoint, or what `save_pretrained` wrote: a folder or hub name; options go to transformers."""
         lm = AutoModelForCausalLM.from_pretrained(folder, **{"dtype": torch.float32, **options})
         try:
-            description = json.loads(Path(cached_file(folder, DESCRIPTION)).read_text(encoding="utf-8"))
+            revision = getattr(lm.config, "_commit_hash", None) or "main"  # of a hub model: the one that was opened
+            path = cached_file(folder, DESCRIPTION, revision=revision)
+            description = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             remedy = "build Coconut(model, ...) with the ids of its markers"
             raise ValueError(f"{folder} has no {DESCRIPTION}, so it is not a Coconut checkpoint; {remedy}") from error

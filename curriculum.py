@@ -47,16 +47,23 @@ METHODS = {
 }
 
 
+def method_of(config) -> Method:
+    """Return the method of a config. Raises ValueError if it names none."""
+    if config.method not in METHODS:
+        raise ValueError(f"method: {config.method!r} is none; set it to one of {', '.join(METHODS)}")
+    return METHODS[config.method]
+
+
 def last_stage(config) -> int:
     """Return the first stage without written steps; beyond it nothing changes. icot's stages count step tokens."""
-    icot = METHODS[config.method].steps == "by token"
+    icot = method_of(config).steps == "by token"
     return config.remove_all_when_remove_beyond if icot else config.max_latent_stage + 1
 
 
 def stage_of(progress: float, config) -> int:
     """Return the stage that is trained after `progress` epochs, in 0 .. last_stage."""
-    if METHODS[config.method].steps == "by token":
-        stage = int(progress * config.remove_per_epoch)
+    if method_of(config).steps == "by token":
+        stage = int(round(progress * config.remove_per_epoch, 9))  # a whole number may come out just below itself
     else:
         stage = int(progress // config.epochs_per_stage)
     return min(effective_stage(stage, config), last_stage(config))
@@ -64,12 +71,17 @@ def stage_of(progress: float, config) -> int:
 
 def effective_stage(stage: int, config) -> int:
     """Return the stage itself, or for methods without a curriculum the one at which they always are."""
-    return {"written": 0, "removed": last_stage(config)}.get(METHODS[config.method].steps, stage)
+    return {"written": 0, "removed": last_stage(config)}.get(method_of(config).steps, stage)
 
 
 def evaluation_stage(config, description: dict) -> int:
-    """Return the stage of an evaluation: that of epoch `resume` if it is set, else that of the checkpoint."""
-    return stage_of(config.resume, config) if config.resume else description.get("stage", 0)
+    """Return the stage of an evaluation: that of epoch `resume` if it is set, else that of the checkpoint.
+
+    A method without a curriculum has a single one. A checkpoint saved before the first step (stage -1) is evaluated at
+    the first stage.
+    """
+    stage = stage_of(config.resume, config) if config.resume else max(description.get("stage", 0), 0)
+    return effective_stage(stage, config)
 
 
 def apply_curriculum(
@@ -89,7 +101,7 @@ def apply_curriculum(
         The number of placeholder tokens, and the token ids of the steps that are still written.
     """
     start = num_removed(stage, config, training) + offset
-    if METHODS[config.method].steps == "by token":
+    if method_of(config).steps == "by token":
         written = [token for step in steps for token in step][start:]
     else:
         written = [token for step in steps[start:] for token in step]
@@ -104,7 +116,7 @@ def num_removed(stage: int, config, training: bool) -> int:
 
 def num_placeholders(stage: int, num_steps: int, config, training: bool) -> int:
     """Return the number of placeholder tokens at a stage in an example of `num_steps` steps."""
-    if not METHODS[config.method].placeholder:
+    if not method_of(config).placeholder:
         return 0
     thoughts = effective_stage(stage, config)
     if num_removed(stage, config, training) == ALL_STEPS:
@@ -115,8 +127,8 @@ def num_placeholders(stage: int, num_steps: int, config, training: bool) -> int:
 
 def schedule_table(config) -> str:
     """Format the curriculum of a run as a table: for each stage its epochs (from 1), placeholders and steps left."""
-    placeholder = METHODS[config.method].placeholder
-    unit = "tokens" if METHODS[config.method].steps == "by token" else "steps"
+    placeholder = method_of(config).placeholder
+    unit = "tokens" if method_of(config).steps == "by token" else "steps"
     rows, first = [("epochs", "stage", "pauses" if placeholder == "pause" else "thoughts", f"{unit} left")], 1
     for epoch in range(config.num_epochs):
         stage = stage_of(epoch, config)

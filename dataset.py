@@ -18,7 +18,7 @@ from components.prefetch import prefetch
 from components.pretrained import Pretrained
 from components.tokenization import TOKENS, default_cache, load_tokenized
 from config import Config, UserError
-from curriculum import METHODS, apply_curriculum, evaluation_stage, num_placeholders, num_removed, stage_of
+from curriculum import apply_curriculum, evaluation_stage, method_of, num_placeholders, num_removed, stage_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -88,6 +88,7 @@ def get_question_latent_dataset(
     no_special_marker=False,
 ) -> SequenceDataset:
     """Make prompts for generation at a stage: question, start marker, thoughts, end marker; no steps, no labels."""
+    method_of(configs)  # raises for a config without one, before any item is made
 
     def build(example: dict) -> dict:
         count, _ = apply_curriculum(scheduled_stage, example["steps_tokenized"], configs, training=False)
@@ -115,6 +116,7 @@ def get_cot_latent_dataset(
     Labels are -100 up to and including the end marker. With `shuffle`, the order is `epoch_order`. An example's stage
     and offset, from `draw`, depend on configs.seed and epoch only; mix_stages=False, for validation, draws none.
     """
+    method_of(configs)  # raises for a config without one, before any item is made
 
     def build(example: dict) -> dict:
         stage, offset = draw(example, scheduled_stage, epoch, configs) if mix_stages else (scheduled_stage, 0)
@@ -156,7 +158,7 @@ def draw(example: dict, stage: int, epoch: int, configs) -> tuple[int, int]:
     With probability uniform_prob the stage is uniform over 0 .. number of steps instead of the scheduled one. The
     offset is icot's removal smoothing: o further tokens are removed with probability proportional to exp(-lambda o).
     """
-    steps = METHODS[configs.method].steps
+    steps = method_of(configs).steps
     random_ = random.Random(f"{configs.seed} {epoch} {example['idx']}")
     if steps == "by stage" and configs.uniform_prob and random_.random() < configs.uniform_prob:
         stage = random_.randint(0, len(example["steps_tokenized"]))
@@ -251,11 +253,9 @@ class Lengths:
     def of_sequences(self, stage: int, configs) -> np.ndarray:
         """Return the length of each training sequence at a stage. (n,)"""
         counts = [num_placeholders(stage, n, configs, training=True) for n in range(self.num_steps.max(initial=0) + 1)]
-        prompt = (
-            self.question + (2 if METHODS[configs.method].markers else 0) + np.array(counts)[self.num_steps]
-        )  # (n,)
+        prompt = self.question + (2 if method_of(configs).markers else 0) + np.array(counts)[self.num_steps]  # (n,)
         removed = num_removed(stage, configs, training=True)
-        if METHODS[configs.method].steps == "by token":
+        if method_of(configs).steps == "by token":
             return prompt + np.maximum(self.sum_by_example(self.step_lengths) - removed, 0) + self.answer
         return prompt + self.sum_by_example(self.step_lengths * (self.step_index >= removed)) + self.answer
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,15 +17,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from coconut import Coconut, check_model
+from components.data_sources import content_digest
 from components.distributed import Processes
 from components.errors import VALIDATION_MEMORY_ADVICE
-from components.export import DESCRIPTION, read_description
+from components.export import require_description
 from components.files import make_private, saving, write_atomic
 from components.parallelize import unsharded
 from components.pretrained import Pretrained, load_pretrained
 from components.tokenization import TEXTS, TOKENS, tokenize_chunk
 from config import Config, UserError
-from curriculum import METHODS, evaluation_stage
+from curriculum import ALL_STEPS, METHODS, evaluation_stage, num_placeholders
 from dataset import (
     PlanningCollator,
     SequenceDataset,
@@ -230,11 +233,16 @@ def evaluate_checkpoint(validator: Validator) -> None:
     config, processes, description = validator.config, validator.processes, validator.pretrained.description
     checkpoint, stage = Path(config.load_model_path), evaluation_stage(config, description)
     processes.print(f"evaluating {checkpoint} on {config.val_path} at stage {stage}")
+    here = config.resolved() | {"max_new_tokens": config.answer_limit, "stage": stage}
     for key, trained in description.items():
-        if getattr(config, key, trained) != trained:
-            processes.print(f"warning: {key} is {getattr(config, key)} here, but the checkpoint has {trained}")
+        if here.get(key, trained) != trained:
+            why = f" (resume: {config.resume})" if key == "stage" and config.resume else ""
+            processes.print(f"warning: {key} is {here[key]} here{why}, but the checkpoint has {trained}")
+    digest = processes.run_on_rank0(lambda: content_digest(config.val_path))
     evaluation = validator.validate(stage)
-    result = {"checkpoint": str(checkpoint), "val_path": config.val_path, "stage": stage}
+    result = {"checkpoint": str(checkpoint), "val_path": config.val_path, "data_digest": digest}
+    result |= {"method": config.method, "stage": stage}
+    result |= {"thoughts": num_placeholders(stage, ALL_STEPS, config, training=False)}
     result |= {"problems": len(evaluation.predictions), **evaluation.metrics()}
     if not config.debug:
         directory = config.run_directory / f"eval_{checkpoint.resolve().name}"
@@ -246,12 +254,22 @@ def write_evaluation(predictions: list[dict], result: dict, directory: Path) -> 
     """Write predictions_DATA.jsonl and metrics_DATA.yaml; existing files are kept, new names get _2, _3, ..."""
     with saving(directory):
         make_private(directory)
-        path = first = directory / f"predictions_{Path(result['val_path']).stem}.jsonl"
-        number = 2
-        while path.exists():
-            path, number = first.with_stem(f"{first.stem}_{number}"), number + 1
-        write_predictions(predictions, path)
-        path.with_name(path.stem.replace("predictions", "metrics") + ".yaml").write_text(yaml.safe_dump(result))
+        path = reserve(directory / f"predictions_{Path(result['val_path']).stem}.jsonl")
+        try:
+            write_predictions(predictions, path)
+        except BaseException:
+            path.unlink()
+            raise
+        write_atomic(path.with_name(path.stem.replace("predictions", "metrics", 1) + ".yaml"), yaml.safe_dump(result))
+
+
+def reserve(first: Path) -> Path:
+    """Create an empty file under the first free name of NAME, NAME_2, NAME_3, ...; only one process gets each."""
+    for number in itertools.count(1):
+        path = first if number == 1 else first.with_stem(f"{first.stem}_{number}")
+        with suppress(FileExistsError):
+            path.touch(exist_ok=False)
+            return path
 
 
 # --- questions to a checkpoint ----------------------------------------------------------------------------------------
@@ -302,10 +320,7 @@ class OpenedCheckpoint:
 
 def open_checkpoint(path: str, thoughts: int | None = None) -> OpenedCheckpoint:
     """Open a checkpoint for questions; thoughts: how many its prompts hold (None: as many as it was trained with)."""
-    description = read_description(path)
-    if not description:
-        remedy = "give a checkpoint of a run, such as checkpoints/NAME/best"
-        raise UserError(f"{path} has no {DESCRIPTION}, so it is not a checkpoint of a run; {remedy}")
+    description = require_description(path, "method", "c_thought", "max_latent_stage", "stage")
     # A question does not tell its number of steps, so pad_latent_to_max keeps its default, True.
     values = {key: description[key] for key in ("method", "c_thought", "max_latent_stage")}
     config = Config(values | {"max_new_tokens": description.get("max_new_tokens")})
@@ -313,5 +328,5 @@ def open_checkpoint(path: str, thoughts: int | None = None) -> OpenedCheckpoint:
     check_model(pretrained.lm, pretrained.tokenizer.eos_token_id, "load_model_path")
     model = Coconut.wrap(pretrained.lm, pretrained.tokenizer)
     model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-    checkpoint = OpenedCheckpoint(path, pretrained, model, config, description["stage"])
+    checkpoint = OpenedCheckpoint(path, pretrained, model, config, evaluation_stage(config, description))
     return checkpoint if thoughts is None else checkpoint.with_thoughts(thoughts)

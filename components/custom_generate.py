@@ -28,7 +28,9 @@ def generate(inputs=None, *args, model, input_ids=None, attention_mask=None, tho
     if input_ids is None or options.get("inputs_embeds") is not None:
         raise ValueError("a checkpoint that thinks generates from input_ids, not from inputs_embeds")
     attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    description = json.loads(Path(cached_file(model.name_or_path, "coconut.json")).read_text(encoding="utf-8"))
+    revision = getattr(model.config, "_commit_hash", None) or "main"  # of a hub model: the one that was opened
+    path = cached_file(model.name_or_path, "coconut.json", revision=revision)
+    description = json.loads(Path(path).read_text(encoding="utf-8"))
     thoughts = description["thoughts"] if thoughts is None else thoughts
     ids = description["token_ids"]
     middle = []

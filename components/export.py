@@ -45,7 +45,7 @@ def describe(config: Config, tokenizer: PreTrainedTokenizerBase, stage: int, **t
     keys = ("method", "c_thought", "max_latent_stage", "pad_latent_to_max")
     return {key: getattr(config, key) for key in keys} | {
         "stage": stage,
-        "thoughts": num_placeholders(stage, ALL_STEPS, config, training=False),
+        "thoughts": num_placeholders(max(stage, 0), ALL_STEPS, config, training=False),
         "max_new_tokens": config.answer_limit,
         **training,
         "token_ids": {token: tokenizer.convert_tokens_to_ids(token) for token in METHODS[config.method].tokens},
@@ -65,8 +65,22 @@ def read_description(folder: str | Path) -> dict:
         for key, kind in {"token_ids": dict, "stage": int, "improved": bool}.items():
             if key in description and type(description[key]) is not kind:
                 raise ValueError(f"{key}: expected a {kind.__name__}, got {abbreviated(description[key])}")
+        if "method" in description and description["method"] not in list(METHODS):
+            raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {abbreviated(description['method'])}")
         if description.get("stage", 0) < -1:  # -1: saved before the first step
             raise ValueError(f"stage: expected at least -1, got {description['stage']}")
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"load_model_path: {str(path)!r} cannot be read: {error}") from error
+    return description
+
+
+def require_description(folder: str | Path, *keys: str) -> dict:
+    """Read the coconut.json of a checkpoint. Raises UserError if there is none, or if it lacks one of the keys."""
+    description = read_description(folder)
+    remedy = "give a checkpoint of a run, such as checkpoints/NAME/best"
+    if not description:
+        raise UserError(f"{folder} has no {DESCRIPTION}, so it is not a checkpoint of a run; {remedy}")
+    if missing := [key for key in keys if key not in description]:
+        remedy += ", or pass them to Coconut.save_pretrained"
+        raise UserError(f"{Path(folder, DESCRIPTION)} has no {', '.join(missing)}; {remedy}")
     return description

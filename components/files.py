@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,10 +33,14 @@ def saving(path: Path) -> Iterator[None]:
 
 def write_atomic(path: Path, text: str) -> None:
     """Write a small text file atomically: a reader, or a crash, sees the old text or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    fsync(partial)
-    os.replace(partial, path)
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")  # other processes may write the same file
+    try:
+        partial.write_text(text, encoding="utf-8")
+        fsync(partial)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager

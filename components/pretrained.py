@@ -20,7 +20,7 @@ from transformers import (
 from components.distributed import Processes
 from components.export import read_description
 from config import Config, UserError
-from curriculum import END, LATENT, METHODS, PAUSE, START
+from curriculum import ALL_STEPS, END, LATENT, METHODS, PAUSE, START, evaluation_stage, num_placeholders
 
 PREFIX = "base_causallm."  # of the names in official files of a Coconut module
 
@@ -64,7 +64,10 @@ def load_pretrained(config: Config, load_path: str | Path | None) -> Pretrained:
     own_tokens = len(tokenizer)
     add_tokens(tokenizer, config.method)
     if load_path and not is_checkpoint:
-        known |= load_official_file(lm, tokenizer, Path(load_path), own_tokens)
+        own_rows, is_coconut = load_official_file(lm, tokenizer, Path(load_path), own_tokens)
+        known |= own_rows
+        if is_coconut:
+            check_coconut_file(config, str(load_path), known)
     if METHODS[config.method].markers:
         add_rows(lm, tokenizer, known, config.new_token_init)
     return Pretrained(lm, tokenizer, description)
@@ -147,8 +150,10 @@ def load_model(folder: str, config: Config, is_checkpoint: bool) -> PreTrainedMo
     return lm
 
 
-def load_official_file(lm: PreTrainedModel, tokenizer, path: Path, own_tokens: int) -> set[str]:
-    """Load an official checkpoint file into the model and return the added tokens that the file has rows for.
+def load_official_file(lm: PreTrainedModel, tokenizer, path: Path, own_tokens: int) -> tuple[set[str], bool]:
+    """Load an official checkpoint file into the model.
+
+    Returns the added tokens that the file has rows for, and whether a Coconut module saved it.
 
     own_tokens: the tokenizer's size without the added tokens; every file must have rows for these. A file of a Coconut
     module has the markers' rows; in a plain one only rows beyond the model's own can be theirs, since some models
@@ -158,7 +163,26 @@ def load_official_file(lm: PreTrainedModel, tokenizer, path: Path, own_tokens: i
     first = 0 if is_coconut else len(lm.get_input_embeddings().weight)
     load_state(lm, state, str(path), own_tokens)
     rows = len(lm.get_input_embeddings().weight)
-    return {t for t in (START, END, LATENT, PAUSE) if first <= tokenizer.get_vocab().get(t, rows) < rows}
+    known = {t for t in (START, END, LATENT, PAUSE) if first <= tokenizer.get_vocab().get(t, rows) < rows}
+    return known, is_coconut
+
+
+def check_coconut_file(config: Config, path: str, known: set[str]) -> None:
+    """Warn where an official Coconut file is used without thoughts, or at a stage that nobody chose.
+
+    Raises UserError for the evaluation of a method whose tokens, all but those in `known`, the file has no rows for.
+    """
+    what = f"load_model_path: {path!r} is an official Coconut file"
+    missing = [token for token in METHODS[config.method].tokens if token not in known]
+    if config.only_eval and missing:
+        raise UserError(f"{what}, without {', '.join(missing)}; method {config.method} must be trained, or set coconut")
+    if not METHODS[config.method].markers:
+        print(f"warning: {what}, but method {config.method} uses it without thoughts", flush=True)
+    elif config.only_eval and not config.resume:
+        stage = evaluation_stage(config, {})
+        thoughts = num_placeholders(stage, ALL_STEPS, config, training=False)
+        remedy = "set resume to the number of epochs after which it was saved"
+        print(f"warning: {what}, which holds no stage: stage {stage}, {thoughts} thoughts; {remedy}", flush=True)
 
 
 def load_state_file(path: Path) -> tuple[dict[str, Tensor], bool]:

@@ -19,11 +19,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from components.errors import SaveError
-from components.export import DESCRIPTION, describe, export, read_description
+from components.export import describe, export, require_description
 from components.files import atomic_directory, saving
 from components.pretrained import PREFIX, load_pretrained, load_state_file
 from config import Config, UserError
 from curriculum import END, LATENT, METHODS, PAUSE, START, last_stage
+
+MARKERS = {START, END, LATENT, PAUSE}
 
 
 def from_official(file: Path, folder: Path, config: Config, stage: int | None) -> None:
@@ -51,16 +53,21 @@ def to_official(folder: Path, file: Path) -> None:
     check_free(file)
     if (folder / "adapter_config.json").exists():
         raise UserError(f"{folder} contains LoRA adapters; merge them into the model first")
-    description = read_description(folder)
-    if not description:
-        raise UserError(f"{folder} has no {DESCRIPTION}; pass a checkpoint written by run.py")
+    description = require_description(folder, "method")
     method = METHODS[description["method"]]
     if PAUSE in method.tokens:
         raise UserError(f"{folder} was trained with {description['method']}; the official code has no {PAUSE}")
     pretrained = load_pretrained(Config({"method": description["method"]}), folder)
     state, table = pretrained.lm.state_dict(), pretrained.lm.get_input_embeddings().weight
+    rows, ids = len(table), [pretrained.token_id(token) for token in (START, END, LATENT)]
+    own_tokens = len(pretrained.tokenizer) - len(pretrained.tokenizer.get_added_vocab().keys() & MARKERS)
+    if not method.markers and own_tokens < rows <= len(pretrained.tokenizer):  # more: rows that the model had to spare
+        raise UserError(
+            f"{folder}: the official code loads {description['method']} into a model with {own_tokens} rows in its "
+            f"embedding, but there are {rows}, with those of the marker tokens, because training started from a "
+            "Coconut checkpoint; it cannot be converted"
+        )
     if method.markers:
-        rows, ids = len(table), [pretrained.token_id(token) for token in (START, END, LATENT)]
         if ids != [rows - 3, rows - 2, rows - 1]:
             raise UserError(
                 f"{folder}: the official code expects the marker tokens in the last three of {rows} rows of the "

@@ -3,7 +3,9 @@
     python scripts/evaluations.py checkpoints/mini-cot-seed0 checkpoints/mini-coconut-seed0
     python scripts/evaluations.py results/mini/*-seed0.yaml       recorded runs (scripts/record.py)
 
-Reads eval_CHECKPOINT/metrics_TESTSET.yaml in the run directories; if a test set was evaluated twice, the latest counts.
+Reads eval_CHECKPOINT/metrics_TESTSET.yaml in the run directories. If an evaluation was repeated (the same data, method,
+stage and number of thoughts), the latest counts; others have rows of their own. Two test sets of the same name are
+refused.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -19,18 +22,42 @@ from runs import UserError, read_file
 from analysis.statistics import wilson
 
 
-def read_evaluations(directory: Path) -> dict[tuple[str, str], dict]:
-    """Read the evaluations of a run: {(checkpoint, test set): latest metrics}."""
-    if directory.suffix == ".yaml":  # recorded
-        lines = map(json.loads, read_file(directory.with_suffix(".jsonl")).splitlines())
-        return {(line["checkpoint"], Path(line["val_path"]).stem): line for line in lines if "val_path" in line}
+@dataclass(frozen=True)
+class Setting:
+    """What an evaluation measured; None where a file of an earlier version does not say.
+
+    test_set: the name of the data file without its ending; data_digest: that of its content.
+    """
+
+    checkpoint: str
+    test_set: str
+    data_digest: str | None
+    method: str | None
+    stage: int | None
+    thoughts: int | None
+
+    @classmethod
+    def of(cls, metrics: dict, checkpoint: str) -> Setting:
+        """Read the setting in the metrics of an evaluation of a checkpoint."""
+        keys = ("data_digest", "method", "stage", "thoughts")
+        return cls(checkpoint, Path(metrics["val_path"]).stem, *map(metrics.get, keys))
+
+
+def read_evaluations(directory: Path) -> dict[Setting, dict]:
+    """Read the evaluations of a run: {setting: latest metrics}."""
     found = {}
+    if directory.suffix == ".yaml":  # recorded
+        for line in map(json.loads, read_file(directory.with_suffix(".jsonl")).splitlines()):
+            if "val_path" in line:
+                found[Setting.of(line, line["checkpoint"])] = line
+        return found
     for path in sorted(directory.glob("eval_*/metrics_*.yaml"), key=lambda path: (len(path.stem), path.stem)):
         metrics = yaml.safe_load(read_file(path))  # in the order written: NAME, NAME_2, ... NAME_10
         if "problems" not in metrics:  # an older file
             predictions = path.with_name(f"{path.stem.replace('metrics', 'predictions', 1)}.jsonl")
             metrics["problems"] = len(read_file(predictions).splitlines())
-        found[path.parent.name.removeprefix("eval_"), Path(metrics["val_path"]).stem] = metrics
+        setting = Setting.of(metrics, path.parent.name.removeprefix("eval_"))
+        found[setting] = metrics
     return found
 
 
@@ -42,12 +69,21 @@ def percent(metrics: dict) -> str:
 
 
 def table(directories: list[Path]) -> str:
-    """Render a Markdown table with a row per run and checkpoint, and a column per test set."""
-    rows = {}
+    """Render a Markdown table with a row per run, checkpoint, method, stage and number of thoughts, and a column per
+    test set. Raises UserError if test sets of the same name have different contents."""
+    rows, digests = {}, {}
     for directory in directories:
-        for (checkpoint, name), metrics in read_evaluations(directory).items():
-            run = directory.name.removesuffix(".yaml")
-            row = rows.setdefault((directory, checkpoint), {"run": run, "checkpoint": checkpoint})
+        for setting, metrics in read_evaluations(directory).items():
+            name, digest = setting.test_set, setting.data_digest
+            if digest and digests.setdefault(name, (digest, directory))[0] != digest:
+                raise UserError(
+                    f"{directory}: {metrics['val_path']} had another content there than in an evaluation of "
+                    f"{digests[name][1]}; remove the metrics_{name}*.yaml of one of them"
+                )
+            values = {key: getattr(setting, key) for key in ("method", "stage", "thoughts")}
+            shown = {key: str(value) for key, value in values.items() if value is not None}
+            run = {"run": directory.name.removesuffix(".yaml"), "checkpoint": setting.checkpoint}
+            row = rows.setdefault((directory, setting.checkpoint, *values.values()), run | shown)
             row[f"{name} %"] = percent(metrics)
     return markdown(list(rows.values()))
 

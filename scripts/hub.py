@@ -25,7 +25,7 @@ from huggingface_hub.utils import validate_repo_id
 from runs import FinishedRun, UserError, display_value, read_run
 
 from components.checkpoint_manager import OPTIMIZER_STATE
-from components.export import DESCRIPTION, read_description
+from components.export import require_description
 from components.files import MANIFEST
 
 NOT_UPLOADED = ("training_state.pt", OPTIMIZER_STATE, MANIFEST)  # needed only to resume the run
@@ -90,11 +90,8 @@ On {html.escape(str(config["val_path"]))}, trained on {html.escape(str(config["t
 
 def prepare(checkpoint: Path, folder: Path, repository: str, license: str | None) -> None:
     """Write the files to upload into a new folder."""
-    description, run = read_description(str(checkpoint)), read_run(checkpoint.resolve().parent)
-    if not description:
-        raise UserError(
-            f"{checkpoint} has no {DESCRIPTION}; pass a checkpoint written by run.py, such as checkpoints/NAME/best"
-        )
+    run = read_run(checkpoint.resolve().parent)
+    description = require_description(checkpoint, "epoch", "stage", "thoughts")
     shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(*NOT_UPLOADED))
     curves = importlib.util.find_spec("matplotlib") is not None
     if curves:

@@ -26,7 +26,8 @@ import yaml
 from evaluations import markdown, read_evaluations, table
 from runs import ROOT, FinishedRun, UserError, files, read_file, read_run
 
-from config import PATH_KEYS
+from config import PATH_KEYS, Config
+from curriculum import ALL_STEPS, num_placeholders
 
 
 def check(runs: list[FinishedRun]) -> None:
@@ -50,8 +51,8 @@ def recorded_metrics(run: FinishedRun) -> Iterator[dict]:
         if epoch in losses:
             yield {"step": validation["step"], "train/epoch": epoch, "train/loss": losses[epoch]}
         yield validation
-    for (checkpoint, _), test in read_evaluations(run.directory).items():
-        yield test | {"checkpoint": checkpoint, "val_path": project_relative(test["val_path"])}
+    for setting, test in read_evaluations(run.directory).items():
+        yield test | {"checkpoint": setting.checkpoint, "val_path": project_relative(test["val_path"])}
 
 
 def config_text(run: FinishedRun) -> str:
@@ -96,10 +97,18 @@ def row(label: str, seeds: list[FinishedRun]) -> dict[str, str]:
 
 
 def tests_of_best(run: FinishedRun) -> dict[str, dict]:
-    """Return the tests of the checkpoint `best`: {test set: metrics}."""
-    best = f"checkpoint_{run.best['eval/epoch']}"
-    tests = read_evaluations(run.directory)
-    return {name: metrics for (checkpoint, name), metrics in tests.items() if checkpoint == best}
+    """Return the tests of the checkpoint `best` as it was trained: {test set: metrics}.
+
+    Those with another method, stage or number of thoughts are left out; an earlier version recorded the stage only.
+    """
+    config, stage = Config(run.config), run.best["eval/stage"]
+    trained = {"checkpoint": f"checkpoint_{run.best['eval/epoch']}", "method": config.method, "stage": stage}
+    trained["thoughts"] = num_placeholders(stage, ALL_STEPS, config, training=False)
+    return {
+        setting.test_set: metrics
+        for setting, metrics in read_evaluations(run.directory).items()
+        if all(getattr(setting, key) in (None, value) for key, value in trained.items())
+    }
 
 
 def minutes(run: FinishedRun) -> str:

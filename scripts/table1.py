@@ -22,7 +22,9 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from config import Config, UserError, parse_overrides, read_yaml  # noqa: E402
+from components.data_sources import content_digest  # noqa: E402
+from components.export import read_description  # noqa: E402
+from config import HUB, Config, UserError, parse_overrides, read_yaml  # noqa: E402
 from curriculum import METHODS  # noqa: E402
 
 # Table 1 of the paper, GPT-2: accuracy in % ± standard deviation (generated tokens).
@@ -84,19 +86,45 @@ def train(path: Path, seed: int, processes: int, overrides: list[str]) -> tuple[
     return config, own_overrides
 
 
+def test_file(config: Config) -> tuple[str, str]:
+    """Return the test file that belongs to a config's validation file, and the digest of its content.
+
+    Raises UserError if it is the validation file itself, or if no checkpoint would be left to test.
+    """
+    if config.debug:
+        raise UserError("debug: True writes no checkpoint that could be tested; leave it out")
+    test = config.val_path.replace("_valid", "_test")
+    digests = [content_digest(path if path.startswith(HUB) else str(ROOT / path)) for path in (test, config.val_path)]
+    if digests[0] == digests[1]:
+        raise UserError(
+            f"val_path: {config.val_path!r} leads to {test!r}, which has the validation problems, as a test set; "
+            "put the test set into a file named alike, with _test where the validation file has _valid"
+        )
+    return test, digests[0]
+
+
 def train_and_test(dataset: str, method: str, seed: int, processes: int, overrides: list[str]) -> dict:
     """Train one method with one seed, test its best checkpoint, and return the test metrics."""
     path = ROOT / "args" / f"{dataset}_{method}.yaml"
+    test, digest = test_file(Config(read_yaml(path) | parse_overrides(overrides)[0]))
     config, own_overrides = train(path, seed, processes, overrides)
     directory = Path(config.save_path) / f"{config.name}-seed{seed}"
-    test = config.val_path.replace("_valid", "_test")
-    results = ROOT / directory / f"eval_{(ROOT / directory / 'best').resolve().name}"
-    pattern = f"metrics_{Path(test).stem}*.yaml"
-    if not any(results.glob(pattern)):
+    best = (ROOT / directory / "best").resolve()
+    trained = read_description(best)
+    expected = {"data_digest": digest} | {key: trained.get(key) for key in ("method", "stage", "thoughts")}
+
+    def tests() -> list[dict]:
+        """Return the metrics of the best checkpoint on the test set, as it was trained; the latest last."""
+        files = sorted(best.parent.glob(f"eval_{best.name}/metrics_*.yaml"), key=lambda path: path.stat().st_mtime)
+        found = (yaml.safe_load(file.read_text(encoding="utf-8")) for file in files)
+        return [metrics for metrics in found if {key: metrics.get(key) for key in expected} == expected]
+
+    if not tests():
         evaluation = ["only_eval=True", f"load_model_path={directory}/best", f"val_path={test}", "resume=0"]
         launch(processes, path, [o for o in own_overrides if not o.startswith("load_model_path=")] + evaluation)
-    metrics = max(results.glob(pattern), key=lambda path: path.stat().st_mtime)
-    return {**yaml.safe_load(metrics.read_text(encoding="utf-8")), "directory": directory}
+    if not (metrics := tests()):
+        raise UserError(f"{directory}: no test of {best.name} on {test} with {expected}; it was trained otherwise")
+    return {**metrics[-1], "directory": directory}
 
 
 def format_table(dataset: str, results: dict[str, list[dict]]) -> str:
@@ -133,7 +161,8 @@ def main() -> None:
                 results[method].append(test)
     except UserError as error:
         sys.exit(f"error: {error}")
-    print(f"\n{args.dataset}, {args.seeds} seed(s), test set\n\n{format_table(args.dataset, results)}")
+    files = ", ".join(sorted({test["val_path"] for tests in results.values() for test in tests}))
+    print(f"\n{args.dataset}, {args.seeds} seed(s), test set {files}\n\n{format_table(args.dataset, results)}")
     directories = [str(test["directory"]) for tests in results.values() for test in tests]
     print("\nCheckpoints, metrics and predictions:\n" + "\n".join(directories))
 

@@ -1,8 +1,10 @@
 """Training sequences, labels and batches as strings: S, L, E, P are the markers, ^ bos, $ eos, a dot is -100."""
 
 import copy
+import itertools
 import random
 from collections import Counter
+from fractions import Fraction
 from itertools import pairwise
 
 import pytest
@@ -178,6 +180,21 @@ def test_get_dataset_tokenizes_question_steps_and_answer(tokenizer, tmp_path):
 def test_stage_of_each_epoch(options, stages):
     config = Config({**options, "num_epochs": len(stages)})
     assert [stage_of(epoch, config) for epoch in range(len(stages))] == stages
+
+
+def test_data_set_functions_name_a_missing_method():
+    for make in (get_cot_latent_dataset, get_question_latent_dataset):
+        with pytest.raises(ValueError, match="method: None is none; set it to one of cot, no_cot"):
+            make(0, [], Config({"max_latent_stage": 2}), 1, 2, 3)
+
+
+@pytest.mark.parametrize("rate", [8, 7, 0.3, 2.5])
+def test_removed_tokens_of_icot_at_all_positions_equal_exact_fractions(rate):
+    config = Config({"method": "icot", "remove_per_epoch": rate, "remove_all_when_remove_beyond": 100_000})
+    for epoch, examples in itertools.product((0, 3, 8), (7, 21, 1000)):
+        for done in range(examples):
+            exact = (epoch + Fraction(done, examples)) * Fraction(str(rate))
+            assert stage_of(epoch + done / examples, config) == int(exact), (epoch, done, examples)
 
 
 def test_schedule_table():

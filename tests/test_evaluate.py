@@ -1,16 +1,24 @@
 """Answer extraction, accuracy and CoT match, validation, and the predictions file."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import yaml
 
+import evaluate
+from components import files
 from components.distributed import Processes
+from components.errors import SaveError
 from config import load_config
 from dataset import get_cot_latent_dataset
-from evaluate import Validator, extract_answer, predict, until_eos, write_predictions
+from evaluate import Validator, extract_answer, predict, until_eos, write_evaluation, write_predictions
 from helpers import make_problems, read_lines, save_model, write_json
 from run import set_up
 from utils import StopRequest
+
+KINDS = ("predictions", "metrics")  # files of an evaluation
 
 
 @pytest.mark.parametrize(
@@ -112,6 +120,47 @@ def test_write_predictions_writes_utf8_json_lines(tmp_path):
     text = (tmp_path / "p.jsonl").read_text(encoding="utf-8")
     assert text.count("\n") == 2
     assert "é" in text
+
+
+def test_evaluations_that_end_together_are_all_kept(tmp_path, monkeypatch):
+    together = threading.Barrier(4)
+
+    def write_together(predictions, path):
+        together.wait(timeout=60)
+        write_predictions(predictions, path)
+
+    monkeypatch.setattr(evaluate, "write_predictions", write_together)
+    with ThreadPoolExecutor(4) as pool:
+        result = {"val_path": "data/test.json"}
+        jobs = [pool.submit(write_evaluation, [{"idx": n}], result | {"n": n}, tmp_path / "eval") for n in range(4)]
+    assert [job.exception() for job in jobs] == [None] * 4
+    names = ["test", "test_2", "test_3", "test_4"]
+    assert {path.stem for path in (tmp_path / "eval").iterdir()} == {f"{kind}_{n}" for n in names for kind in KINDS}
+    for name in names:  # each file of metrics is beside its own predictions
+        metrics = yaml.safe_load((tmp_path / "eval" / f"metrics_{name}.yaml").read_text())
+        assert read_lines(tmp_path / "eval" / f"predictions_{name}.jsonl") == [{"idx": metrics["n"]}]
+
+
+def test_failed_write_of_an_evaluation_leaves_no_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.os, "replace", lambda *paths: 1 / 0)
+    with pytest.raises(SaveError):
+        write_evaluation([{"idx": 0}], {"val_path": "data/test.json"}, tmp_path / "eval")
+    assert not list((tmp_path / "eval").iterdir())
+
+
+def test_write_atomic_by_several_processes_at_once(tmp_path, monkeypatch):
+    together, replace = threading.Barrier(4), files.os.replace
+
+    def replace_together(*paths):
+        together.wait(timeout=60)
+        replace(*paths)
+
+    monkeypatch.setattr(files.os, "replace", replace_together)
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [pool.submit(files.write_atomic, tmp_path / "f", str(n) * 9) for n in range(4)]
+    assert [job.exception() for job in jobs] == [None] * 4
+    assert [path.name for path in tmp_path.iterdir()] == ["f"]
+    assert (tmp_path / "f").read_text() in {str(n) * 9 for n in range(4)}
 
 
 # --- validation -------------------------------------------------------------------------------------------------------

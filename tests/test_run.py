@@ -1,5 +1,6 @@
 """End-to-end runs of tiny models: the files of a run, resume, retention, only_eval, several ranks, loggers."""
 
+import json
 import os
 import shutil
 import signal
@@ -19,10 +20,12 @@ import train
 from components import checkpoint_manager, files
 from components.checkpoint import check_same_training
 from components.checkpoint_manager import list_checkpoints
+from components.data_sources import content_digest
 from components.distributed import Processes
+from components.export import describe
 from components.files import file_digest, verify_manifest
 from config import UserError, load_config
-from evaluate import Evaluation, Validator
+from evaluate import Evaluation, Validator, open_checkpoint
 from helpers import (
     REPOSITORY,
     byte_tokenizer,
@@ -612,7 +615,8 @@ def test_only_eval_writes_to_eval_directory_only(world, whole):
     assert (written / "predictions_valid.jsonl").read_text() == (directory / "predictions_3.jsonl").read_text()
     summary = yaml.safe_load((written / "metrics_valid.yaml").read_text())
     [*_, trained] = metrics(whole, "eval/")
-    assert summary["stage"] == 1
+    assert summary["data_digest"] == content_digest(str(world / "valid.json"))
+    assert (summary["method"], summary["stage"], summary["thoughts"]) == ("coconut", 1, 1)
     assert summary["eval/loss"] == pytest.approx(trained["eval/loss"], rel=1e-6)
 
 
@@ -620,6 +624,40 @@ def test_resume_key_overrides_stage_in_only_eval(world, whole):
     command = {"only_eval": True, "load_model_path": whole / "last", "resume": 5}
     directory = start(world, name="stage", **command)
     assert yaml.safe_load((directory / "eval_checkpoint_3" / "metrics_valid.yaml").read_text())["stage"] == 2
+
+
+def test_only_eval_warns_of_what_differs_from_the_checkpoint(world, whole, capsys):
+    def warnings(**values) -> list[str]:
+        start(world, name="warned", only_eval=True, load_model_path=whole / "last", debug=True, **values)
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+
+    copy = world / "with_limit_128"
+    shutil.copytree(whole / "checkpoint_3", copy)
+    text = (copy / "coconut.json").read_text()
+    (copy / "coconut.json").write_text(text.replace('"max_new_tokens": 5', '"max_new_tokens": 128'))
+    (copy / "manifest.json").unlink()
+    capsys.readouterr()
+    assert warnings() == warnings(resume=3) == []
+    assert warnings(max_new_tokens=7) == ["warning: max_new_tokens is 7 here, but the checkpoint has 5"]
+    assert warnings(max_new_tokens="None") == ["warning: max_new_tokens is 128 here, but the checkpoint has 5"]
+    assert warnings(resume=5) == ["warning: stage is 2 here (resume: 5), but the checkpoint has 1"]
+    start(world, name="warned", only_eval=True, load_model_path=copy, debug=True, max_new_tokens="None")
+    assert "warning: max" not in capsys.readouterr().out
+
+
+def test_checkpoint_from_before_the_first_step_is_evaluated_at_the_first_stage(world, whole, capsys):
+    copy = world / "before_first_step"
+    shutil.copytree(whole / "checkpoint_3", copy)
+    description = json.loads((copy / "coconut.json").read_text())
+    (copy / "coconut.json").write_text(json.dumps(description | {"stage": -1, "thoughts": 0}))
+    (copy / "manifest.json").unlink()
+    directory = start(world, name="untrained", only_eval=True, load_model_path=copy)
+    assert "at stage 0" in capsys.readouterr().out
+    summary = yaml.safe_load((directory / "eval_before_first_step" / "metrics_valid.yaml").read_text())
+    assert (summary["stage"], summary["thoughts"]) == (0, 0)
+    assert open_checkpoint(str(copy)).stage == 0
+    config = load_config(str(world / "config.yaml"), ["name=x"])
+    assert describe(config, byte_tokenizer(), -1)["thoughts"] == 0
 
 
 def test_only_eval_with_debug_writes_no_files(world, whole):

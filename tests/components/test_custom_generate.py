@@ -8,7 +8,9 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
+import coconut
 from coconut import Coconut
+from components import custom_generate
 from components.files import verify_manifest
 from helpers import save_model, tiny_gemma3, tiny_gpt2
 from helpers.checkpoints import METHODS, PROMPTS, V, expected_ids, load, train_checkpoints, until_eos
@@ -110,6 +112,25 @@ def test_save_pretrained_of_user_model_generates_with_thoughts(make, tmp_path):
     actual = lm.generate(torch.tensor([[1, 2]]), max_new_tokens=2)
     expected = model.generate(torch.tensor([[1, 2, 47, 49, 49, 49, 48]]), mask, max_new_tokens=2)
     assert actual.tolist() == expected.tolist()
+
+
+def test_coconut_json_is_read_in_the_revision_of_the_model(save_path, monkeypatch):
+    """transformers records the commit of a hub model in its config."""
+    folder, revisions = save_path / "gpt2" / "best", []
+    lm, _, batch = load(folder)
+
+    def cached_file(name, file, revision):
+        revisions.append(revision)
+        return folder / file
+
+    for commit in ("0123abcd", None):
+        lm.config._commit_hash = commit
+        for module in (custom_generate, coconut):
+            monkeypatch.setattr(module, "cached_file", cached_file)
+        monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: lm)
+        custom_generate.generate(**batch, model=lm)
+        Coconut.from_pretrained("owner/name", revision=commit)
+    assert revisions == ["0123abcd", "0123abcd", "main", "main"]
 
 
 def test_from_pretrained_rejects_folder_without_coconut_json(tmp_path):

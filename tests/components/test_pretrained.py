@@ -175,6 +175,38 @@ def test_official_cot_checkpoint_with_spare_rows_initializes_markers(folders, tm
     assert torch.equal(tables(wrapped.lm)[0], state["model.embed_tokens.weight"])
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "warning"),
+    [
+        ("cot", {"only_eval": True}, "method cot uses it without thoughts"),
+        ("no_cot", {"only_eval": True}, "method no_cot uses it without thoughts"),
+        ("no_thoughts", {"only_eval": True, "resume": 9}, "method no_thoughts uses it without thoughts"),
+        ("icot", {}, "method icot uses it without thoughts"),
+        ("coconut", {"only_eval": True}, "which holds no stage: stage 0, 0 thoughts; set resume"),
+        ("no_curriculum", {"only_eval": True}, "which holds no stage: stage 4, 6 thoughts; set resume"),
+        ("coconut", {"only_eval": True, "resume": 9}, None),
+        ("coconut", {}, None),
+        ("pause_token", {}, None),
+    ],
+)
+def test_use_of_official_coconut_file_without_its_thoughts_is_a_warning(
+    folders, tmp_path, capsys, method, options, warning
+):
+    path = official_file(tmp_path / "file", random_state(tiny_gpt2(V, 128), V + 3), wrapped=True)
+    load(folders["gpt2"], path, method, c_thought=2, max_latent_stage=3, **options)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert len(lines) == (warning is not None)
+    if warning:
+        assert f"load_model_path: '{path}' is an official Coconut file, " in lines[0] and warning in lines[0]
+
+
+@pytest.mark.parametrize("method", ["pause_token", "pause_as_thought"])
+def test_evaluation_of_official_coconut_file_with_pause_tokens_is_refused(folders, tmp_path, method):
+    path = official_file(tmp_path / "file", random_state(tiny_gpt2(V, 128), V + 3), wrapped=True)
+    with pytest.raises(UserError, match=rf"official Coconut file, without <\|pause\|>; method {method}"):
+        load(folders["gpt2"], path, method, only_eval=True)
+
+
 def test_module_prefix_of_official_checkpoint_is_stripped(folders, tmp_path):
     state = random_state(tiny_gpt2(V, 128), rows=V + 3)
     official_file(tmp_path / "file", state, wrapped=True)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from coconut import Coconut
 from curriculum import START
 from helpers.checkpoints import METHODS, PROMPTS, expected_ids, until_eos
 
@@ -84,3 +85,24 @@ def test_ask_rejects_invalid_arguments(save_path, capsys, argv, message):
         ask.main([str(save_path / argv[0]), *argv[1:]])
     assert raised.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_ask_names_what_a_saved_model_does_not_say(save_path, tmp_path, capsys):
+    best = save_path / "gpt2" / "best"
+    model, tokenizer = Coconut.from_pretrained(best), AutoTokenizer.from_pretrained(best)
+    model.save_pretrained(tmp_path / "with")
+    description, model.description = model.description, {}
+    model.save_pretrained(tmp_path / "without", thoughts=4)
+    for folder in (tmp_path / "with", tmp_path / "without"):
+        tokenizer.save_pretrained(folder)
+    assert (
+        ask_json(capsys, tmp_path / "with", "1+2+3")[0]["generated"] == ask_json(capsys, best, "1+2+3")[0]["generated"]
+    )
+    with pytest.raises(SystemExit) as raised:
+        ask.main([str(tmp_path / "without"), "1+2+3"])
+    assert raised.value.code == 2
+    assert "coconut.json has no method, c_thought, max_latent_stage, stage" in capsys.readouterr().err
+    (tmp_path / "with" / "coconut.json").write_text(json.dumps(description | {"method": "cocoon"}))
+    with pytest.raises(SystemExit):
+        ask.main([str(tmp_path / "with"), "1+2+3"])
+    assert "method: expected one of cot, " in capsys.readouterr().err

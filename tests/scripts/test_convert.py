@@ -112,6 +112,29 @@ def test_convert_rejects_lora_pause_tokens_and_other_vocabularies(save_path, tmp
     assert not (tmp_path / "file").exists()
 
 
+def test_to_official_names_what_a_saved_model_does_not_say(save_path, tmp_path, capsys):
+    model = Coconut.from_pretrained(save_path / "gpt2" / "best")
+    model.description = {}
+    model.save_pretrained(tmp_path / "saved")
+    assert "coconut.json has no method" in convert_error(capsys, "to-official", tmp_path / "saved", tmp_path / "file")
+
+
+def test_to_official_refuses_a_cot_model_with_rows_of_markers(save_path, tmp_path, capsys):
+    """The official code loads a CoT file into the base model, whose rows must be as many."""
+    folder = tmp_path / "from_coconut"
+    shutil.copytree(save_path / "cot" / "best", folder)
+    for rows, refused in ((V + 3, True), (V + 40, False)):  # a model may have more rows than tokens from the start
+        lm = AutoModelForCausalLM.from_pretrained(folder)
+        lm.resize_token_embeddings(rows)
+        lm.save_pretrained(folder)
+        if refused:
+            error = convert_error(capsys, "to-official", folder, tmp_path / "file")
+            assert f"{V} rows" in error and f"there are {rows}" in error
+            assert not (tmp_path / "file").exists()
+        else:
+            convert.main(["to-official", str(folder), str(tmp_path / "file")])
+
+
 def test_convert_never_overwrites(save_path, tmp_path, capsys):
     taken = tmp_path / "taken"
     taken.write_text("kept")

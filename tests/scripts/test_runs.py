@@ -249,3 +249,39 @@ def test_evaluations_table_with_wilson_intervals(tmp_path, capsys):
     row = capsys.readouterr().out.splitlines()[-1]
     assert row == "| run | checkpoint_9 | 100.0 (96.3 to 100.0) | 50.0 (40.4 to 59.6) |"
     assert evaluations.main([str(tmp_path)]) == 2
+
+
+def test_evaluations_with_other_settings_have_rows_of_their_own(tmp_path, capsys):
+    def write(name, **values):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        metrics = {"val_path": "data/far.json", "problems": 100, "data_digest": "ab12", "method": "coconut"}
+        path.write_text(yaml.safe_dump(metrics | {"stage": 2} | values))
+
+    write("run/eval_checkpoint_9/metrics_far.yaml", **{"thoughts": 6, "eval/acc": 0.1})
+    write("run/eval_checkpoint_9/metrics_far_2.yaml", **{"thoughts": 0, "eval/acc": 0.2})
+    write("run/eval_checkpoint_9/metrics_far_3.yaml", **{"thoughts": 6, "eval/acc": 0.3})
+    assert evaluations.main([str(tmp_path / "run")]) == 0
+    header, _, *rows = capsys.readouterr().out.splitlines()
+    assert header == "| run | checkpoint | method | stage | thoughts | far % |"
+    assert [row.split("(")[0] for row in sorted(rows)] == [
+        "| run | checkpoint_9 | coconut | 2 | 0 | 20.0 ",
+        "| run | checkpoint_9 | coconut | 2 | 6 | 30.0 ",
+    ]
+    write("run/eval_checkpoint_9/metrics_far_4.yaml", **{"thoughts": 6, "eval/acc": 0.4, "data_digest": "cd34"})
+    assert evaluations.main([str(tmp_path / "run")]) == 2
+    assert "data/far.json had another content" in capsys.readouterr().err
+
+
+def test_record_shows_tests_of_best_as_it_was_trained(train, tmp_path):
+    shutil.copytree(train("seed0"), tmp_path / "seed0", symlinks=True)
+    config = tmp_path / "seed0" / "config.yaml"
+    command = [str(config), "only_eval=True", f"load_model_path={tmp_path}/seed0/best", f"save_path={tmp_path}"]
+    assert run.main(command) == 0
+    run_ = record.read_run(tmp_path / "seed0")
+    [trained] = record.tests_of_best(run_).values()
+    assert (trained["method"], trained["stage"], trained["thoughts"]) == ("coconut", 1, 1)
+    for changes in (["c_thought=2"], ["resume=1"], ["method=no_thoughts"]):
+        assert run.main([*command, *changes]) == 0
+    assert record.tests_of_best(run_) == {"valid": trained}
+    assert len(evaluations.read_evaluations(tmp_path / "seed0")) == 4

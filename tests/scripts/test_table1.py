@@ -1,12 +1,16 @@
 """scripts/table1.py: which runs it starts, in which order, from which checkpoints."""
 
+import json
+import sys
 from pathlib import Path
 
 import pytest
 import table1
+import yaml
 
+from components.data_sources import content_digest
 from config import UserError
-from helpers import REPOSITORY
+from helpers import REPOSITORY, make_problems, write_json
 
 ARGS = REPOSITORY / "args"
 
@@ -52,3 +56,70 @@ def test_table1_names_missing_config_of_start_checkpoint(launched, tmp_path):
     with pytest.raises(UserError, match=r"x_none\.yaml"):
         table1.train(tmp_path / "x_coconut.yaml", 0, 1, [])
     assert not launched
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A place with args/tiny_coconut.yaml, its data and a trained run; tests write metrics that depend on val_path."""
+    for part, seed in (("valid", 1), ("test", 2), ("test_easy", 3)):
+        write_json(tmp_path / f"tiny_{part}.json", make_problems(3, seed=seed))
+    (tmp_path / "args").mkdir()
+    config = {"name": "tiny", "save_path": "runs", "val_path": "tiny_valid.json", "method": "coconut"}
+    (tmp_path / "args" / "tiny_coconut.yaml").write_text(yaml.safe_dump(config))
+    best = tmp_path / "runs" / "tiny-seed0" / "best"
+    monkeypatch.setattr(table1, "ROOT", tmp_path)
+
+    def launch(processes, path, overrides):
+        best.mkdir(parents=True, exist_ok=True)
+        (best / "coconut.json").write_text(json.dumps({"method": "coconut", "stage": 2, "thoughts": 6}))
+        if "only_eval=True" in overrides:
+            test = next(word.removeprefix("val_path=") for word in overrides if word.startswith("val_path="))
+            write_test(tmp_path, test, 0.25)
+
+    monkeypatch.setattr(table1, "launch", launch)
+    return tmp_path
+
+
+def write_test(place, name, accuracy, **changes):
+    """Write the metrics of a test of `best`."""
+    metrics = {"val_path": name, "data_digest": content_digest(str(place / name)), "eval/acc": accuracy}
+    metrics |= {"method": "coconut", "stage": 2, "thoughts": 6, "eval/new_tokens": 2.0, "eval/seconds": 0.1}
+    folder = place / "runs" / "tiny-seed0" / "eval_best"
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"metrics_{Path(name).stem}_{len(list(folder.iterdir()))}.yaml"
+    file.write_text(yaml.safe_dump(metrics | changes))
+
+
+def table_of(monkeypatch, capsys, *overrides) -> str:
+    monkeypatch.setattr(sys, "argv", ["table1.py", "tiny", "--methods", "coconut", *overrides])
+    table1.main()
+    return capsys.readouterr().out
+
+
+def test_table1_shows_tests_of_its_own_test_set_and_settings_only(place, monkeypatch, capsys):
+    write_test(place, "tiny_test_easy.json", 0.9)
+    write_test(place, "tiny_test.json", 0.8, thoughts=3)
+    write_test(place, "tiny_test.json", 0.7, stage=1)
+    write_test(place, "tiny_test.json", 0.6, method="no_thoughts")
+    write_test(place, "tiny_test.json", 0.5, data_digest=None)  # a file of an earlier version
+    table = table_of(monkeypatch, capsys)
+    assert "test set tiny_test.json" in table
+    assert "| coconut | 25.0 |" in table
+    write_test(place, "tiny_test.json", 0.75)  # a finished test is not repeated
+    assert "| coconut | 75.0 |" in table_of(monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("override", ["val_path=tiny_test.json", "val_path=tiny_test_easy.json"])
+def test_table1_refuses_the_validation_file_as_test_set(place, monkeypatch, capsys, override):
+    with pytest.raises(SystemExit, match="has the validation problems"):
+        table_of(monkeypatch, capsys, override)
+    assert not (place / "runs").exists()
+
+
+def test_table1_refuses_a_copy_of_the_validation_file_and_debug(place, monkeypatch, capsys):
+    (place / "tiny_test.json").write_bytes((place / "tiny_valid.json").read_bytes())
+    with pytest.raises(SystemExit, match="has the validation problems"):
+        table_of(monkeypatch, capsys)
+    with pytest.raises(SystemExit, match="debug: True writes no checkpoint"):
+        table_of(monkeypatch, capsys, "debug=True")
+    assert not (place / "runs").exists()
