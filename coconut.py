@@ -222,7 +222,8 @@ class Coconut(nn.Module):
             its first eos, or at the model's last position; it is filled with eos while other rows continue.
         """
         plan = plan or plan_batch(input_ids, attention_mask, None, self.latent_token_id)
-        input_ids, attention_mask = (t.to(self.base_causallm.device) for t in (input_ids, attention_mask))
+        device = self.base_causallm.device
+        input_ids, attention_mask = (t.to(device, non_blocking=True) for t in (input_ids, attention_mask))
         cache = self.new_cache(input_ids.shape[1] + max_new_tokens)
         hidden, _ = self.think(input_ids, attention_mask, position_ids, cache, plan.pass_starts)
         backbone = self.backbone()

@@ -230,6 +230,15 @@ def model_args(batch: dict) -> dict:
     return {key: value for key, value in batch.items() if key != "idx"}
 
 
+def to_device(batch: dict, device: torch.device) -> dict:
+    """Return a batch with its tensors on a device; the copy is asynchronous. Its plan stays: the model moves it.
+
+    Before FSDP sees them: it would move what it is given itself, and wait for a GPU with every tensor.
+    """
+    move = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
+    return batch | {key: tensor.to(device, non_blocking=True) for key, tensor in move.items()}
+
+
 def prefetch_batches(make: Callable, items: Sequence, config: Config, device: torch.device) -> Iterator:
     """Yield make(item) for every item, made ahead by config.data_workers; pinned for a GPU, for asynchronous copies."""
     on_gpu = device.type == "cuda"

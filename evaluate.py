@@ -34,6 +34,7 @@ from dataset import (
     get_question_latent_dataset,
     model_args,
     prefetch_batches,
+    to_device,
 )
 from utils import StopRequest
 
@@ -134,7 +135,8 @@ class Validator:
         for batch in self.batches(sequences, "validation loss"):
             supervised = len(batch["plan"].targets)
             with self.autocast():
-                total += self.model(**model_args(batch)).loss.double() * supervised
+                inputs = to_device(model_args(batch), self.processes.device)
+                total += self.model(**inputs).loss.double() * supervised
             count += supervised
         loss, count = self.processes.all_reduce_sum([total.item(), count])
         self.stop.raise_on_all_ranks(self.processes)
@@ -146,7 +148,8 @@ class Validator:
         predictions, limit = [], self.config.answer_limit
         for batch in self.batches(prompts, "validation answers"):
             with self.autocast():
-                output = self.model.generate(**model_args(batch), max_new_tokens=limit)  # (batch, length + new)
+                inputs = to_device(model_args(batch), self.processes.device)
+                output = self.model.generate(**inputs, max_new_tokens=limit)  # (batch, length + new)
             thoughts = (batch["input_ids"] == self.model.latent_token_id).sum(1).tolist()
             new = output[:, batch["input_ids"].shape[1] :].tolist()
             for idx, tokens, count in zip(batch["idx"].tolist(), new, thoughts, strict=True):

@@ -38,6 +38,7 @@ from dataset import (
     model_args,
     prefetch_batches,
     step_batches,
+    to_device,
 )
 from evaluate import Evaluation, Validator, write_predictions
 from utils import StopRequest
@@ -236,7 +237,7 @@ class Trainer:
         for number, batch in enumerate(batches, 1):
             with sync_gradients(self.parallel_model, last=number == len(batches)):
                 with self.validator.autocast():
-                    loss = self.parallel_model(**model_args(batch)).loss
+                    loss = self.parallel_model(**to_device(model_args(batch), self.processes.device)).loss
                 loss = loss * (len(batch["plan"].targets) / supervised)
                 (loss * self.processes.world_size).backward()  # gradients are averaged over ranks
             total += loss.detach()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,6 +18,11 @@ from components.distributed import Processes
 from config import Config, UserError
 
 HAS_FSDP2 = hasattr(FSDPModule, "set_reshard_after_forward")  # torch 2.8
+# Rank 0's weights and buffers are on every rank before DDP sees them, and passes do not change buffers. torch 2.13 gave
+# the keyword a new name, under which DDP would still broadcast the buffers once, at the start, unless init_sync is off.
+NO_SYNC = {"broadcast_buffers": False}
+if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters:
+    NO_SYNC = {"forward_sync_buffers": False, "init_sync": False}
 BYTES_PER_PARAMETER = 16  # weight, gradient and Adam's two moments, in float32
 
 
@@ -53,8 +59,14 @@ def parallelize(model: nn.Module, blocks: nn.ModuleList, strategy: str, bf16: bo
         return model.to(processes.device)
     if strategy == "ddp":
         replicate(model, processes)
-        return freeze_buckets(DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True))
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        return freeze_buckets(DistributedDataParallel(model, **NO_SYNC, gradient_as_bucket_view=True))
+    # Inputs stay in float32, as under DDP: with a bfloat16 residual stream, rounding errors would grow with every
+    # thought. Not on a CPU, whose autocast leaves layer norms in the dtypes they get, and those must be one.
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=processes.device.type == "cpu",
+    )
     options = {"mesh": dist.init_device_mesh(processes.device.type, (processes.world_size,))}
     weights = to_meta(model)  # sharded first, then filled: no rank has the whole model on its device
     for block in blocks:

@@ -17,12 +17,15 @@ from curriculum import END, LATENT, METHODS, PAUSE, START, schedule_table, stage
 from dataset import (
     Lengths,
     MyCollator,
+    PlanningCollator,
     check_lengths,
     epoch_order,
     get_cot_latent_dataset,
     get_dataset,
     get_question_latent_dataset,
+    model_args,
     step_batches,
+    to_device,
 )
 from helpers import byte_tokenizer, make_problems, show, write_json
 
@@ -490,3 +493,13 @@ def test_check_lengths_ignores_uniform_prob_stages_in_validation(tokenizer):
     [longest] = make(get_cot_latent_dataset, tokenizer, [TWO_STEPS], 0, config, mix_stages=False)
     limit = len(longest["input_ids"])
     check_lengths(tokenize_problems([TWO_STEPS], tokenizer), {0}, config, limit, "data.json", mix_stages=False)
+
+
+def test_to_device_moves_all_tensors_but_the_plan():
+    tokenizer = byte_tokenizer(pad=True)
+    feature = {"input_ids": [1, 2], "attention_mask": [1, 1], "position_ids": [0, 1], "labels": [-100, 2], "idx": 0}
+    batch = model_args(PlanningCollator(tokenizer, latent_id=9)([feature]))
+    moved = to_device(batch, torch.device("meta"))
+    assert moved.keys() == batch.keys() and moved["plan"] is batch["plan"]
+    assert {key for key in moved if key != "plan" and moved[key].is_meta} == {*batch} - {"plan"}
+    assert not any(tensor.is_meta for tensor in batch.values() if isinstance(tensor, torch.Tensor))

@@ -233,6 +233,19 @@ def test_fsdp_is_refused_by_an_older_torch(monkeypatch):
         choose_strategy(tiny_gpt2(), Config({"parallel": "fsdp"}), Eight(smallest=2**60))
 
 
+@pytest.mark.parametrize(("device", "cast"), [("cuda", False), ("cpu", True)])
+def test_fsdp_with_bf16_keeps_the_residual_stream_in_float32_on_a_gpu(monkeypatch, device, cast):
+    shards = {}
+    monkeypatch.setattr(torch.distributed, "init_device_mesh", lambda *_: None)
+    monkeypatch.setattr(parallelize, "fully_shard", lambda module, **options: shards.update({module: options}))
+    monkeypatch.setattr(parallelize, "load_from_rank0", lambda *_: None)
+    model, processes = tiny_gpt2(), distributed.Processes(world_size=2, device=torch.device(device))
+    parallelize.parallelize(model, model.transformer.h, "fsdp", True, processes)
+    policies = [shards[block]["mp_policy"] for block in model.transformer.h]
+    assert {(p.param_dtype, p.cast_forward_inputs) for p in policies} == {(torch.bfloat16, cast)}
+    assert "mp_policy" not in shards[model]
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_number_of_collectives_per_step(setting, strategy):
     """A small one for each step and one at the start of an epoch. Weights are gathered once in a step, in 3
@@ -241,6 +254,7 @@ def test_number_of_collectives_per_step(setting, strategy):
     shape |= {"batch_size_training": 4, "gradient_accumulation_steps": 2, "uniform_prob": 0}
     outcome = setting.run(f"counted-{strategy}", 2, Count(), **shape)
     assert outcome.codes == [0, 0], outcome.output
+    assert "FutureWarning" not in outcome.output
     counts = Counter(json.loads(re.search(r"^{.*}$", outcome.output, re.MULTILINE)[0]))
     steps, passes = 3, 2 + 2 + 1
     expected = {"allreduce_": steps} if strategy == "ddp" else {"_allgather_base_": 3 * steps}
