@@ -20,11 +20,11 @@ from tqdm import tqdm
 
 from coconut import Coconut
 from components.checkpoint import TrainState, load_training_state, save_checkpoint
-from components.checkpoint_manager import disk_report, prune, remove_partial, set_links
+from components.checkpoint_manager import Claim, disk_report, prune, remove_partial, set_aside_earlier, set_links
 from components.distributed import Processes, check_shared_filesystem
 from components.errors import Interrupted, NotFiniteError
 from components.export import describe
-from components.files import make_private, saving, write_atomic
+from components.files import saving, write_atomic
 from components.lora import parameter_groups
 from components.metrics import MetricLogger
 from components.parallelize import choose_strategy, is_sharded, parallelize, reshard, sync_gradients, zero_grad
@@ -131,8 +131,11 @@ class Trainer:
 
     # --- epochs -------------------------------------------------------------------------------------------------------
 
-    def fit(self) -> None:
-        """Train epoch after epoch, with validation and a checkpoint after each; a finished run is left as it is."""
+    def fit(self, claim: Claim) -> None:
+        """Train epoch after epoch, with validation and a checkpoint after each; a finished run is left as it is.
+
+        claim: that of the run's directory.
+        """
         config, state, processes = self.config, self.state, self.processes
         if state.epoch >= config.num_epochs:
             processes.print(f"{self.directory} has finished {state.epoch} epochs; raise num_epochs to train on")
@@ -140,7 +143,7 @@ class Trainer:
         processes.print(self.config_text() + "\n" + schedule_table(config))
         if not config.debug:
             processes.print(self.disk_report())
-        processes.run_on_rank0(self.open_log)
+        processes.run_on_rank0(lambda: self.open_log(claim))
         try:
             if not config.debug:
                 check_shared_filesystem(self.directory / "config.yaml", processes)
@@ -155,12 +158,13 @@ class Trainer:
         finally:
             self.log.close()
 
-    def open_log(self) -> None:
+    def open_log(self, claim: Claim) -> None:
         """Create the run's directory with its config.yaml and open the log where the checkpoint left off."""
         if self.config.debug:
             return
+        claim.create()
         with saving(self.directory):
-            make_private(self.directory)
+            set_aside_earlier(self.directory, fresh=self.checkpoint is None)
         state = self.state
         self.log = MetricLogger(self.directory, self.config, state.run_id, state.metrics_bytes, state.step)
         with saving(self.directory):
