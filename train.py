@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import platform
 import secrets
+import shlex
 import subprocess
 import time
 from dataclasses import dataclass
@@ -83,7 +84,7 @@ class Trainer:
         model: the Coconut module around pretrained.lm, with weights on rank 0, on the meta device elsewhere.
         data: the tokenized training problems.
         validator: runs after every epoch.
-        checkpoint: what the run resumes from, None for a fresh start.
+        checkpoint: what the run resumes from, None for a fresh start; later the newest one.
     """
 
     def __init__(
@@ -288,7 +289,8 @@ class Trainer:
         if not math.isfinite(totals.loss + totals.norm):
             idx = self.processes.all_gather_object([i for b in batches for i in b["idx"].tolist() if i >= 0])
             raise NotFiniteError(
-                f"{place}: loss {totals.loss}, gradient norm {totals.norm}, on the training problems {idx}"
+                f"{place}: loss {totals.loss}, gradient norm {totals.norm}, on the training problems {idx}; inspect "
+                f"them, or train on more cautiously: {self.cautious_words()}"
             )
         if config.max_grad_norm is not None and totals.norm > config.max_grad_norm:
             for gradient in self.local_gradients():
@@ -299,6 +301,17 @@ class Trainer:
         self.optimizer.step()
         zero_grad(self.parallel_model)  # now, so that validation has the memory
         return lr
+
+    def cautious_words(self) -> str:
+        """Return the words for the command line that train on from the last checkpoint with a lower learning rate.
+
+        The run itself would refuse to resume with another one; without a checkpoint it begins anew anyway.
+        """
+        words = {"lr": f"{self.config.lr / 10:.1g}", "max_grad_norm": min(self.config.max_grad_norm or 1.0, 1.0)}
+        if self.checkpoint is not None:
+            start = {"load_model_path": self.checkpoint, "resume": self.state.epoch}
+            words = {"name": f"{self.config.name}_from_{self.checkpoint.name}", **start, **words}
+        return shlex.join(f"{key}={value}" for key, value in words.items())
 
     # --- data ---------------------------------------------------------------------------------------------------------
 
@@ -355,6 +368,7 @@ class Trainer:
         facts["problems_per_step"] = config.problems_per_step(processes.world_size)
         description = describe(config, self.pretrained.tokenizer, state.stage, **facts)
         save_checkpoint(checkpoint, self.pretrained, self.model, self.optimizer, state, description, processes)
+        self.checkpoint = checkpoint
         if processes.is_rank0:
             prune(checkpoint, config.keep_checkpoints, config.save_only_improve)
             print(f"saved {checkpoint}" + (", the best of this stage so far" if best else ""), flush=True)
