@@ -23,6 +23,7 @@ from curriculum import METHODS
 
 OFFICIAL_METHODS = ("coconut", "cot", "no_thoughts", "no_cot")  # the official code selects a method by four booleans
 SPLIT_PATHS = ("train_path", "val_path")
+ABOVE_0 = math.ulp(0.0)  # the least value of a key that must be positive
 HUB = "hub:"  # prefix of a path that names a data set of the Hugging Face hub
 TYPE_NAMES = {bool: "a bool", int: "an int", float: "a float", str: "a string", types.NoneType: "None"}
 
@@ -70,7 +71,9 @@ class Config:
     # curriculum of icot (Deng et al. 2024)
     remove_per_epoch: float = option(8, "step tokens removed per epoch, spread evenly over it", low=0)
     remove_all_when_remove_beyond: int = option(39, "number of removed tokens from which on all are removed", low=1)
-    removal_smoothing_lambda: float | None = option(4, "remove o more tokens with probability ~ exp(-lambda o)", low=0)
+    removal_smoothing_lambda: float | None = option(
+        4, "remove o more tokens with probability ~ exp(-lambda o) (None: no more)", low=ABOVE_0
+    )
     # model
     model_id: str = option("openai-community/gpt2", "hub name or directory of the base model")
     from_scratch: bool = option(False, "random weights for the architecture in model_id's config.json")
@@ -94,10 +97,10 @@ class Config:
         None, "problems per optimizer step over all processes; sets gradient_accumulation_steps", low=1
     )
     group_by_length: bool = option(False, "group problems of similar length: less padding, another order")
-    lr: float = option(1e-4, "AdamW's learning rate", low=0)
+    lr: float = option(1e-4, "AdamW's learning rate", low=ABOVE_0)
     weight_decay: float = option(0.01, "AdamW's weight decay", low=0)
     warmup_steps: int = option(0, "optimizer steps of linear learning-rate warmup", low=0)
-    max_grad_norm: float | None = option(None, "clip the gradient to this norm (None: no clipping)", low=0)
+    max_grad_norm: float | None = option(None, "clip the gradient to this norm (None: no clipping)", low=ABOVE_0)
     reset_optimizer: bool | str = option(
         False, "reset the optimizer state when the stage switches, or every_epoch", choices=(False, True, "every_epoch")
     )
@@ -198,7 +201,8 @@ def convert(value, hint: type | types.UnionType, option: Mapping):
     if isinstance(value, int | float) and not isinstance(value, bool):
         finite = abs(value) < 2**63 if isinstance(value, int) else math.isfinite(value)
         if not finite or not low <= value <= high:
-            bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            at_least = "above 0" if low == ABOVE_0 else f"at least {low}"
+            bounds = at_least if high == math.inf else f"from {low} to {high}"
             raise ValueError(f"{abbreviated(value)} is out of range; expected a finite number, {bounds} ({doc})")
     return value
 

@@ -21,6 +21,7 @@ import transformers
 
 from coconut import Coconut, check_model
 from components.checkpoint import check_intact, find_checkpoint
+from components.checkpoint_manager import Claim, check_writable
 from components.distributed import Processes, destroy_distributed, init_distributed
 from components.errors import exit_code, message
 from components.lora import add_lora
@@ -61,8 +62,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(config: Config, processes: Processes, stop: StopRequest) -> None:
     """Train, or evaluate config.load_model_path; the model is freed before the process group is."""
-    job = set_up(config, processes, stop)
-    evaluate_checkpoint(job) if config.only_eval else job.fit()
+    with Claim(config.run_directory) as claim:
+        if not config.debug:  # before anything of the directory is read, and before hours of validation
+            processes.run_on_rank0(lambda: check_writable(claim.directory) if config.only_eval else claim.acquire())
+        job = set_up(config, processes, stop)
+        evaluate_checkpoint(job) if config.only_eval else job.fit(claim)
 
 
 def set_up(config: Config, processes: Processes, stop: StopRequest) -> Trainer | Validator:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import platform
 import secrets
+import shlex
 import subprocess
 import time
 from dataclasses import dataclass
@@ -20,11 +21,11 @@ from tqdm import tqdm
 
 from coconut import Coconut
 from components.checkpoint import TrainState, load_training_state, save_checkpoint
-from components.checkpoint_manager import disk_report, prune, remove_partial, set_links
+from components.checkpoint_manager import Claim, disk_report, prune, remove_partial, set_aside_earlier, set_links
 from components.distributed import Processes, check_shared_filesystem
 from components.errors import Interrupted, NotFiniteError
 from components.export import describe
-from components.files import make_private, saving, write_atomic
+from components.files import saving, write_atomic
 from components.lora import parameter_groups
 from components.metrics import MetricLogger
 from components.parallelize import choose_strategy, is_sharded, parallelize, reshard, sync_gradients, zero_grad
@@ -84,7 +85,7 @@ class Trainer:
         model: the Coconut module around pretrained.lm, with weights on rank 0, on the meta device elsewhere.
         data: the tokenized training problems.
         validator: runs after every epoch.
-        checkpoint: what the run resumes from, None for a fresh start.
+        checkpoint: what the run resumes from, None for a fresh start; later the newest one.
     """
 
     def __init__(
@@ -132,8 +133,11 @@ class Trainer:
 
     # --- epochs -------------------------------------------------------------------------------------------------------
 
-    def fit(self) -> None:
-        """Train epoch after epoch, with validation and a checkpoint after each; a finished run is left as it is."""
+    def fit(self, claim: Claim) -> None:
+        """Train epoch after epoch, with validation and a checkpoint after each; a finished run is left as it is.
+
+        claim: that of the run's directory.
+        """
         config, state, processes = self.config, self.state, self.processes
         if state.epoch >= config.num_epochs:
             processes.print(f"{self.directory} has finished {state.epoch} epochs; raise num_epochs to train on")
@@ -141,7 +145,7 @@ class Trainer:
         processes.print(self.config_text() + "\n" + schedule_table(config))
         if not config.debug:
             processes.print(self.disk_report())
-        processes.run_on_rank0(self.open_log)
+        processes.run_on_rank0(lambda: self.open_log(claim))
         try:
             if not config.debug:
                 check_shared_filesystem(self.directory / "config.yaml", processes)
@@ -156,12 +160,13 @@ class Trainer:
         finally:
             self.log.close()
 
-    def open_log(self) -> None:
+    def open_log(self, claim: Claim) -> None:
         """Create the run's directory with its config.yaml and open the log where the checkpoint left off."""
         if self.config.debug:
             return
+        claim.create()
         with saving(self.directory):
-            make_private(self.directory)
+            set_aside_earlier(self.directory, fresh=self.checkpoint is None)
         state = self.state
         self.log = MetricLogger(self.directory, self.config, state.run_id, state.metrics_bytes, state.step)
         with saving(self.directory):
@@ -285,7 +290,8 @@ class Trainer:
         if not math.isfinite(totals.loss + totals.norm):
             idx = self.processes.all_gather_object([i for b in batches for i in b["idx"].tolist() if i >= 0])
             raise NotFiniteError(
-                f"{place}: loss {totals.loss}, gradient norm {totals.norm}, on the training problems {idx}"
+                f"{place}: loss {totals.loss}, gradient norm {totals.norm}, on the training problems {idx}; inspect "
+                f"them, or train on more cautiously: {self.cautious_words()}"
             )
         if config.max_grad_norm is not None and totals.norm > config.max_grad_norm:
             for gradient in self.local_gradients():
@@ -296,6 +302,17 @@ class Trainer:
         self.optimizer.step()
         zero_grad(self.parallel_model)  # now, so that validation has the memory
         return lr
+
+    def cautious_words(self) -> str:
+        """Return the words for the command line that train on from the last checkpoint with a lower learning rate.
+
+        The run itself would refuse to resume with another one; without a checkpoint it begins anew anyway.
+        """
+        words = {"lr": f"{self.config.lr / 10:.1g}", "max_grad_norm": min(self.config.max_grad_norm or 1.0, 1.0)}
+        if self.checkpoint is not None:
+            start = {"load_model_path": self.checkpoint, "resume": self.state.epoch}
+            words = {"name": f"{self.config.name}_from_{self.checkpoint.name}", **start, **words}
+        return shlex.join(f"{key}={value}" for key, value in words.items())
 
     # --- data ---------------------------------------------------------------------------------------------------------
 
@@ -352,6 +369,7 @@ class Trainer:
         facts["problems_per_step"] = config.problems_per_step(processes.world_size)
         description = describe(config, self.pretrained.tokenizer, state.stage, **facts)
         save_checkpoint(checkpoint, self.pretrained, self.model, self.optimizer, state, description, processes)
+        self.checkpoint = checkpoint
         if processes.is_rank0:
             prune(checkpoint, config.keep_checkpoints, config.save_only_improve)
             print(f"saved {checkpoint}" + (", the best of this stage so far" if best else ""), flush=True)

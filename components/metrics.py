@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import html
 import json
 import os
@@ -11,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from components.files import saving
-from config import Config, UserError
+from config import Config
 
 
 class MetricLogger:
@@ -24,7 +23,6 @@ class MetricLogger:
             what was logged later is dropped.
 
     Raises:
-        UserError: another process is training in the directory.
         SaveError: metrics.jsonl cannot be written.
     """
 
@@ -36,14 +34,11 @@ class MetricLogger:
         self.path = directory / "metrics.jsonl"
         with saving(self.path):
             self.file = open(self.path, "ab")  # noqa: SIM115 (closed by close)
-            acquire_lock(self.file, directory)
             self.truncate(keep_bytes)
         if config.logger == "wandb":
             self.call_backend(lambda: setattr(self, "backend", start_wandb(directory, config, run_id)))
         elif config.logger == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter  # an optional package
-
-            self.backend = SummaryWriter(str(directory / "tensorboard"), purge_step=steps + 1)
+            self.call_backend(lambda: setattr(self, "backend", start_tensorboard(directory, steps)))
 
     def truncate(self, keep_bytes: int) -> None:
         """Drop the lines of metrics.jsonl after the first keep_bytes bytes: their steps will be repeated."""
@@ -119,15 +114,11 @@ def markdown_table(rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in escaped)
 
 
-def acquire_lock(file, directory: Path) -> None:
-    """Lock a run's directory until this process ends. Raises UserError if another process holds the lock."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        remedy = "wait until it ends, stop it, or choose another name"
-        raise UserError(f"name: another process is training in {directory}; {remedy}") from error
-    except OSError:
-        pass  # a file system without locks
+def start_tensorboard(directory: Path, steps: int):
+    """Open the run's tensorboard log; what it has after the first `steps` optimizer steps is hidden."""
+    from torch.utils.tensorboard import SummaryWriter  # an optional package
+
+    return SummaryWriter(str(directory / "tensorboard"), purge_step=steps + 1)
 
 
 def start_wandb(directory: Path, config: Config, run_id: str):

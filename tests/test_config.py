@@ -62,7 +62,10 @@ def test_the_config_of_these_tests_runs(place, capsys):
         ("train_path=[a]", ["train_path", "['a']", "str"]),
         ("lr=nan", ["lr", "nan", "finite"]),
         ("lr=.inf", ["lr", "inf", "finite"]),
-        ("lr=-1e-4", ["lr", "-0.0001", "at least 0"]),
+        ("lr=-1e-4", ["lr", "-0.0001", "above 0"]),
+        ("lr=0", ["lr", "0.0", "above 0"]),  # no weight would move
+        ("max_grad_norm=0", ["max_grad_norm", "0.0", "above 0", "None: no clipping"]),  # likewise
+        ("removal_smoothing_lambda=0", ["removal_smoothing_lambda", "above 0", "None"]),
         ("weight_decay=-1", ["weight_decay", "-1", "at least 0"]),
         ("uniform_prob=1.5", ["uniform_prob", "1.5", "from 0 to 1"]),
         ("uniform_prob=-0.1", ["uniform_prob", "-0.1", "from 0 to 1"]),

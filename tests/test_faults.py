@@ -12,6 +12,7 @@ import json
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -196,12 +197,28 @@ def test_nan_loss_stops_all_ranks_before_optimizer_step(setting, name, ranks, pa
     run, epoch = setting.directory / name, 1 if ranks == 1 else 2
     [message] = re.findall(r"error: (.*)", outcome.output)
     assert f"epoch {epoch}, step 4: loss nan" in message
-    idx = [int(number) for number in re.findall(r"\d+", message.split("training problems")[1])]
+    idx = [int(number) for number in re.findall(r"\d+", message.split("training problems")[1].split(";")[0])]
     assert idx == step_indices(setting, epoch - 1, range(12, 14) if ranks == 1 else range(8, 14), ranks)
     assert all(verify_manifest(path) is None for path in list_checkpoints(run))
     assert os.readlink(run / "last") == ("checkpoint_0_step_3" if ranks == 1 else "checkpoint_1_step_3")
     assert setting.run(name, ranks, parallel=parallel).codes == [0] * ranks
     assert_same(run, setting.reference(ranks, parallel=parallel))
+
+
+@pytest.mark.parametrize("step", [3, 7])  # before the first checkpoint; after checkpoint_1_step_6
+def test_words_in_the_message_of_a_nan_loss_train_on(setting, name, step):
+    """A lower lr alone would be refused on resume."""
+    outcome = setting.run(name, fault=Fault("nan", "forward", step), save_every_steps=3)
+    [words] = re.findall(r"train on more cautiously: (.*)", outcome.output)
+    changes = dict(word.split("=", 1) for word in shlex.split(words))
+    run = setting.directory / changes.setdefault("name", name)
+    assert changes["lr"] == "0.001" and changes["max_grad_norm"] == "1.0"
+    again = setting.run(**changes)
+    assert again.codes == [0], again.output
+    assert [line["eval/epoch"] for line in metrics(run) if "eval/epoch" in line] == [1, 2, 3, 4][step // 4 :]
+    if step == 7:
+        assert changes["load_model_path"] == str(setting.directory / name / "checkpoint_1_step_6")
+        assert run.name == f"{name}_from_checkpoint_1_step_6"
 
 
 def test_inf_gradient_on_one_rank_stops_all_ranks(setting, name):
@@ -335,6 +352,7 @@ def test_truncated_metrics_file_is_reported_on_resume(setting, name, kept):
 
 def test_concurrent_run_in_the_same_directory_is_refused(setting, name):
     run = stopped(setting, name)
+    (run / "last").unlink()  # the other start must not set it again
     with (run / "metrics.jsonl").open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # as the process does that trains there
         before = snapshot(run)
@@ -384,16 +402,16 @@ def test_full_disk_exits_with_code_4_and_keeps_checkpoints(setting, name, fault,
     assert_same(run, setting.reference(ranks))
 
 
-def test_run_directory_that_cannot_be_created_exits_with_code_4(setting, name):
+def test_run_directory_that_cannot_be_created_is_refused(setting, name):
     (setting.directory / name).write_text("a file in its place")
     outcome = setting.run(name, 2)
-    assert outcome.codes == [4, 4]
-    assert re.search(rf"error: {setting.directory / name} could not be written", outcome.output)
+    assert outcome.codes == [2, 2]
+    assert f"error: save_path: {setting.directory / name} is a file where a directory is needed" in outcome.output
     assert "Traceback" not in outcome.output
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes in read-only directories")
-def test_read_only_run_directory_exits_with_code_4(setting, name):
+def test_read_only_run_directory_is_refused(setting, name):
     run = stopped(setting, name)
     before = snapshot(run)
     run.chmod(0o500)
@@ -401,8 +419,8 @@ def test_read_only_run_directory_exits_with_code_4(setting, name):
         outcome = setting.run(name)
     finally:
         run.chmod(0o700)
-    assert outcome.codes == [4]
-    assert "Permission denied" in outcome.output
+    assert outcome.codes == [2]
+    assert f"error: save_path: {run} cannot be written by this user" in outcome.output
     assert snapshot(run) == before
 
 

@@ -1,7 +1,9 @@
 """End-to-end runs of tiny models: the files of a run, resume, retention, only_eval, several ranks, loggers."""
 
+import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,7 +20,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import run
 import train
 from components import checkpoint_manager, files
-from components.checkpoint import check_same_training
+from components import metrics as metrics_module
+from components.checkpoint import check_same_training, find_checkpoint
 from components.checkpoint_manager import list_checkpoints
 from components.data_sources import content_digest
 from components.distributed import Processes
@@ -266,7 +269,7 @@ def test_compile_on_two_ranks_matches_eager_losses(world):
 
 
 def test_uniform_prob_does_not_affect_validation_metrics(world):
-    options = {"lr": 0, "num_epochs": 1, "resume": 0}
+    options = {"lr": 1e-30, "num_epochs": 1, "resume": 0}  # too small to move a weight
     plain, mixed = (start(world, name=f"mix_{p}", uniform_prob=p, **options) for p in (0, 1))
     assert losses(plain) != losses(mixed)
     assert metrics(plain, "eval/") == metrics(mixed, "eval/")
@@ -282,7 +285,7 @@ def test_length_check_includes_uniform_prob_stages_for_training_only(world):
 
 
 def test_each_epoch_is_shuffled_differently(world):
-    directory = start(world, name="order", lr=0, num_epochs=2, model_id=world / "plain")
+    directory = start(world, name="order", lr=1e-30, num_epochs=2, model_id=world / "plain")
     first, second = losses(directory)[:STEPS], losses(directory)[STEPS:]
     assert not set(first) & set(second)
 
@@ -462,6 +465,125 @@ def test_tensorboard_and_wandb_log_sequences_and_predictions(world, whole, monke
     ]
     assert tables[1][2][0][1].count("<|latent|>") == 1 and tables[1][2][0][1].endswith(tables[1][2][0][2])
     assert sum("eval/predictions" in metrics for _, metrics in shown) == 3
+
+
+# --- what a run finds in its directory --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copied(world, whole, request):
+    """A copy of the run `whole`, by a name of the test's own."""
+    name = re.sub(r"\W+", "_", request.node.name)
+    return shutil.copytree(whole, world / "runs" / name, symlinks=True)
+
+
+def test_directory_is_claimed_before_it_is_read(world, copied, monkeypatch):
+    """Else a start that arrives as another one ends would resume from an old checkpoint."""
+    tried = []
+
+    def look(config, processes):
+        with (copied / "metrics.jsonl").open("ab") as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        tried.append(config.name)
+        return find_checkpoint(config, processes)
+
+    monkeypatch.setattr(run, "find_checkpoint", look)
+    start(world, name=copied.name, num_epochs=3)
+    assert tried == [copied.name]
+    with (copied / "metrics.jsonl").open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # free again
+
+
+def test_new_directory_that_another_run_used_meanwhile_is_refused(world, whole, monkeypatch, capsys):
+    """Two first starts: the other one creates the directory, trains and ends while this one loads its model."""
+    directory = world / "runs" / "meanwhile"
+
+    def load(*arguments):
+        shutil.copytree(whole, directory, symlinks=True)
+        before.update(snapshot(directory))
+        return load_pretrained(*arguments)
+
+    before, load_pretrained = {}, run.load
+    monkeypatch.setattr(run, "load", load)
+    start(world, name="meanwhile", num_epochs=5, code=2)
+    assert "name: another process has trained in" in capsys.readouterr().err
+    assert snapshot(directory) == before
+
+
+@pytest.mark.parametrize(
+    ("file", "part"),
+    [
+        ("checkpoint_4", "load_model_path={path} resume=4"),
+        ("checkpoint_4_step_7", "resume=4"),
+        ("tensorboard", "should be a folder"),
+        ("predictions_9.jsonl/", "should be a file"),
+    ],
+)
+def test_a_file_where_a_folder_belongs_is_refused(world, copied, capsys, file, part):
+    """checkpoint_4 is how the official code saves; the next save would have failed after an epoch."""
+    path = copied / file
+    path.mkdir() if file.endswith("/") else path.write_bytes(b"torch")
+    before = snapshot(copied)
+    start(world, name=copied.name, num_epochs=5, logger="tensorboard", code=2)
+    message = capsys.readouterr().err
+    assert f"error: name: {path} " in message and part.format(path=path) in message
+    assert snapshot(copied) == before
+
+
+@pytest.mark.parametrize("only_eval", [False, True])
+def test_directory_that_cannot_be_written_is_refused_before_any_work(world, copied, monkeypatch, capsys, only_eval):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != copied)  # these tests may run as root, who can
+    monkeypatch.setattr(run, "set_up", None)
+    start(world, name=copied.name, num_epochs=5, only_eval=only_eval, load_model_path=copied / "last", code=2)
+    assert f"error: save_path: {copied} cannot be written by this user" in capsys.readouterr().err
+
+
+def test_copy_that_followed_links_resumes(world, whole, tmp_path, capsys):
+    """scp -r turns best and last into folders."""
+    directory = shutil.copytree(start(world, name="followed", num_epochs=2), tmp_path / "followed")
+    assert not (directory / "last").is_symlink()
+    start(world, name="followed", save_path=tmp_path, num_epochs=3)
+    assert f"note: best, last of {directory} would be overwritten, so the old ones are in" in capsys.readouterr().out
+    assert [os.readlink(directory / link) for link in ("best", "last")] == [
+        os.readlink(whole / link) for link in ("best", "last")
+    ]
+    assert verify_manifest(directory / "earlier_1" / "best") is None
+    assert verify_manifest(directory / "earlier_1" / "last") is None
+    assert_same_run(directory, whole, 3)
+
+
+def test_metrics_of_a_run_without_checkpoints_are_set_aside(world, whole, copied, capsys):
+    """Its checkpoints were deleted by hand to make room."""
+    for path in list_checkpoints(copied):
+        shutil.rmtree(path)
+    before = {path.name: path.read_bytes() for path in copied.iterdir() if path.is_file()}
+    start(world, name=copied.name, num_epochs=3)
+    assert f"so the old ones are in {copied / 'earlier_1'}" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in (copied / "earlier_1").iterdir()} == before
+    assert len(before) == 5
+    assert_same_run(copied, whole, 3)
+    start(world, name=copied.name, num_epochs=4)
+    assert not (copied / "earlier_2").exists()
+
+
+def test_config_that_the_user_keeps_in_the_directory_is_set_aside(world):
+    directory = world / "runs" / "own_config"
+    directory.mkdir(parents=True)
+    (directory / "config.yaml").write_text(f"base: {world / 'config.yaml'}  # mine\nname: own_config\n")
+    for epochs in (1, 2):
+        assert run.main([str(directory / "config.yaml"), f"num_epochs={epochs}"]) == 0
+    assert "# mine" in (directory / "earlier_1" / "config.yaml").read_text()
+    assert load_config(directory / "config.yaml").num_epochs == 2
+    assert not (directory / "earlier_2").exists()
+
+
+def test_tensorboard_that_cannot_begin_is_a_warning(world, monkeypatch, capsys):
+    def fail(*_):
+        raise OSError("no space for events")
+
+    monkeypatch.setattr(metrics_module, "start_tensorboard", fail)
+    start(world, name="no_board", num_epochs=1, logger="tensorboard")
+    assert "warning: tensorboard failed (no space for events); the run continues" in capsys.readouterr().out
 
 
 # --- the disk ---------------------------------------------------------------------------------------------------------
