@@ -21,12 +21,12 @@ import transformers
 
 from coconut import Coconut, check_model
 from components.checkpoint import check_intact, find_checkpoint
-from components.checkpoint_manager import Claim, check_writable
 from components.distributed import Processes, destroy_distributed, init_distributed
 from components.errors import exit_code, message
 from components.lora import add_lora
 from components.parallelize import replicate
 from components.pretrained import Pretrained, load_on_rank0, model_source
+from components.run_directory import Claim, check_writable
 from config import Config, load_config
 from curriculum import METHODS
 from dataset import load_data

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from coconut import Coconut
 from components.checkpoint import TrainState, load_training_state, save_checkpoint
-from components.checkpoint_manager import Claim, disk_report, prune, remove_partial, set_aside_earlier, set_links
+from components.checkpoint_manager import disk_report, prune, remove_partial, set_links
 from components.distributed import Processes, check_shared_filesystem
 from components.errors import Interrupted, NotFiniteError
 from components.export import describe
@@ -30,6 +30,7 @@ from components.lora import parameter_groups
 from components.metrics import MetricLogger
 from components.parallelize import choose_strategy, is_sharded, parallelize, reshard, sync_gradients, zero_grad
 from components.pretrained import Pretrained
+from components.run_directory import Claim, set_aside_earlier
 from config import Config
 from curriculum import schedule_table, stage_of
 from dataset import (

@@ -1,140 +1,24 @@
-"""The directory of a run: its claim, its latest complete checkpoint, retention, the links best and last, disk space."""
+"""The checkpoints of a run on disk: the latest complete one, retention, the links best and last, disk space."""
 
 from __future__ import annotations
 
-import fcntl
 import os
-import re
 import shutil
 from contextlib import suppress
-from itertools import count
 from pathlib import Path
 
 from components.export import read_description
-from components.files import fsync, make_private, read_manifest, saving, verify_manifest, write_manifest
+from components.files import fsync, read_manifest, verify_manifest, write_manifest
+from components.run_directory import CHECKPOINT, set_aside
 from config import Config, UserError
 
 OPTIMIZER_STATE = "optimizer.safetensors"  # tensors PARAMETER.KEY, such as ...weight.exp_avg
 OPTIMIZER_STATES_KEPT = 2  # of the newest checkpoints: if the newest is damaged, the one before resumes exactly
-NAME = re.compile(r"checkpoint_(\d+)(?:_step_(\d+))?")  # finished epochs; within an epoch, finished steps of the run
-METRICS, CONFIG = "metrics.jsonl", "config.yaml"
-FILES = re.compile(rf"{METRICS}|{CONFIG}|predictions_\d+\.jsonl")
-FOLDERS = re.compile(rf"{NAME.pattern}|tensorboard|wandb")
-REMEDY = "change its permissions, or choose another name or save_path"
-
-
-# --- the claim of a directory -----------------------------------------------------------------------------------------
-
-
-class Claim:
-    """The claim of a run's directory by rank 0 of one start, from before anything there is read to the end of the run.
-
-    The lock is on metrics.jsonl, which is truncated but never replaced. Where there is none yet, `create` takes it, so
-    that a start that is refused before it trains leaves nothing behind.
-    """
-
-    def __init__(self, directory: Path):
-        self.directory, self.file = directory, None
-
-    def __enter__(self) -> Claim:
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self.file is not None:
-            self.file.close()  # which unlocks it
-
-    def acquire(self) -> None:
-        """Check that the run can use its directory, and lock it. Raises UserError if it cannot."""
-        check_writable(self.directory)
-        check_types(self.directory)
-        if (self.directory / METRICS).exists():
-            self.lock()
-
-    def create(self) -> None:
-        """Create the directory and lock it, unless `acquire` has. Raises UserError if another run was faster."""
-        if self.file is not None:
-            return
-        with saving(self.directory):
-            make_private(self.directory)
-        self.lock()
-        if (self.directory / METRICS).stat().st_size:
-            raise UserError(
-                f"name: another process has trained in {self.directory} since this one started; "
-                "start again to resume that run, or choose another name"
-            )
-
-    def lock(self) -> None:
-        """Lock metrics.jsonl. Raises UserError if another process holds the lock."""
-        try:
-            self.file = open(self.directory / METRICS, "ab")  # noqa: SIM115 (closed by __exit__)
-        except OSError as error:
-            raise UserError(f"name: {error.filename} cannot be written: {error.strerror}; {REMEDY}") from error
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            remedy = "wait until it ends, stop it, or choose another name"
-            raise UserError(f"name: another process is training in {self.directory}; {remedy}") from error
-        except OSError:
-            pass  # a file system without locks
-
-
-def check_writable(directory: Path) -> None:
-    """Raise UserError unless this user can write to a directory, or create it; nothing is written."""
-    existing = next(path for path in (directory, *directory.absolute().parents) if os.path.lexists(path))
-    if not existing.is_dir():
-        remedy = "move it, or choose another name or save_path"
-        raise UserError(f"save_path: {existing} is a file where a directory is needed; {remedy}")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"save_path: {existing} cannot be written by this user; {REMEDY}")
-
-
-def check_types(run_directory: Path) -> None:
-    """Raise UserError for a file in a run's directory where a folder belongs, or the reverse."""
-    for path in sorted(run_directory.glob("*")):
-        if (match := NAME.fullmatch(path.name)) and not path.is_dir():
-            raise UserError(
-                f"name: {path} is a file, as the official code saves them, but a run's checkpoints are folders; choose "
-                f"another name; to start from the file, set load_model_path={path} resume={match[1]}"
-            )
-        expected = path.is_file if FILES.fullmatch(path.name) else path.is_dir if FOLDERS.fullmatch(path.name) else None
-        if expected and not expected():
-            kind = "file" if expected == path.is_file else "folder"
-            raise UserError(f"name: {path} should be a {kind}, but is none; move it, or choose another name")
-
-
-def set_aside(directory: Path, names: list[str]) -> None:
-    """Move what a run would overwrite into a new folder earlier_N of its directory."""
-    folder = next(path for number in count(1) if not (path := directory / f"earlier_{number}").exists())
-    folder.mkdir(mode=0o700)
-    for name in names:
-        if name == METRICS:
-            shutil.copyfile(directory / name, folder / name)  # the original has the lock, and is truncated
-        else:
-            os.replace(directory / name, folder / name)
-    print(f"note: {', '.join(names)} of {directory} would be overwritten, so the old ones are in {folder}", flush=True)
-
-
-def set_aside_earlier(run_directory: Path, fresh: bool) -> None:
-    """Set aside a config.yaml that the user wrote and, at a fresh start, the metrics and predictions of an earlier one.
-
-    A run whose checkpoints were deleted by hand starts afresh, too.
-    """
-    names, config = [], run_directory / CONFIG
-    if fresh:
-        names = sorted(path.name for path in run_directory.glob("predictions_*.jsonl"))
-        names += [METRICS] if (run_directory / METRICS).stat().st_size else []
-    if config.exists() and (names or not re.search(r"^# run \w+$", config.read_text("utf-8", "replace"), re.MULTILINE)):
-        names.append(CONFIG)
-    if names:
-        set_aside(run_directory, names)
-
-
-# --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
 def list_checkpoints(run_directory: Path) -> list[Path]:
     """List the checkpoints of a run, newest first."""
-    named = [(match, path) for path in run_directory.glob("checkpoint_*") if (match := NAME.fullmatch(path.name))]
+    named = [(match, path) for path in run_directory.glob("checkpoint_*") if (match := CHECKPOINT.fullmatch(path.name))]
     named.sort(key=lambda pair: (int(pair[0][1]), int(pair[0][2] or 0)), reverse=True)
     return [path for _, path in named]
 
