@@ -64,7 +64,7 @@ def test_activation_checkpointing_reduces_peak_memory():
         if mode:
             model.checkpoint_activations(mode)
         peaks[mode] = activation_peak(model, batch | {"plan": plan_batch(**batch, latent_token_id=LATENT)})
-    assert peaks["block"] <= 0.45 * peaks[None] and peaks["mlp"] <= 0.7 * peaks[None], peaks
+    assert peaks["block"] <= 0.56 * peaks[None] and peaks["mlp"] <= 0.75 * peaks[None], peaks
 
 
 def activation_peak(model: Coconut, batch: dict) -> int:
