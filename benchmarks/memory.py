@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn import functional as F
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
@@ -74,14 +75,20 @@ def gpu_kernels() -> Iterator[None]:
     """Compute CPU tensors with the operations of a GPU, which save other tensors for the backward pass.
 
     Attention is memory-efficient attention, dropout saves a mask of bytes, and autocast keeps in float32 what it does
-    on a GPU.
+    on a GPU, so that FSDP need not cast the inputs of blocks.
     """
     with ExitStack() as patches:
         patches.enter_context(patch.object(F, "scaled_dot_product_attention", efficient_attention))
         patches.enter_context(patch.object(F, "dropout", byte_dropout))
         for module, name in ((F, "layer_norm"), (F, "cross_entropy"), (torch, "pow")):
             patches.enter_context(patch.object(module, name, in_float32(getattr(module, name))))
+        patches.enter_context(patch.object(parallelize, "MixedPrecisionPolicy", gpu_policy))
         yield
+
+
+def gpu_policy(**options) -> MixedPrecisionPolicy:
+    """Return the policy of FSDP that `parallelize` chooses on a GPU."""
+    return MixedPrecisionPolicy(**options | {"cast_forward_inputs": False})
 
 
 def in_float32(function: Callable) -> Callable:
