@@ -24,7 +24,7 @@ from components.checkpoint import check_same_training, find_checkpoint
 from components.checkpoint_manager import list_checkpoints
 from components.distributed import Processes
 from components.files import file_digest, verify_manifest
-from config import UserError, load_config
+from config import UserError, load_config, read_yaml
 from evaluate import Evaluation, Validator
 from helpers import (
     REPOSITORY,
@@ -429,6 +429,32 @@ def test_changing_data_or_model_is_refused_on_resume(world, whole, capsys, tmp_p
     message = capsys.readouterr().err
     assert "- train_path: " in message
     assert "- model_id: " in message
+
+
+@pytest.mark.parametrize("change", ["gone", "moved", "taken out"])
+def test_what_a_run_began_from_may_go_once_it_has_a_checkpoint(world, whole, tmp_path, capsys, change):
+    shutil.copytree(world / "dropout", tmp_path / "model")
+    shutil.copytree(whole / "checkpoint_3", tmp_path / "start")
+    values = {"name": f"origin_{change}".replace(" ", "_"), "model_id": tmp_path / "model"}
+    values["load_model_path"] = tmp_path / "start"
+    directory = start(world, **values, num_epochs=1)
+    for name in ("model", "start"):
+        (tmp_path / name).rename(tmp_path / f"{name}_2")
+    if change == "moved":
+        values |= {"model_id": tmp_path / "model_2", "load_model_path": tmp_path / "start_2"}
+    elif change == "taken out":
+        values["load_model_path"] = None
+    start(world, **values, num_epochs=1)  # a finished run
+    start(world, **values, num_epochs=2)
+    printed = capsys.readouterr().out
+    assert ("note: load_model_path: " in printed) == (change != "gone")
+    assert ("note: model_id: " in printed) == (change == "moved")
+    assert read_yaml(directory / "config.yaml")["load_model_path"] == str(tmp_path / "start")
+    assert verify_manifest(directory / "checkpoint_2") is None
+    for path in list_checkpoints(directory):
+        flip(path / "model.safetensors")
+    start(world, **values | {"load_model_path": tmp_path / "start"}, num_epochs=2, code=2)
+    assert f"load_model_path: '{tmp_path / 'start'}' does not exist" in capsys.readouterr().err
 
 
 def test_changing_other_keys_is_allowed_on_resume(world):
