@@ -457,6 +457,30 @@ def test_what_a_run_began_from_may_go_once_it_has_a_checkpoint(world, whole, tmp
     assert f"load_model_path: '{tmp_path / 'start'}' does not exist" in capsys.readouterr().err
 
 
+def test_changed_data_files_are_noticed_on_resume(world, tmp_path, capsys):
+    """Training problems must be the same; other validation problems start best afresh."""
+    values = {"name": "other_data", "val_path": tmp_path / "valid.json", "train_path": tmp_path / "train.json"}
+    values |= {"epochs_per_stage": 3}  # one stage
+    write_json(tmp_path / "train.json", make_problems(9))
+    write_json(tmp_path / "valid.json", make_problems(3))
+    directory = start(world, **values, num_epochs=1)
+    before = snapshot(directory)
+    write_json(tmp_path / "train.json", make_problems(8))
+    start(world, **values, num_epochs=2, code=2)
+    message = capsys.readouterr().err
+    assert f"train_path: '{tmp_path / 'train.json'}' has changed" in message
+    assert "it had 9 problems, and has 8 with another content now" in message
+    assert snapshot(directory) == before
+    write_json(tmp_path / "train.json", make_problems(9))
+    start(world, **values, num_epochs=2)
+    assert os.readlink(directory / "best") == "checkpoint_1"  # the same accuracy, 0, is no better
+    assert "best starts afresh" not in capsys.readouterr().out
+    write_json(tmp_path / "valid.json", make_problems(4))
+    start(world, **values, num_epochs=3)
+    assert "best starts afresh" in capsys.readouterr().out
+    assert os.readlink(directory / "best") == "checkpoint_3"
+
+
 def test_changing_other_keys_is_allowed_on_resume(world):
     start(world, name="free", num_epochs=1)
     directory = start(world, name="free", num_epochs=2, max_new_tokens=3, batch_size_eval=2, logger="tensorboard")
