@@ -327,6 +327,7 @@ REMEDIES = {  # for paths that do not exist
     "train_path": "preprocessing/ makes the data files (see data/README.md)",
     "val_path": "preprocessing/ makes the data files (see data/README.md)",
 }
+SUPERSEDED = ("load_model_path", "model_id")  # by the run's own checkpoint, unless it has lora_rank
 PATH_KEYS = ("save_path", "data_cache", *REMEDIES)
 
 
@@ -346,11 +347,22 @@ def path_error(key: str, config: Config) -> str | None:
     try:
         os.stat(Path(value, config.name or "") if key == "save_path" else value)
     except (FileNotFoundError, NotADirectoryError):
+        if key in SUPERSEDED and has_own_checkpoint(config):
+            return None  # needed only if no such checkpoint is complete, which shows when they are read
         is_hub_name = key == "model_id" and not value.startswith((".", "/", "~"))
         return f"{key}: {value!r} does not exist; {REMEDIES[key]}" if key in REMEDIES and not is_hub_name else None
     except OSError as error:  # a name that is too long, a directory without permission
         return f"{key}: {abbreviated(value)} cannot be used: {error.strerror}; choose another path"
     return None
+
+
+def has_own_checkpoint(config: Config) -> bool:
+    """Whether a run would resume from what its directory holds, without what it began from."""
+    if not config.name or config.only_eval or config.debug or config.lora_rank:
+        return False
+    with suppress(OSError):  # a name that is too long, which is reported by itself
+        return any(config.run_directory.glob("checkpoint_*"))
+    return False
 
 
 def abbreviated(value) -> str:

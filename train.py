@@ -22,16 +22,17 @@ from tqdm import tqdm
 from coconut import Coconut
 from components.checkpoint import TrainState, load_training_state, save_checkpoint
 from components.checkpoint_manager import disk_report, prune, remove_partial, set_links
+from components.data_sources import content_digest
 from components.distributed import Processes, check_shared_filesystem
 from components.errors import Interrupted, NotFiniteError
-from components.export import describe
+from components.export import describe, read_description
 from components.files import saving, write_atomic
 from components.lora import parameter_groups
 from components.metrics import MetricLogger
 from components.parallelize import choose_strategy, is_sharded, parallelize, reshard, sync_gradients, zero_grad
 from components.pretrained import Pretrained
 from components.run_directory import Claim, set_aside_earlier
-from config import Config
+from config import Config, UserError
 from curriculum import schedule_table, stage_of
 from dataset import (
     PlanningCollator,
@@ -111,6 +112,7 @@ class Trainer:
         strategy = choose_strategy(model, config, processes)
         self.parallel_model = parallelize(model, model.blocks, strategy, config.bf16, processes)
         self.new_optimizer()
+        self.data_facts = {} if config.debug else processes.run_on_rank0(self.describe_data)
         self.state = self.restore()
         self.log = MetricLogger(None, config, "")
 
@@ -127,10 +129,33 @@ class Trainer:
         if self.config.resume:
             self.processes.print("resume is ignored: the run's directory has a checkpoint to resume from")
         state = load_training_state(self.checkpoint, self.model, self.pretrained.lm, self.optimizer, self.processes)
+        if self.valid_data_changed():
+            self.processes.print(f"note: {self.config.val_path} has changed, so best starts afresh")
+            state.best_stage, state.best_accuracy = -1, -1.0
         if self.processes.is_rank0:  # the run may have died before it set the links, or a newer checkpoint is damaged
             set_links(self.checkpoint, state.best_epoch)
         self.processes.print(f"resuming {self.directory} after epoch {state.epoch}, step {state.step}")
         return state
+
+    def describe_data(self) -> dict:
+        """Return what a checkpoint remembers of the data: a change between two starts would go unnoticed."""
+        digests = {f"{key}_sha256": content_digest(getattr(self.config, key)) for key in ("train_path", "val_path")}
+        return {"train_problems": len(self.data), **digests}
+
+    def valid_data_changed(self) -> bool:
+        """Whether the validation problems differ from the checkpoint's. Raises UserError if the training ones do."""
+        before = self.processes.run_on_rank0(lambda: read_description(self.checkpoint))
+        train, valid = (
+            before.get(name, self.data_facts[name]) != self.data_facts[name]  # older checkpoints do not say
+            for name in ("train_path_sha256", "val_path_sha256")
+        )
+        if train:
+            raise UserError(
+                f"train_path: {self.config.train_path!r} has changed since {self.checkpoint} was saved: it had "
+                f"{before.get('train_problems')} problems, and has {len(self.data)} with another content now; restore "
+                "it to resume, or choose another name for a new run"
+            )
+        return valid
 
     # --- epochs -------------------------------------------------------------------------------------------------------
 
@@ -366,7 +391,7 @@ class Trainer:
         state.metrics_bytes = processes.run_on_rank0(self.log.flush)
         name = f"checkpoint_{state.epoch}" + (f"_step_{state.step}" if state.examples else "")
         checkpoint = self.directory / name
-        facts = {"epoch": state.epoch, "improved": best}
+        facts = {"epoch": state.epoch, "improved": best, **self.data_facts}
         facts["problems_per_step"] = config.problems_per_step(processes.world_size)
         description = describe(config, self.pretrained.tokenizer, state.stage, **facts)
         save_checkpoint(checkpoint, self.pretrained, self.model, self.optimizer, state, description, processes)

@@ -16,7 +16,7 @@ from components.files import MANIFEST, atomic_directory, read_manifest, saving, 
 from components.lora import check_frozen, frozen_checksum, merge_adapters, trainable_weights
 from components.parallelize import full_tensors, tensor_from_rank0
 from components.pretrained import Pretrained, read_tensors
-from config import FREE_KEYS, Config, UserError, read_yaml
+from config import FREE_KEYS, REMEDIES, Config, UserError, read_yaml
 
 TRAINING_STATE = "training_state.pt"
 
@@ -127,6 +127,8 @@ def check_same_training(saved: dict, config: Config, checkpoint: Path, processes
     the world size changes that number, it is a warning, or an error within an epoch whose order depends on it.
     """
     saved = Config().resolved() | saved  # a key that the run did not know had its default
+    if not config.lora_rank:
+        keep_origin(saved, config, processes)
     changed = {
         key: f"  - {key}: {saved[key]!r} there, {value!r} now"
         for key, value in config.resolved().items()
@@ -146,6 +148,22 @@ def check_same_training(saved: dict, config: Config, checkpoint: Path, processes
             f"{checkpoint.parent} holds a run that was trained differently:\n" + "\n".join(changed.values()) + "\n"
             "change them back to resume it, or choose another name for a new run"
         )
+
+
+def keep_origin(saved: dict, config: Config, processes: Processes) -> None:
+    """Let a run's own checkpoint supersede what the run began from: load_model_path, and a model folder that has gone.
+
+    The config keeps the saved values, which record where the run came from.
+    """
+    origin = Path(str(saved["model_id"]))
+    moved = origin.is_absolute() and not origin.exists()
+    for key in ("load_model_path", *(["model_id"] if moved else [])):
+        if getattr(config, key) != saved[key]:
+            processes.print(
+                f"note: {key}: {getattr(config, key)!r} is ignored: the run began from {saved[key]!r}, "
+                "and resumes from its own checkpoint"
+            )
+            setattr(config, key, saved[key])
 
 
 def load_training_state(
@@ -212,6 +230,8 @@ def check_intact(config: Config, path: str | Path | None) -> None:
     """
     key = "load_model_path" if path else "model_id"
     folder = Path(path or config.model_id)
+    if path and not folder.exists():
+        raise UserError(f"{key}: {str(path)!r} does not exist; {REMEDIES[key]}")
     if not config.verify or not folder.exists() or (config.from_scratch and not path):
         return  # a hub name, or no weights are read
     if not (folder / MANIFEST).exists():

@@ -207,6 +207,11 @@ def test_all_problems_are_named_at_once(place, capsys):
     assert snapshot(place) == before
 
 
+def test_a_name_that_is_too_long_is_refused_beside_a_missing_checkpoint(place, capsys):
+    message = refusal(capsys, place, f"name={'n' * 300}", "load_model_path=missing")
+    assert "name: expected" in message and "load_model_path: 'missing' does not exist" in message
+
+
 def test_no_method_at_all_is_refused(place, capsys):
     values = yaml.safe_load((place / "config.yaml").read_text())
     values.pop("method")

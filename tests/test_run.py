@@ -27,7 +27,7 @@ from components.data_sources import content_digest
 from components.distributed import Processes
 from components.export import describe
 from components.files import file_digest, verify_manifest
-from config import UserError, load_config
+from config import UserError, load_config, read_yaml
 from evaluate import Evaluation, Validator, open_checkpoint
 from helpers import (
     REPOSITORY,
@@ -432,6 +432,56 @@ def test_changing_data_or_model_is_refused_on_resume(world, whole, capsys, tmp_p
     message = capsys.readouterr().err
     assert "- train_path: " in message
     assert "- model_id: " in message
+
+
+@pytest.mark.parametrize("change", ["gone", "moved", "taken out"])
+def test_what_a_run_began_from_may_go_once_it_has_a_checkpoint(world, whole, tmp_path, capsys, change):
+    shutil.copytree(world / "dropout", tmp_path / "model")
+    shutil.copytree(whole / "checkpoint_3", tmp_path / "start")
+    values = {"name": f"origin_{change}".replace(" ", "_"), "model_id": tmp_path / "model"}
+    values["load_model_path"] = tmp_path / "start"
+    directory = start(world, **values, num_epochs=1)
+    for name in ("model", "start"):
+        (tmp_path / name).rename(tmp_path / f"{name}_2")
+    if change == "moved":
+        values |= {"model_id": tmp_path / "model_2", "load_model_path": tmp_path / "start_2"}
+    elif change == "taken out":
+        values["load_model_path"] = None
+    start(world, **values, num_epochs=1)  # a finished run
+    start(world, **values, num_epochs=2)
+    printed = capsys.readouterr().out
+    assert ("note: load_model_path: " in printed) == (change != "gone")
+    assert ("note: model_id: " in printed) == (change == "moved")
+    assert read_yaml(directory / "config.yaml")["load_model_path"] == str(tmp_path / "start")
+    assert verify_manifest(directory / "checkpoint_2") is None
+    for path in list_checkpoints(directory):
+        flip(path / "model.safetensors")
+    start(world, **values | {"load_model_path": tmp_path / "start"}, num_epochs=2, code=2)
+    assert f"load_model_path: '{tmp_path / 'start'}' does not exist" in capsys.readouterr().err
+
+
+def test_changed_data_files_are_noticed_on_resume(world, tmp_path, capsys):
+    """Training problems must be the same; other validation problems start best afresh."""
+    values = {"name": "other_data", "val_path": tmp_path / "valid.json", "train_path": tmp_path / "train.json"}
+    values |= {"epochs_per_stage": 3}  # one stage
+    write_json(tmp_path / "train.json", make_problems(9))
+    write_json(tmp_path / "valid.json", make_problems(3))
+    directory = start(world, **values, num_epochs=1)
+    before = snapshot(directory)
+    write_json(tmp_path / "train.json", make_problems(8))
+    start(world, **values, num_epochs=2, code=2)
+    message = capsys.readouterr().err
+    assert f"train_path: '{tmp_path / 'train.json'}' has changed" in message
+    assert "it had 9 problems, and has 8 with another content now" in message
+    assert snapshot(directory) == before
+    write_json(tmp_path / "train.json", make_problems(9))
+    start(world, **values, num_epochs=2)
+    assert os.readlink(directory / "best") == "checkpoint_1"  # the same accuracy, 0, is no better
+    assert "best starts afresh" not in capsys.readouterr().out
+    write_json(tmp_path / "valid.json", make_problems(4))
+    start(world, **values, num_epochs=3)
+    assert "best starts afresh" in capsys.readouterr().out
+    assert os.readlink(directory / "best") == "checkpoint_3"
 
 
 def test_changing_other_keys_is_allowed_on_resume(world):
