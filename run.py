@@ -75,7 +75,9 @@ def set_up(config: Config, processes: Processes, stop: StopRequest) -> Trainer |
     Whatever is wrong with them is found here, before anything of a run is written.
     """
     config.problems_per_step(processes.world_size)  # raises for a global_batch_size that cannot be divided
-    checkpoint = None if config.debug or config.only_eval else find_checkpoint(config, processes)
+    checkpoint = None
+    if not config.debug and not config.only_eval:
+        checkpoint, config = find_checkpoint(config, processes)
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     pretrained = load(config, checkpoint, processes)
     train_data, valid_data = load_data(config, pretrained, processes)

@@ -74,6 +74,7 @@ def work(phase: str, argv: list[str]) -> dict[str, int]:
     from transformers.models.llama import modeling_llama  # noqa: F401
 
     from components.distributed import init_distributed
+    from components.run_directory import Claim
     from config import load_config
     from run import set_up
     from utils import StopRequest
@@ -93,7 +94,8 @@ def work(phase: str, argv: list[str]) -> dict[str, int]:
         measured = Peak()
         measured.before = before
         trainer.state.epoch = 1
-        trainer.processes.run_on_rank0(trainer.open_log)
+        claim = Claim(trainer.directory)
+        trainer.processes.run_on_rank0(lambda: trainer.open_log(claim))
         trainer.save()
     elif phase == "resume":
         assert trainer.state.epoch == 1 and trainer.optimizer.state

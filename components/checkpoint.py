@@ -107,17 +107,23 @@ def random_state(device: torch.device) -> dict:
 # --- resuming ---------------------------------------------------------------------------------------------------------
 
 
-def find_checkpoint(config: Config, processes: Processes) -> Path | None:
-    """Return the checkpoint from which the same command resumes its run, None for a fresh start; rank 0 decides.
+def find_checkpoint(config: Config, processes: Processes) -> tuple[Path | None, Config]:
+    """Return the checkpoint from which the same command resumes its run, None for a fresh start, and the run's config.
 
-    Raises UserError for a config that would train differently.
+    Rank 0 decides for all. Raises UserError for a config that would train differently.
     """
     directory = config.run_directory
     checkpoint = processes.run_on_rank0(lambda: latest_checkpoint(directory))
-    if checkpoint is not None:
-        check_shared_filesystem(checkpoint / MANIFEST, processes)
-        check_same_training(read_yaml(directory / "config.yaml"), config, checkpoint, processes)
-    return checkpoint
+    if checkpoint is None:
+        return None, config
+    check_shared_filesystem(checkpoint / MANIFEST, processes)
+    saved = Config().resolved() | read_yaml(
+        directory / "config.yaml"
+    )  # a key that the run did not know had its default
+    if not config.lora_rank:
+        config = with_origin(saved, config, processes)
+    check_same_training(saved, config, checkpoint, processes)
+    return checkpoint, config
 
 
 def check_same_training(saved: dict, config: Config, checkpoint: Path, processes: Processes) -> None:
@@ -126,9 +132,6 @@ def check_same_training(saved: dict, config: Config, checkpoint: Path, processes
     Micro-batch and accumulation may change with the world size while a step takes as many problems as before. If only
     the world size changes that number, it is a warning, or an error within an epoch whose order depends on it.
     """
-    saved = Config().resolved() | saved  # a key that the run did not know had its default
-    if not config.lora_rank:
-        keep_origin(saved, config, processes)
     changed = {
         key: f"  - {key}: {saved[key]!r} there, {value!r} now"
         for key, value in config.resolved().items()
@@ -150,20 +153,18 @@ def check_same_training(saved: dict, config: Config, checkpoint: Path, processes
         )
 
 
-def keep_origin(saved: dict, config: Config, processes: Processes) -> None:
-    """Let a run's own checkpoint supersede what the run began from: load_model_path, and a model folder that has gone.
-
-    The config keeps the saved values, which record where the run came from.
-    """
-    origin = Path(str(saved["model_id"]))
-    moved = origin.is_absolute() and not origin.exists()
-    for key in ("load_model_path", *(["model_id"] if moved else [])):
+def with_origin(saved: dict, config: Config, processes: Processes) -> Config:
+    """Return the config with the run's origin as saved: its checkpoint supersedes load_model_path, and model_id if that
+    folder has gone."""
+    model = Path(str(saved["model_id"]))
+    keys = ["load_model_path", *(["model_id"] if model.is_absolute() and not model.exists() else [])]
+    for key in keys:
         if getattr(config, key) != saved[key]:
             processes.print(
                 f"note: {key}: {getattr(config, key)!r} is ignored: the run began from {saved[key]!r}, "
                 "and resumes from its own checkpoint"
             )
-            setattr(config, key, saved[key])
+    return Config(config.resolved() | {key: saved[key] for key in keys})
 
 
 def load_training_state(

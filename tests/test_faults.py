@@ -432,7 +432,7 @@ def test_remaining_problems_are_redistributed_over_another_number_of_ranks(setti
     outcome = setting.run(name, 2, Fault("nan", "forward", 7))
     assert outcome.codes == [3, 3]
     assert "saved by 1 processes, so the random streams are seeded anew" in outcome.output
-    [listed] = re.findall(r"training problems (.*)", outcome.output)
+    [listed] = re.findall(r"training problems (\[\[.*?\]\])", outcome.output)
     idx = [int(number) for number in re.findall(r"\d+", listed)]
     assert idx == step_indices(setting, 1, range(8, 14), 2)
     assert setting.run(name, 3).codes == [0] * 3

@@ -133,6 +133,7 @@ def start_and_save(processes, command: list[str]) -> dict:
 
     import run
     from components import checkpoint
+    from components.run_directory import Claim
     from utils import StopRequest
 
     opened = []
@@ -163,7 +164,8 @@ def start_and_save(processes, command: list[str]) -> dict:
             parameter.grad = torch.full_like(parameter, 0.01)
         trainer.optimizer.step()
     trainer.state.epoch += 1
-    processes.run_on_rank0(trainer.open_log)
+    claim = Claim(trainer.directory)
+    processes.run_on_rank0(lambda: trainer.open_log(claim))
     with largest:
         trainer.save()
     tensors = [*trainer.model.parameters(), *(v for s in trainer.optimizer.state.values() for v in s.values())]
