@@ -50,7 +50,7 @@ METHODS = {
 def method_of(config) -> Method:
     """Return the method of a config. Raises ValueError if it names none."""
     if config.method not in METHODS:
-        raise ValueError(f"method: {config.method!r} is none; set it to one of {', '.join(METHODS)}")
+        raise ValueError(f"method: {config.method!r} is not a method; choose one of {', '.join(METHODS)}")
     return METHODS[config.method]
 
 

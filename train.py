@@ -130,7 +130,7 @@ class Trainer:
             self.processes.print("resume is ignored: the run's directory has a checkpoint to resume from")
         state = load_training_state(self.checkpoint, self.model, self.pretrained.lm, self.optimizer, self.processes)
         if self.valid_data_changed():
-            self.processes.print(f"note: {self.config.val_path} has changed, so best starts afresh")
+            self.processes.print(f"note: {self.config.val_path} has changed, so best starts anew")
             state.best_stage, state.best_accuracy = -1, -1.0
         if self.processes.is_rank0:  # the run may have died before it set the links, or a newer checkpoint is damaged
             set_links(self.checkpoint, state.best_epoch)

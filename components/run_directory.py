@@ -92,7 +92,7 @@ def check_types(run_directory: Path) -> None:
         expected = path.is_file if FILES.fullmatch(path.name) else path.is_dir if FOLDERS.fullmatch(path.name) else None
         if expected and not expected():
             kind = "file" if expected == path.is_file else "folder"
-            raise UserError(f"name: {path} should be a {kind}, but is none; move it, or choose another name")
+            raise UserError(f"name: {path} should be a {kind}, but is not; move it, or choose another name")
 
 
 def set_aside(directory: Path, names: list[str]) -> None:

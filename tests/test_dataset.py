@@ -187,7 +187,7 @@ def test_stage_of_each_epoch(options, stages):
 
 def test_data_set_functions_name_a_missing_method():
     for make in (get_cot_latent_dataset, get_question_latent_dataset):
-        with pytest.raises(ValueError, match="method: None is none; set it to one of cot, no_cot"):
+        with pytest.raises(ValueError, match="method: None is not a method; choose one of cot, no_cot"):
             make(0, [], Config({"max_latent_stage": 2}), 1, 2, 3)
 
 

@@ -477,10 +477,10 @@ def test_changed_data_files_are_noticed_on_resume(world, tmp_path, capsys):
     write_json(tmp_path / "train.json", make_problems(9))
     start(world, **values, num_epochs=2)
     assert os.readlink(directory / "best") == "checkpoint_1"  # the same accuracy, 0, is no better
-    assert "best starts afresh" not in capsys.readouterr().out
+    assert "best starts anew" not in capsys.readouterr().out
     write_json(tmp_path / "valid.json", make_problems(4))
     start(world, **values, num_epochs=3)
-    assert "best starts afresh" in capsys.readouterr().out
+    assert "best starts anew" in capsys.readouterr().out
     assert os.readlink(directory / "best") == "checkpoint_3"
 
 
