@@ -37,7 +37,7 @@ def setting(tmp_path_factory) -> Setting:
         pytest.param({}, id="float32"),
         pytest.param({"bf16": True}, id="bf16"),
         pytest.param({"gradient_checkpointing": "block"}, id="block", marks=pytest.mark.slow),
-        pytest.param({"lora_rank": 2, "bf16": True}, id="lora"),
+        pytest.param({"lora_rank": 2, "bf16": True}, id="lora", marks=pytest.mark.slow),
     ],
 )
 def test_run_on_a_gpu_equals_one_on_a_cpu_and_waits_once_per_step(setting, changes):
