@@ -120,7 +120,7 @@ class Coconut(nn.Module):
             labels: (batch, length), -100 where nothing is supervised. With labels, the vocabulary projection is
                 computed at supervised positions only.
             position_ids: (batch, length); default: each row's real tokens are counted from 0.
-            plan: `plan_batch` of this batch, if it was made ahead.
+            plan: the batch's `plan_batch`, if a prefetch worker has computed it.
         """
         plan = plan or plan_batch(input_ids, attention_mask, labels, self.latent_token_id)
         cache = self.new_cache(input_ids.shape[1])

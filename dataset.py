@@ -91,6 +91,7 @@ def get_question_latent_dataset(
     method_of(configs)  # raises for a config without one, before any item is made
 
     def build(example: dict) -> dict:
+        """Make the prompt of one example as a feature for the collator."""
         count, _ = apply_curriculum(scheduled_stage, example["steps_tokenized"], configs, training=False)
         middle = [latent_id] * count if no_special_marker else [start_id, *[latent_id] * count, end_id]
         return make_feature(example["question_tokenized"] + middle, example["idx"])
@@ -119,6 +120,7 @@ def get_cot_latent_dataset(
     method_of(configs)  # raises for a config without one, before any item is made
 
     def build(example: dict) -> dict:
+        """Make the sequence of one example, with labels, as a feature for the collator."""
         stage, offset = draw(example, scheduled_stage, epoch, configs) if mix_stages else (scheduled_stage, 0)
         count, rest = apply_curriculum(stage, example["steps_tokenized"], configs, training=True, offset=offset)
         middle = [latent_id] * count if no_special_marker else [start_id, *[latent_id] * count, end_id]
@@ -240,7 +242,7 @@ def to_device(batch: dict, device: torch.device) -> dict:
 
 
 def prefetch_batches(make: Callable, items: Sequence, config: Config, device: torch.device) -> Iterator:
-    """Yield make(item) for every item, made ahead by config.data_workers; pinned for a GPU, for asynchronous copies."""
+    """Yield make(item) for every item, prefetched by config.data_workers processes and pinned for a GPU."""
     on_gpu = device.type == "cuda"
     return prefetch(make, items, int(on_gpu) if config.data_workers is None else config.data_workers, pin=on_gpu)
 
@@ -250,9 +252,8 @@ class Lengths:
 
     def __init__(self, examples: Dataset):
         table = examples.with_format("arrow")[:]
-        self.question, self.answer = (
-            list_lengths(table[f"{part}_tokenized"]) for part in ("question", "answer")
-        )  # (n,)
+        # (n,) each
+        self.question, self.answer = (list_lengths(table[f"{part}_tokenized"]) for part in ("question", "answer"))
         self.num_steps = list_lengths(table["steps_tokenized"])  # (n,)
         self.step_lengths = list_lengths(compute.list_flatten(table["steps_tokenized"]))  # (all steps,)
         self.example_index = np.repeat(np.arange(len(self.num_steps)), self.num_steps)  # (all steps,)

@@ -41,12 +41,14 @@ def checkpointed(forward: Callable, layer: int | None = None) -> Callable:
     """
 
     def call(hidden_states: Tensor, *args, **kwargs):
+        """Run `forward` and keep only its inputs, unless the pass is short or needs no gradient."""
         if not torch.is_grad_enabled() or hidden_states.shape[1] < MIN_CHECKPOINTED_COLUMNS:
             return forward(hidden_states, *args, **kwargs)
         caches = [x for x in (*args, *kwargs.values()) if isinstance(x, Cache)] if layer is not None else []
         before = [vars(cache.layers[layer]).copy() for cache in caches]
 
         def recompute(*args, **kwargs):
+            """Run `forward` from the cache's earlier state."""
             for cache, state in zip(caches, before, strict=True):
                 vars(cache.layers[layer]).update(state)
             return forward(*args, **kwargs)

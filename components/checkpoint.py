@@ -64,6 +64,7 @@ def save_checkpoint(
         training["random_states"] = processes.all_gather_object(random_state(processes.device))
 
         def write() -> None:
+            """Write all files of the checkpoint; called on rank 0. Raises SaveError."""
             with saving(directory), atomic_directory(directory) as partial:
                 if any(".lora_" in name for name in weights):  # model.safetensors has them merged, which rounds
                     training["weights"] = trainable_weights(pretrained.lm, weights)
@@ -76,6 +77,7 @@ def save_checkpoint(
         processes.run_on_rank0(write)
 
     def link() -> None:
+        """Update best and last; called on rank 0. Raises SaveError."""
         with saving(directory):
             set_links(directory, state.best_epoch)
 
@@ -117,9 +119,8 @@ def find_checkpoint(config: Config, processes: Processes) -> tuple[Path | None, 
     if checkpoint is None:
         return None, config
     check_shared_filesystem(checkpoint / MANIFEST, processes)
-    saved = Config().resolved() | read_yaml(
-        directory / "config.yaml"
-    )  # a key that the run did not know had its default
+    # A key that the run did not know had its default.
+    saved = Config().resolved() | read_yaml(directory / "config.yaml")
     if not config.lora_rank:
         config = with_origin(saved, config, processes)
     check_same_training(saved, config, checkpoint, processes)
@@ -154,8 +155,10 @@ def check_same_training(saved: dict, config: Config, checkpoint: Path, processes
 
 
 def with_origin(saved: dict, config: Config, processes: Processes) -> Config:
-    """Return the config with the run's origin as saved: its checkpoint supersedes load_model_path, and model_id if that
-    folder has gone."""
+    """Return the config with the run's saved origin, which its own checkpoint supersedes.
+
+    That is load_model_path, and model_id if its folder no longer exists.
+    """
     model = Path(str(saved["model_id"]))
     keys = ["load_model_path", *(["model_id"] if model.is_absolute() and not model.exists() else [])]
     for key in keys:

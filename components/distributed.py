@@ -181,6 +181,7 @@ def check_shared_filesystem(path: Path, processes: Processes) -> None:
     text = processes.run_on_rank0(lambda: path.read_text(encoding="utf-8"))
 
     def wait() -> None:
+        """Poll the file for up to VISIBILITY_TIMEOUT seconds. Raises UserError if it does not appear."""
         end, found = time.monotonic() + VISIBILITY_TIMEOUT, None
         while True:
             with suppress(OSError):
