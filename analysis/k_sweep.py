@@ -11,8 +11,9 @@ from matplotlib.figure import Figure as Canvas
 
 from analysis.findings import Findings
 from analysis.graphs import CLASSES, Verdict, classify
-from analysis.report import COLOURS, Figure, draw_rates
+from analysis.report import Figure, draw_rates
 from analysis.statistics import compare, wilson
+from analysis.style import COLOURS
 from analysis.thoughts import Subject, write_answers
 
 CAPTION = (

@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from analysis.findings import Findings
 from analysis.graphs import Graph
-from analysis.report import COLOURS, Figure
+from analysis.report import Figure
 from analysis.statistics import wilson
+from analysis.style import COLOURS
 from analysis.thoughts import SEED, Subject, look
 
 FOLDS, RIDGE = 5, 1.0

@@ -17,23 +17,11 @@ from pathlib import Path
 from string import Template
 
 from analysis.graphs import ROLES
+from analysis.style import BLUE, COLOURS, GREY, ORANGE, STYLE, in_percent
 from components.files import write_atomic
 from config import UserError
 
-# Okabe and Ito's colour-blind-safe palette.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
-ROLE_COLOURS = dict(zip(ROLES, (COLOURS[0], COLOURS[5], COLOURS[7]), strict=True))
-STYLE = {
-    "font.size": 11,
-    "svg.fonttype": "none",  # keep text as text
-    "text.parse_math": False,  # $ in a question is not math; log axes need an explicit formatter, such as "{x:g}"
-    "legend.edgecolor": "0.6",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-}
+ROLE_COLOURS = dict(zip(ROLES, (BLUE, ORANGE, GREY), strict=True))
 NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")  # invalid in HTML and XML
 PAGE = Path(__file__).with_name("page.html")
@@ -130,7 +118,7 @@ def draw_rates(axes, rows: list[dict], key: str) -> None:
     below = [100 * (row[key] - row["low"]) for row in rows]
     above = [100 * (row["high"] - row[key]) for row in rows]
     axes.errorbar(rates, range(len(rows)), xerr=[below, above], fmt="o", color="black", capsize=2)
-    axes.set_xlim(-3, 103)
+    in_percent(axes.xaxis)
 
 
 def inlined(svg: str, name: str) -> str:

@@ -13,8 +13,9 @@ from matplotlib.figure import Figure as Canvas
 
 from analysis.findings import Findings
 from analysis.graphs import Graph
-from analysis.report import COLOURS, Figure
+from analysis.report import Figure
 from analysis.statistics import compare
+from analysis.style import COLOURS
 from analysis.thoughts import NOISE, Subject, extended, log_probabilities, noise, read_thoughts
 
 PERCENTILES = range(0, 101, 5)

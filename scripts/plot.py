@@ -1,10 +1,11 @@
 """Plot accuracy and loss of runs over epochs, with the stages marked.
 
     python scripts/plot.py checkpoints/ring-cot checkpoints/ring-coconut --out ring.svg       or .png, .pdf
-    python scripts/plot.py checkpoints/ring-coconut-seed*
+    python scripts/plot.py checkpoints/ring-coconut-seed* --chance 14.3
 
 Runs that differ only in their seed are plotted as their mean with a min-max band. Lines of the same method are labelled
-with the config keys that differ. Needs matplotlib (requirements-extra.txt).
+with the config keys that differ. A line that ends early is continued by a dotted one to its name. Needs matplotlib
+(requirements-extra.txt).
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from pathlib import Path
 
 from runs import DATA_KEYS, FinishedRun, UserError, differences, display_value, read_run
 
-from analysis.report import COLOURS
+from analysis.style import GREY, STYLE, in_percent, method_colour, name_lines
+from curriculum import METHODS
 
-DASHES = ("-", "--", "-.", ":")  # readable without colour
-STYLE = {"font.size": 12, "svg.hashsalt": "coconut", "svg.fonttype": "none", "axes.grid": True, "grid.alpha": 0.3}
+DASHES = ("-", "--", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 3)))  # of lines of the same colour
+PANELS = {"accuracy": "validation accuracy", "validation loss": "validation loss", "training loss": "training loss"}
 
 
 def group(runs: list[FinishedRun]) -> list[list[FinishedRun]]:
@@ -44,59 +46,87 @@ def labels(groups: list[list[FinishedRun]]) -> list[str]:
             differing = differences(seeds[0], other)
             keys |= {key: None for key in differing if other.config["method"] == config["method"] or key in DATA_KEYS}
         parts = [config["method"], *(f"{key} {display_value(key, config[key])}" for key in keys)]
-        names.append(", ".join(parts) + (f" ({len(seeds)} seeds)" if len(seeds) > 1 else ""))
+        names.append(", ".join(parts) + seed_note(len(seeds)))
     return names
 
 
-def draw_line(axes, seeds: list[FinishedRun], curve: str, **style) -> None:
-    """Plot the mean of a curve over seeds with a min-max band, over the epochs that all seeds have."""
+def seed_note(seeds: int) -> str:
+    """Return what a label says about the number of seeds."""
+    return f" ({seeds} seeds)" if seeds > 1 else ""
+
+
+def draw_line(axes, seeds: list[FinishedRun], curve: str, percent: bool, **style) -> tuple[int, float]:
+    """Plot the mean of a curve over seeds with a min-max band, over the epochs that all seeds have.
+
+    Returns: the last epoch and its mean.
+    """
     curves = [run.curves[curve] for run in seeds]
     epochs = sorted(set.intersection(*map(set, curves)))
-    values = [[each[epoch] for each in curves] for epoch in epochs]
-    axes.plot(epochs, [statistics.mean(each) for each in values], marker=".", **style)
+    values = [[(100 if percent else 1) * each[epoch] for each in curves] for epoch in epochs]
+    means = [statistics.mean(each) for each in values]
+    axes.plot(epochs, means, marker=".", **style)
     if len(seeds) > 1:
         low, high = [min(each) for each in values], [max(each) for each in values]
         axes.fill_between(epochs, low, high, color=style["color"], alpha=0.2, linewidth=0)
+    return epochs[-1], means[-1]
 
 
-def switches(groups: list[list[FinishedRun]]) -> dict[int, str]:
-    """Find the stage switches: {last epoch before a switch: the new stage, or stages such as 1/2}.
+def stage_starts(groups: list[list[FinishedRun]]) -> dict[int, str]:
+    """Find where stages start: {first epoch: the stage, or stages such as 1/2}, of the methods with stages of steps.
 
     icot is left out: its stages count tokens and may change in every epoch.
     """
-    switched = {}
-    for run in (run for seeds in groups for run in seeds if run.config["method"] != "icot"):
+    starts = {}
+    for run in (run for seeds in groups for run in seeds if METHODS[run.config["method"]].steps == "by stage"):
         for epoch, stage in run.stages.items():
-            if run.stages.get(epoch - 1, stage) != stage:
-                switched.setdefault(epoch - 1, set()).add(stage)
-    return {epoch: "/".join(map(str, sorted(stages))) for epoch, stages in switched.items()}
+            if run.stages.get(epoch - 1) != stage:
+                starts.setdefault(epoch, set()).add(stage)
+    return {epoch: "/".join(map(str, sorted(stages))) for epoch, stages in sorted(starts.items())}
 
 
-def draw(groups: list[list[FinishedRun]]):
-    """Draw the figure: accuracy above, validation loss (thick) and training loss (thin) below."""
+def draw(groups: list[list[FinishedRun]], chance: float | None):
+    """Draw a panel each for accuracy, validation loss and training loss; chance is in %."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import MaxNLocator, NullFormatter
 
-    figure = Figure(figsize=(9, 8), layout="constrained")
-    accuracy, loss = figure.subplots(2, sharex=True)
-    for number, (seeds, label) in enumerate(zip(groups, labels(groups), strict=True)):
-        style = {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)]}
-        draw_line(accuracy, seeds, "accuracy", label=label, linewidth=2, **style)
-        draw_line(loss, seeds, "validation loss", linewidth=2, **style)
-        draw_line(loss, seeds, "training loss", linewidth=0.8, **style)
-    for epoch, stages in switches(groups).items():
-        for axes in (accuracy, loss):
-            axes.axvline(epoch + 0.5, color="0.5", linestyle=":", zorder=0)
-        top = accuracy.get_xaxis_transform()
-        accuracy.text(epoch + 0.5, 1.01, f"stage {stages}", transform=top, rotation=30, fontsize=9)
-    accuracy.set(ylabel="validation accuracy", ylim=(-0.02, 1.02))
-    loss.set(xlabel="finished epochs", ylabel="loss (thin: training)", ylim=(0, None))
-    loss.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.legend(*accuracy.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure = Figure(figsize=(6.5, 8.5), layout="constrained")
+    panels = figure.subplots(len(PANELS), sharex=True)
+    colours = [method_colour(seeds[0].config["method"]) for seeds in groups]
+    names, numbers = labels(groups), {len(seeds) for seeds in groups}
+    if len(numbers) == 1:  # named once, in the title
+        names = [name.removesuffix(seed_note(*numbers)) for name in names]
+    last = max(epoch for seeds in groups for run in seeds for epoch in run.stages)
+    for axes, (curve, title) in zip(panels, PANELS.items(), strict=True):
+        ends = []
+        for number, (seeds, label) in enumerate(zip(groups, names, strict=True)):
+            dashes = DASHES[colours[:number].count(colours[number]) % len(DASHES)]
+            strong = {"linewidth": 1.2, "zorder": 2} if colours[number] == GREY else {"linewidth": 2, "zorder": 3}
+            style = {"color": colours[number], "linestyle": dashes} | strong
+            epoch, value = draw_line(axes, seeds, curve, curve == "accuracy", **style)
+            axes.plot([epoch, last], [value, value], color=colours[number], linestyle=":", linewidth=0.8)
+            ends.append((value, label, colours[number]))
+        for epoch in stage_starts(groups):
+            axes.axvline(epoch - 0.5, color="0.6", linewidth=0.8, zorder=0)
+        axes.set_title(title + (seed_note(*numbers) if len(numbers) == 1 else ""), loc="left")
+        axes.set_xlim(0.5, last)
+        if curve != "accuracy":
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        else:
+            in_percent(axes.yaxis)
+            if chance is not None:
+                axes.axhline(chance, color="black", linestyle="--", linewidth=0.8, zorder=1)
+                ends.append((chance, "chance", "black"))
+        name_lines(axes, ends)
+    for epoch, stages in stage_starts(groups).items():
+        panels[0].annotate(f"stage {stages}", (epoch - 0.45, 0.02), xycoords=("data", "axes fraction"), fontsize=9)
+    panels[-1].set_xlabel("epoch")
+    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 
-def save(groups: list[list[FinishedRun]], path: Path) -> None:
+def save(groups: list[list[FinishedRun]], path: Path, chance: float | None = None) -> None:
     """Plot into a new file; the same runs give the same SVG."""
     try:
         import matplotlib
@@ -104,9 +134,9 @@ def save(groups: list[list[FinishedRun]], path: Path) -> None:
         raise UserError("matplotlib is not installed; pip install -r requirements-extra.txt") from error
     if path.exists():
         raise UserError(f"--out {path}: already exists; remove it or choose another file")
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": "coconut"}):
         try:
-            draw(groups).savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+            draw(groups, chance).savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
         except (OSError, ValueError) as error:  # missing folder, unknown file type
             raise UserError(f"--out {path}: {error}") from error
 
@@ -116,10 +146,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory, save_path/name")
     parser.add_argument("--out", type=Path, default=Path("runs.svg"), help="output file (runs.svg)")
+    parser.add_argument("--chance", type=float, metavar="PERCENT", help="draw the accuracy of guessing")
     args = parser.parse_args(argv)
     try:
         groups = group([read_run(directory) for directory in args.runs])
-        save(groups, args.out)
+        save(groups, args.out, args.chance)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

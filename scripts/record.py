@@ -84,7 +84,7 @@ def spread(values: list[float]) -> str:
 
 def row(label: str, seeds: list[FinishedRun]) -> dict[str, str]:
     """Render the table row of a group of seeds: {column: text}."""
-    cells = {"method": label.removesuffix(f" ({len(seeds)} seeds)"), "seeds": str(len(seeds))}
+    cells = {"method": label.removesuffix(plot.seed_note(len(seeds))), "seeds": str(len(seeds))}
     cells["accuracy %"] = spread([100 * run.best["eval/acc"] for run in seeds])
     if all("eval/cot_em" in run.best for run in seeds):
         cells["chain right %"] = spread([100 * run.best["eval/cot_em"] for run in seeds])
@@ -128,13 +128,14 @@ def provenance(run: FinishedRun) -> dict[str, str]:
     return cells | {name: run.versions.get(name, "not recorded") for name in names}
 
 
-def readme(folder: Path, runs: list[FinishedRun], commands: list[str]) -> str:
+def readme(folder: Path, runs: list[FinishedRun], commands: list[str], chance: float | None) -> str:
     """Render README.md."""
     groups = plot.group(runs)
     rows = [row(label, seeds) for label, seeds in zip(plot.labels(groups), groups, strict=True)]
     tests = table([run.directory for run in runs if read_evaluations(run.directory)])
     names = " ".join(f"checkpoints/{run.config['name']}" for run in runs)
-    commands = [*commands, f"python scripts/record.py {folder} {names}"]
+    option = "" if chance is None else f" --chance {chance:g}"
+    commands = [*commands, f"python scripts/record.py {folder} {names}{option}"]
     listing = "\n".join(f"    {command}" for command in commands)
     return f"""\
 # {folder.name}
@@ -146,6 +147,8 @@ checkpoint `best`, the best one of the last stage, which is also the one tested.
 (95 % t-interval of the mean); for a single seed, just the value.
 
 ![Accuracy and loss over the epochs](curves.svg)
+
+    python scripts/plot.py {folder}/*.yaml{option} --out {folder}/curves.svg
 
 {TESTS.format(table=tests) if tests else ""}## Commands
 
@@ -171,7 +174,7 @@ Each run individually, with Wilson's 95 % interval over the problems:
 """
 
 
-def write(folder: Path, runs: list[FinishedRun], commands: list[str]) -> None:
+def write(folder: Path, runs: list[FinishedRun], commands: list[str], chance: float | None = None) -> None:
     """Write the folder of results; remove it again on failure. Raises UserError if it exists."""
     try:
         folder.mkdir(parents=True)
@@ -182,8 +185,8 @@ def write(folder: Path, runs: list[FinishedRun], commands: list[str]) -> None:
             config, metrics = files(folder / f"{run.config['name']}.yaml")
             config.write_text(config_text(run), encoding="utf-8")
             metrics.write_text("".join(json.dumps(line) + "\n" for line in recorded_metrics(run)), encoding="utf-8")
-        (folder / "README.md").write_text(readme(folder, runs, commands), encoding="utf-8")
-        plot.save(plot.group(runs), folder / "curves.svg")
+        (folder / "README.md").write_text(readme(folder, runs, commands, chance), encoding="utf-8")
+        plot.save(plot.group(runs), folder / "curves.svg", chance)
     except BaseException:
         shutil.rmtree(folder)
         raise
@@ -197,11 +200,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--command", action="append", default=[], help="a command that produced the runs, for README.md"
     )
+    parser.add_argument("--chance", type=float, metavar="PERCENT", help="accuracy of guessing, drawn into the figure")
     args = parser.parse_args(argv)
     try:
         runs = [read_run(directory) for directory in args.runs]
         check(runs)
-        write(args.folder, runs, args.command)
+        write(args.folder, runs, args.command, args.chance)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -13,6 +13,8 @@ import record
 import yaml
 
 import run
+from analysis import style
+from curriculum import METHODS
 from helpers import make_problems, save_model, words, write_json
 
 
@@ -120,9 +122,29 @@ def test_plot_labels_methods_seeds_and_stages(train, seeds, tmp_path, capsys):
     runs = [train("cot", method="cot"), seeds / "0", seeds / "1", train("wrong-lr", lr=1e-3)]
     assert plot.main([*map(str, runs), "--out", str(tmp_path / "a.svg")]) == 0
     texts = {element.text for element in ElementTree.parse(tmp_path / "a.svg").iter("{http://www.w3.org/2000/svg}text")}
-    assert {"cot", "coconut, lr 0.003 (2 seeds)", "coconut, lr 0.001", "stage 1"} <= texts
+    assert {"cot", "coconut, lr 0.003 (2 seeds)", "coconut, lr 0.001", "stage 0", "stage 1"} <= texts
+    assert "chance" not in texts
     assert plot.main([*map(str, runs), "--out", str(tmp_path / "b.svg")]) == 0
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+
+
+def test_plot_draws_chance_and_a_colour_per_method(train, seeds, tmp_path):
+    runs = [train("cot", method="cot"), seeds / "0", train("no_cot", method="no_cot")]
+    assert plot.main([*map(str, runs), "--chance", "50", "--out", str(tmp_path / "a.svg")]) == 0
+    texts = {
+        text.text: text.get("style")
+        for text in ElementTree.parse(tmp_path / "a.svg").iter("{http://www.w3.org/2000/svg}text")
+    }
+    assert "chance" in texts
+    for method in ("cot", "coconut", "no_cot"):
+        assert style.method_colour(method).lower() in texts[method]
+    assert len({style.method_colour(method) for method in METHODS}) == 3  # the others are all grey
+
+
+def test_overlapping_names_are_moved_apart_in_order():
+    assert style.moved_apart([0.1, 0.5, 0.9], 0.2) == pytest.approx([0.1, 0.5, 0.9])
+    assert style.moved_apart([0.5, 0.5, 0.5], 0.2) == pytest.approx([0.3, 0.5, 0.7])
+    assert style.moved_apart([0.0, 0.5, 0.6, 0.9], 0.2) == pytest.approx([0.0, 0.45, 0.65, 0.9])
 
 
 def test_plot_labels_differing_data(train, tmp_path):
@@ -161,7 +183,7 @@ def evaluated_runs(train, tmp_path):
 
 def test_record_writes_a_reference_for_compare(evaluated_runs, tmp_path, capsys):
     folder = tmp_path / "results" / "small"
-    assert record.main([str(folder), *map(str, evaluated_runs), "--command", "python make.py"]) == 0
+    assert record.main([str(folder), *map(str, evaluated_runs), "--command", "python make.py", "--chance", "50"]) == 0
     assert compare.main([*map(str, evaluated_runs), str(folder)]) == 0
     assert "2 seed(s)" in (output := capsys.readouterr().out)
     assert "single-seed reference" in output  # cot
