@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -17,11 +16,10 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import cached_file
 
 from components.activation_checkpointing import checkpoint_activations
 from components.activations import fuse_gelu
-from components.export import DESCRIPTION, export
+from components.export import DESCRIPTION, export, read_description
 from components.kv_cache import BufferedLayer, causal_mask
 from config import UserError
 from curriculum import END, LATENT, START
@@ -301,13 +299,10 @@ class Coconut(nn.Module):
     def from_pretrained(cls, folder: str | Path, **options) -> Coconut:
         """Open a checkpoint, or what `save_pretrained` wrote: a folder or hub name; options go to transformers."""
         lm = AutoModelForCausalLM.from_pretrained(folder, **{"dtype": torch.float32, **options})
-        try:
-            revision = getattr(lm.config, "_commit_hash", None) or "main"  # of a hub model: the one that was opened
-            path = cached_file(folder, DESCRIPTION, revision=revision)
-            description = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
+        description = read_description(folder, options.get("revision") or "main")
+        if not description:
             remedy = "build Coconut(model, ...) with the ids of its markers"
-            raise ValueError(f"{folder} has no {DESCRIPTION}, so it is not a Coconut checkpoint; {remedy}") from error
+            raise ValueError(f"{folder} has no {DESCRIPTION}, so it is not a Coconut checkpoint; {remedy}")
         ids = (description["token_ids"].get(token, -1) for token in (LATENT, START, END))
         model = cls(lm, *ids, description["eos_token_id"])
         model.description = description

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache
 
+from config import UserError
+
 MIN_CHECKPOINTED_COLUMNS = 16  # shorter passes keep their activations: little memory, and as many launches to recompute
 
 
@@ -22,16 +24,15 @@ def checkpoint_activations(blocks: nn.ModuleList, mode: str) -> None:
         blocks: the model's transformer blocks; their `forward` is replaced.
         mode: "block" keeps only the input of each block, "mlp" only that of each block's submodule `mlp`.
 
-    Raises:
-        ValueError: for mode "mlp" where a block has no submodule `mlp`.
+    Raises UserError for mode "mlp" where a block has no submodule `mlp`, before any block is changed.
     """
+    if mode == "mlp" and (names := [type(block).__name__ for block in blocks if not hasattr(block, "mlp")]):
+        raise UserError(f"gradient_checkpointing: mlp: {names[0]} has no submodule of that name; set block")
     for number, block in enumerate(blocks):
         if mode == "block":
             block.forward = checkpointed(block.forward, number)
-        elif hasattr(block, "mlp"):
-            block.mlp.forward = checkpointed(block.mlp.forward)
         else:
-            raise ValueError(f"{type(block).__name__} has no submodule mlp; set gradient_checkpointing: block")
+            block.mlp.forward = checkpointed(block.mlp.forward)
 
 
 def checkpointed(forward: Callable, layer: int | None = None) -> Callable:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from components.files import make_private
 from config import Config, UserError, abbreviated
@@ -53,9 +55,15 @@ def describe(config: Config, tokenizer: PreTrainedTokenizerBase, stage: int, **t
     }
 
 
-def read_description(folder: str | Path) -> dict:
-    """Read the coconut.json of a folder, {} if it has none. Raises UserError if it is not such a file."""
+def read_description(folder: str | Path, revision: str | None = None) -> dict:
+    """Read the coconut.json of a folder, {} if it has none. Raises UserError if it is not such a file.
+
+    revision: that of the hub model that `folder` may name; None for what cannot be one.
+    """
     path = Path(folder, DESCRIPTION)
+    if revision and not os.path.isdir(folder):
+        with suppress(OSError):  # what transformers raises for a missing file
+            path = Path(cached_file(str(folder), DESCRIPTION, revision=revision))
     if not os.path.isfile(path):  # False, not an error, for a name that no file can have
         return {}
     try:

@@ -56,10 +56,10 @@ def load_pretrained(config: Config, load_path: str | Path | None) -> Pretrained:
     with loading(folder, key):
         tokenizer = load_tokenizer(folder, config)
         lm = load_model(folder, config, is_checkpoint)
+        description = read_description(folder, revision="main")
     if tokenizer.eos_token_id is None:
         raise UserError(f"model_id: the tokenizer of {folder!r} has no eos token, which must end every answer")
     known = {token for token in (START, END, LATENT, PAUSE) if token in tokenizer.get_vocab()}
-    description = read_description(folder)
     known = set(description.get("token_ids", known))
     own_tokens = len(tokenizer)
     add_tokens(tokenizer, config.method)
@@ -103,8 +103,9 @@ def build_on_meta(config: Config, load_path: str | Path | None, rows: int, tied:
             lm = AutoModelForCausalLM.from_config(architecture, **trust).float()
         if len(lm.get_input_embeddings().weight) != rows:
             lm.resize_token_embeddings(rows, mean_resizing=False)
+        description = read_description(folder, revision="main")
     add_tokens(tokenizer, config.method)
-    return Pretrained(lm, tokenizer, read_description(folder))
+    return Pretrained(lm, tokenizer, description)
 
 
 def model_source(config: Config, load_path: str | Path | None) -> tuple[str, str, bool]:

@@ -287,7 +287,7 @@ def test_generation_stops_at_max_new_tokens(count):
     assert new_tokens(model, [[1, 2, 3], [4]], [0, 2], count) == [[5] * count] * 2
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "opt"])
 def test_generation_stops_at_max_position_embeddings(kind):
     lm = exact_model(kind, positions=12)
     model, rows = wrap(lm), [list(range(1, 11)), [3, START, LATENT, LATENT, END], list(range(1, 13))]

@@ -39,6 +39,7 @@ from helpers import (
     snapshot,
     tiny_gpt2,
     tiny_llama,
+    tiny_opt,
     training_state,
     words,
     write_json,
@@ -308,6 +309,16 @@ def test_debug_writes_no_files_and_limits_data(world, tmp_path, monkeypatch):
     config = load_config(world / "config.yaml", ["name=d", "debug=True", *paths])
     trainer = run.set_up(config, Processes(), StopRequest())
     assert (len(trainer.data), len(trainer.validator.examples)) == (5000, 32)
+
+
+def test_gradient_checkpointing_of_a_part_that_blocks_lack_is_refused(world, tmp_path, capsys):
+    model = save_model(tmp_path / "opt", tiny_opt(len(byte_tokenizer()), 64))
+    before = snapshot(world)
+    start(world, name="opt", model_id=model, gradient_checkpointing="mlp", code=2)
+    assert "error: gradient_checkpointing: mlp: OPTDecoderLayer has no submodule" in capsys.readouterr().err
+    assert snapshot(world) == before
+    runs = [start(world, name=f"opt_{mode}", model_id=model, gradient_checkpointing=mode) for mode in ("block", False)]
+    assert losses(runs[0]) == losses(runs[1])
 
 
 def test_non_finite_loss_exits_with_code_3(world, capsys):

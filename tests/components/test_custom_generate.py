@@ -8,9 +8,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
-import coconut
 from coconut import Coconut
-from components import custom_generate
+from components import custom_generate, export
 from components.files import verify_manifest
 from helpers import save_model, tiny_gemma3, tiny_gpt2
 from helpers.checkpoints import METHODS, PROMPTS, V, expected_ids, load, train_checkpoints, until_eos
@@ -115,7 +114,7 @@ def test_save_pretrained_of_user_model_generates_with_thoughts(make, tmp_path):
 
 
 def test_coconut_json_is_read_in_the_revision_of_the_model(save_path, monkeypatch):
-    """transformers records the commit of a hub model in its config."""
+    """transformers 4 records the commit of a hub model in its config."""
     folder, revisions = save_path / "gpt2" / "best", []
     lm, _, batch = load(folder)
 
@@ -123,11 +122,11 @@ def test_coconut_json_is_read_in_the_revision_of_the_model(save_path, monkeypatc
         revisions.append(revision)
         return folder / file
 
+    for module in (custom_generate, export):
+        monkeypatch.setattr(module, "cached_file", cached_file)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: lm)
     for commit in ("0123abcd", None):
         lm.config._commit_hash = commit
-        for module in (custom_generate, coconut):
-            monkeypatch.setattr(module, "cached_file", cached_file)
-        monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: lm)
         custom_generate.generate(**batch, model=lm)
         Coconut.from_pretrained("owner/name", revision=commit)
     assert revisions == ["0123abcd", "0123abcd", "main", "main"]

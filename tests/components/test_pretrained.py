@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
+from transformers.utils import hub
 
 import run
 from coconut import check_model
@@ -329,6 +331,24 @@ def test_cot_checkpoint_initializes_coconut(folders, runs):
     for table, name in zip(tables(loaded.lm), ("model.embed_tokens.weight", "lm_head.weight"), strict=True):
         assert torch.equal(table[:V], saved[name])
         assert torch.equal(table[V:], saved[name][arrows].expand(3, -1))
+
+
+def test_cot_checkpoint_with_spare_rows_initializes_coconut_from_folder_or_hub(folders, runs, tmp_path, monkeypatch):
+    """Its tokenizer has the markers and the model rows for them; only coconut.json tells that these are untrained."""
+    words = [str(runs / "config.yaml"), "method=cot", "name=spare", f"model_id={folders['spare_rows']}"]
+    assert run.main(words) == 0
+    folder, revision = runs / "spare" / "checkpoint_1", "0123456789" * 4
+    cached = tmp_path / "models--owner--spare"  # as huggingface_hub stores a download
+    shutil.copytree(folder, cached / "snapshots" / revision)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(revision)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub, "TRANSFORMERS_CACHE", str(tmp_path), raising=False)  # its name in transformers 4
+    for model_id in (str(folder), "owner/spare"):
+        loaded = load(model_id)
+        arrows = loaded.tokenizer.convert_tokens_to_ids("<<")
+        for table in tables(loaded.lm):
+            assert torch.equal(table[V : V + 3], table[arrows].expand(3, -1)), model_id
 
 
 def test_pause_token_is_added_to_a_coconut_checkpoint(folders, runs):

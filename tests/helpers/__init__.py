@@ -19,6 +19,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -103,7 +105,20 @@ def tiny_qwen2(vocabulary: int = 50, positions: int = 64, **options) -> Qwen2For
     return Qwen2ForCausalLM(Qwen2Config(**llama_sizes(vocabulary, positions, **window, **options)))
 
 
-MODELS = {"gpt2": tiny_gpt2, "llama": tiny_llama, "qwen3": tiny_qwen3, "qwen2": tiny_qwen2}
+def tiny_opt(vocabulary: int = 50, positions: int = 64) -> OPTForCausalLM:
+    """A random OPT of 2 layers and width 16: its position table has an offset of 2, its blocks no submodule mlp."""
+    sizes = {"vocab_size": vocabulary, "hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 2}
+    sizes |= {
+        "num_attention_heads": 2,
+        "max_position_embeddings": positions,
+        "word_embed_proj_dim": 16,
+        "init_std": 0.3,
+    }
+    ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+    return OPTForCausalLM(OPTConfig(**sizes, **ends, dropout=0.0))
+
+
+MODELS = {"gpt2": tiny_gpt2, "llama": tiny_llama, "qwen3": tiny_qwen3, "qwen2": tiny_qwen2, "opt": tiny_opt}
 
 
 def exact_model(kind: str, seed: int = 0, **options):
