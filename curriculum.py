@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 
@@ -126,7 +127,10 @@ def num_placeholders(stage: int, num_steps: int, config, training: bool) -> int:
 
 
 def schedule_table(config) -> str:
-    """Format the curriculum of a run as a table: for each stage its epochs (from 1), placeholders and steps left."""
+    """Format the curriculum of a run as a table: for each stage its epochs (from 1), placeholders and steps left.
+
+    A warning follows if the run ends before its method does what it is meant for.
+    """
     placeholder = method_of(config).placeholder
     unit = "tokens" if method_of(config).steps == "by token" else "steps"
     rows, first = [("epochs", "stage", "pauses" if placeholder == "pause" else "thoughts", f"{unit} left")], 1
@@ -139,4 +143,21 @@ def schedule_table(config) -> str:
         left = {len(steps): "all", 0: "none"}.get(len(written), f"all but the first {stage}")
         rows.append((f"{first}-{epoch + 1}", str(stage), str(count), left))
         first = epoch + 2
-    return "\n".join(f"{a:>10}  {b:>5}  {c:>8}  {d}" for a, b, c, d in rows)
+    return "\n".join([*(f"{a:>10}  {b:>5}  {c:>8}  {d}" for a, b, c, d in rows), *idle_curriculum(config)])
+
+
+def idle_curriculum(config) -> list[str]:
+    """Return a warning if a run never inserts a placeholder or removes a step, though its method does; else []."""
+    method, stage = method_of(config), stage_of(math.nextafter(config.num_epochs, 0), config)
+    if method.steps == "by stage" and config.uniform_prob:
+        stage = ALL_STEPS  # some examples take later stages than the scheduled one
+    measure = (
+        num_placeholders(stage, ALL_STEPS, config, True) if method.placeholder else num_removed(stage, config, True)
+    )
+    if method.steps == "written" or measure > 0:
+        return []
+    what = "inserts a thought or pause" if method.placeholder else "removes a step"
+    keys = "remove_per_epoch" if method.steps == "by token" else "epochs_per_stage, max_latent_stage and c_thought"
+    return [
+        f"warning: method {config.method} never {what} in these {config.num_epochs} epochs; check num_epochs, {keys}"
+    ]

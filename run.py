@@ -42,31 +42,32 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config keys to set on top of the file")
     arguments = parser.parse_args(argv)
     transformers.logging.disable_progress_bar()
-    with StopRequest() as stop:
-        try:
-            processes = init_distributed()  # first, so that torchrun does not end the one that prints before it can
-            config = load_config(arguments.config, arguments.overrides)
-            run(config, processes, stop)
-        except Exception as error:
-            code = exit_code(error)
-            if code is None:
-                raise
-            if code < 128 and (text := message(error)):
-                print(f"error: {text}", file=sys.stderr, flush=True)
-            return code  # without leaving the process group, where the others may wait in a collective
-    destroy_distributed()
-    if config.analyze and not config.debug and not config.only_eval and processes.is_rank0:
-        return analyze(config)
+    with Claim() as claim:
+        with StopRequest() as stop:
+            try:
+                processes = init_distributed()  # first, so that torchrun does not end the one that prints before it can
+                config = load_config(arguments.config, arguments.overrides)
+                run(config, processes, claim, stop)
+            except Exception as error:
+                code = exit_code(error)
+                if code is None:
+                    raise
+                if code < 128 and (text := message(error)):
+                    print(f"error: {text}", file=sys.stderr, flush=True)
+                return code  # without leaving the process group, where the others may wait in a collective
+        destroy_distributed()
+        if config.analyze and not config.debug and not config.only_eval and processes.is_rank0:
+            return analyze(config)
     return 0
 
 
-def run(config: Config, processes: Processes, stop: StopRequest) -> None:
+def run(config: Config, processes: Processes, claim: Claim, stop: StopRequest) -> None:
     """Train, or evaluate config.load_model_path; the model is freed before the process group is."""
-    with Claim(config.run_directory) as claim:
-        if not config.debug:  # before anything of the directory is read, and before hours of validation
-            processes.run_on_rank0(lambda: check_writable(claim.directory) if config.only_eval else claim.acquire())
-        job = set_up(config, processes, stop)
-        evaluate_checkpoint(job) if config.only_eval else job.fit(claim)
+    directory = config.run_directory
+    if not config.debug:  # before anything of the directory is read, and before hours of validation
+        processes.run_on_rank0(lambda: check_writable(directory) if config.only_eval else claim.acquire(directory))
+    job = set_up(config, processes, stop)
+    evaluate_checkpoint(job) if config.only_eval else job.fit(claim)
 
 
 def set_up(config: Config, processes: Processes, stop: StopRequest) -> Trainer | Validator:

@@ -190,7 +190,7 @@ class Trainer:
         """Create the run's directory with its config.yaml and open the log where the checkpoint left off."""
         if self.config.debug:
             return
-        claim.create()
+        claim.create(self.directory)
         with saving(self.directory):
             set_aside_earlier(self.directory, fresh=self.checkpoint is None)
         state = self.state

@@ -94,7 +94,7 @@ def work(phase: str, argv: list[str]) -> dict[str, int]:
         measured = Peak()
         measured.before = before
         trainer.state.epoch = 1
-        claim = Claim(trainer.directory)
+        claim = Claim()
         trainer.processes.run_on_rank0(lambda: trainer.open_log(claim))
         trainer.save()
     elif phase == "resume":

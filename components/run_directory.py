@@ -20,14 +20,14 @@ REMEDY = "change its permissions, or choose another name or save_path"
 
 
 class Claim:
-    """The claim of a run's directory by rank 0 of one start, from before anything there is read to the end of the run.
+    """The claim of a run's directory by rank 0 of one start, from before anything there is read until all is written.
 
     The lock is on metrics.jsonl, which is truncated but never replaced. Where there is none yet, `create` takes it, so
     that a start that is refused before it trains leaves nothing behind.
     """
 
-    def __init__(self, directory: Path):
-        self.directory, self.file = directory, None
+    def __init__(self):
+        self.file = None
 
     def __enter__(self) -> Claim:
         return self
@@ -36,37 +36,37 @@ class Claim:
         if self.file is not None:
             self.file.close()  # which unlocks it
 
-    def acquire(self) -> None:
+    def acquire(self, directory: Path) -> None:
         """Check that the run can use its directory, and lock it. Raises UserError if it cannot."""
-        check_writable(self.directory)
-        check_types(self.directory)
-        if (self.directory / METRICS).exists():
-            self.lock()
+        check_writable(directory)
+        check_types(directory)
+        if (directory / METRICS).exists():
+            self.lock(directory)
 
-    def create(self) -> None:
+    def create(self, directory: Path) -> None:
         """Create the directory and lock it, unless `acquire` has. Raises UserError if another run was faster."""
         if self.file is not None:
             return
-        with saving(self.directory):
-            make_private(self.directory)
-        self.lock()
-        if (self.directory / METRICS).stat().st_size:
+        with saving(directory):
+            make_private(directory)
+        self.lock(directory)
+        if (directory / METRICS).stat().st_size:
             raise UserError(
-                f"name: another process has trained in {self.directory} since this one started; "
+                f"name: another process has trained in {directory} since this one started; "
                 "start again to resume that run, or choose another name"
             )
 
-    def lock(self) -> None:
+    def lock(self, directory: Path) -> None:
         """Lock metrics.jsonl. Raises UserError if another process holds the lock."""
         try:
-            self.file = open(self.directory / METRICS, "ab")  # noqa: SIM115 (closed by __exit__)
+            self.file = open(directory / METRICS, "ab")  # noqa: SIM115 (closed by __exit__)
         except OSError as error:
             raise UserError(f"name: {error.filename} cannot be written: {error.strerror}; {REMEDY}") from error
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             remedy = "wait until it ends, stop it, or choose another name"
-            raise UserError(f"name: another process is training in {self.directory}; {remedy}") from error
+            raise UserError(f"name: another process is training in {directory}; {remedy}") from error
         except OSError:
             pass  # a file system without locks
 

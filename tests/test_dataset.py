@@ -214,6 +214,38 @@ def test_schedule_table():
     ]
 
 
+COCONUT = {"method": "coconut", "max_latent_stage": 2, "epochs_per_stage": 3, "num_epochs": 4}
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (COCONUT, None),
+        (
+            COCONUT | {"num_epochs": 3},
+            "never inserts a thought or pause in these 3 epochs; check num_epochs, epochs_per",
+        ),
+        (COCONUT | {"num_epochs": 3, "uniform_prob": 0.1}, None),
+        (COCONUT | {"c_thought": 0, "uniform_prob": 0.1}, "never inserts a thought or pause in these 4 epochs"),
+        (COCONUT | {"max_latent_stage": 0}, "never inserts a thought or pause in these 4 epochs"),
+        (COCONUT | {"method": "no_thoughts", "num_epochs": 3}, "never removes a step in these 3 epochs"),
+        (COCONUT | {"method": "no_curriculum", "num_epochs": 1}, None),
+        (COCONUT | {"method": "pause_token", "max_latent_stage": 0}, "never inserts a thought or pause"),
+        (
+            {"method": "icot", "remove_per_epoch": 0, "num_epochs": 9},
+            "never removes a step in these 9 epochs; check num_e",
+        ),
+        ({"method": "icot", "remove_per_epoch": 2, "num_epochs": 1}, None),  # within the epoch
+        ({"method": "cot"}, None),
+        ({"method": "no_cot"}, None),
+    ],
+)
+def test_schedule_warns_of_a_run_that_ends_before_its_method_begins(options, complaint):
+    lines = [line for line in schedule_table(Config(options)).splitlines() if line.startswith("warning: ")]
+    assert len(lines) == (complaint is not None)
+    assert complaint is None or (complaint in lines[0] and f"method {options['method']} " in lines[0])
+
+
 # --- uniform_prob and removal smoothing -------------------------------------------------------------------------------
 
 

@@ -1,8 +1,10 @@
-"""The import rules of CONTRIBUTING.md: one direction, no cycles, and the picture of them there."""
+"""The import rules of CONTRIBUTING.md, one direction and no cycles, and the picture of them there; the tests' marks."""
 
 from __future__ import annotations
 
 import ast
+import re
+import tomllib
 
 from helpers import REPOSITORY
 
@@ -69,3 +71,13 @@ def test_contributing_shows_the_imports():
     page = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
     shown = page.partition("graph LR\n")[2].partition("```")[0].splitlines()
     assert shown == arrows(), "replace the graph in CONTRIBUTING.md by:\n" + "\n".join(arrows())
+
+
+def test_marks_are_declared_in_pyproject():
+    """Not by plugins alone, such as pytest-timeout: without them --strict-markers would refuse the tests."""
+    settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["pytest"][
+        "ini_options"
+    ]
+    declared = {re.match(r"\w+", line)[0] for line in settings["markers"]} | {"parametrize", "skipif", "skip", "xfail"}
+    texts = [path.read_text(encoding="utf-8") for path in (REPOSITORY / "tests").rglob("test_*.py")]
+    assert {mark for text in texts for mark in re.findall(r"pytest\.mark\.(\w+)", text)} <= declared

@@ -1,7 +1,9 @@
 """The analysis of trained models: thoughts, replacements and scores match plain computations."""
 
 import csv
+import fcntl
 import json
+import subprocess
 from dataclasses import replace
 from itertools import islice
 from types import SimpleNamespace
@@ -272,13 +274,29 @@ def test_analyze_writes_full_report_with_baselines(save_path, capsys):
     assert "already contains a report" in capsys.readouterr().err
 
 
-def test_run_with_analyze_writes_report_once(save_path):
+def test_run_with_analyze_writes_report_once_and_keeps_its_claim_meanwhile(save_path, monkeypatch):
+    metrics, start_process, seen = save_path / "looked_into" / "metrics.jsonl", subprocess.run, []
+
+    def is_claimed() -> bool:
+        with metrics.open("ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
+    def watched(command, **options):
+        seen.extend(is_claimed() for word in command if word.endswith("analyze.py"))
+        return start_process(command, **options)
+
+    monkeypatch.setattr(subprocess, "run", watched)
     values = {"name": "looked_into", "method": "pause_as_thought", "model_id": str(save_path / "pause_model")}
     command = [str(save_path / "config.yaml"), *words(values | {"c_thought": 1, "analyze": True})]
     assert run.main(command) == 0
     report = save_path / "looked_into" / "analysis_checkpoint_4" / "report.html"
     before = report.stat().st_mtime_ns
     assert run.main(command) == 0 and report.stat().st_mtime_ns == before
+    assert seen == [True] and not is_claimed()
 
 
 def test_analyze_rejects_or_skips_inapplicable_questions(save_path, capsys):

@@ -164,7 +164,7 @@ def start_and_save(processes, command: list[str]) -> dict:
             parameter.grad = torch.full_like(parameter, 0.01)
         trainer.optimizer.step()
     trainer.state.epoch += 1
-    claim = Claim(trainer.directory)
+    claim = Claim()
     processes.run_on_rank0(lambda: trainer.open_log(claim))
     with largest:
         trainer.save()
