@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import find_adapter_config_file
 
 from components.distributed import Processes
 from components.export import read_description
@@ -23,6 +24,8 @@ from config import Config, UserError
 from curriculum import ALL_STEPS, END, LATENT, METHODS, PAUSE, START, evaluation_stage, num_placeholders
 
 PREFIX = "base_causallm."  # of the names in official files of a Coconut module
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # parts of names in files
+OLD_BUFFERS = (".attn.bias", ".attn.masked_bias")  # GPT-2's causal mask, which files of old versions hold
 
 
 @dataclass
@@ -54,6 +57,9 @@ def load_pretrained(config: Config, load_path: str | Path | None) -> Pretrained:
     """
     folder, key, is_checkpoint = model_source(config, load_path)
     with loading(folder, key):
+        if find_adapter_config_file(folder):
+            merge = "with peft: AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)"
+            raise UserError(f"{key}: {folder!r} holds LoRA or other adapters, not a whole model; merge them {merge}")
         tokenizer = load_tokenizer(folder, config)
         lm = load_model(folder, config, is_checkpoint)
         description = read_description(folder, revision="main")
@@ -141,13 +147,13 @@ def load_model(folder: str, config: Config, is_checkpoint: bool) -> PreTrainedMo
     if config.from_scratch and not is_checkpoint:
         architecture = AutoConfig.from_pretrained(folder, **trust)
         return AutoModelForCausalLM.from_config(architecture, **trust).float()
-    lm, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **trust)
-    lost = [*info["missing_keys"], *info["mismatched_keys"]]
-    if is_checkpoint:  # must fit exactly; hub models may have unused heads
-        lost += info["unexpected_keys"]
-    if lost:
-        key = "load_model_path" if is_checkpoint else "model_id"
-        raise UserError(f"{key}: {folder!r}: weights are missing or unexpected: {name_some(lost)}")
+    options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True, **trust}
+    lm, info = AutoModelForCausalLM.from_pretrained(folder, **options)
+    unexpected = info["unexpected_keys"] if is_checkpoint else []  # hub models may have unused heads
+    what = f"{'load_model_path' if is_checkpoint else 'model_id'}: {folder!r}"
+    check_names(what, info["missing_keys"], unexpected, [name for name, *_ in info["mismatched_keys"]])
+    if lm.get_input_embeddings().weight is not lm.get_output_embeddings().weight:
+        lm.config.tie_word_embeddings = False  # else a new row would tie what the files hold apart
     return lm
 
 
@@ -198,7 +204,7 @@ def load_state_file(path: Path) -> tuple[dict[str, Tensor], bool]:
         raise UserError(f"load_model_path: {error}") from error
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise UserError(f"load_model_path: {str(path)!r} is not a state dict, a mapping from names to tensors")
-    state = {name.removeprefix("module."): value for name, value in state.items()}
+    state = {".".join(part for part in name.split(".") if part not in WRAPPERS): t for name, t in state.items()}
     if adapters := [name for name in state if ".lora_" in name]:
         raise UserError(f"load_model_path: {str(path)!r} holds LoRA adapters ({name_some(adapters)}); merge them first")
     is_coconut = any(name.startswith(PREFIX) for name in state)
@@ -226,17 +232,26 @@ def load_state(lm: PreTrainedModel, state: dict[str, Tensor], path: str, own_tok
     rows = len(state[name]) if name in state and state[name].ndim == 2 else len(table.weight)
     if rows < min(own_tokens, len(table.weight)):
         raise UserError(f"load_model_path: {path!r} has {rows} rows in {name}, but the tokenizer {own_tokens} tokens")
-    try:
-        if rows != len(table.weight):
-            lm.resize_token_embeddings(rows, mean_resizing=False)
-        result = lm.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise UserError(f"load_model_path: {path!r} does not fit the model: {error}") from error
-    own = lm.state_dict()
-    loaded = {own[name].data_ptr() for name in state if name in own}  # a tied weight may come under its other name
-    lost = [name for name in result.missing_keys if own[name].data_ptr() not in loaded] + result.unexpected_keys
-    if lost:
-        raise UserError(f"load_model_path: {path!r} does not fit the model; missing or unexpected: {name_some(lost)}")
+    if rows != len(table.weight):
+        lm.resize_token_embeddings(rows, mean_resizing=False)
+    own, loaded = lm.state_dict(), {}
+    for name in (name for name in state if name in own):  # a tied weight may come under either name, or both
+        first = loaded.setdefault(own[name].data_ptr(), name)
+        if first != name and not torch.equal(state[first], state[name]):
+            remedy = "give a model_id with tie_word_embeddings: false in its config.json"
+            raise UserError(f"load_model_path: {path!r}: {first} and {name} differ, but the model ties them; {remedy}")
+    missing = [name for name, value in own.items() if value.data_ptr() not in loaded]
+    mismatched = [name for name in state if name in own and state[name].shape != own[name].shape]
+    check_names(f"load_model_path: {path!r}", missing, [name for name in state if name not in own], mismatched)
+    lm.load_state_dict(state, strict=False)
+
+
+def check_names(what: str, missing: Iterable[str], unexpected: Iterable[str], mismatched: Iterable[str]) -> None:
+    """Raise UserError if weights do not fit a model: those that it lacks, that it has no use for, of other shapes."""
+    unexpected = [name for name in unexpected if not name.endswith(OLD_BUFFERS)]
+    sides = {"missing": missing, "unexpected": unexpected, "of another shape": mismatched}
+    if found := [f"{side}: {name_some(sorted(names))}" for side, names in sides.items() if names]:
+        raise UserError(f"{what}: the weights do not fit the model; {'; '.join(found)}")
 
 
 def name_some(names: list) -> str:

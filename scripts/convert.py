@@ -51,8 +51,6 @@ def to_official(folder: Path, file: Path) -> None:
     vocabulary layout).
     """
     check_free(file)
-    if (folder / "adapter_config.json").exists():
-        raise UserError(f"{folder} contains LoRA adapters; merge them into the model first")
     description = require_description(folder, "method")
     method = METHODS[description["method"]]
     if PAUSE in method.tokens:

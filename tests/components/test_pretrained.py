@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import yaml
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
@@ -209,11 +210,34 @@ def test_evaluation_of_official_coconut_file_with_pause_tokens_is_refused(folder
         load(folders["gpt2"], path, method, only_eval=True)
 
 
-def test_module_prefix_of_official_checkpoint_is_stripped(folders, tmp_path):
+@pytest.mark.parametrize(
+    "wrapper", ["module.", "_orig_mod.", "_fsdp_wrapped_module.", "_fsdp_wrapped_module._orig_mod."]
+)
+def test_prefixes_of_wrapped_modules_are_stripped(folders, tmp_path, wrapper):
     state = random_state(tiny_gpt2(V, 128), rows=V + 3)
-    official_file(tmp_path / "file", state, wrapped=True)
-    torch.save({f"module.{k}": v for k, v in torch.load(tmp_path / "file").items()}, tmp_path / "file")
-    assert torch.equal(tables(load(folders["gpt2"], tmp_path / "file").lm)[0], state["transformer.wte.weight"])
+    names = [name.replace("transformer.h.", f"transformer.h.{wrapper}") for name in state]  # FSDP wraps blocks, too
+    torch.save(
+        {f"{wrapper}base_causallm.{k}": v for k, v in zip(names, state.values(), strict=True)}, tmp_path / "file"
+    )
+    own = load(folders["gpt2"], tmp_path / "file").lm.state_dict()
+    assert all(torch.equal(own[name], value) for name, value in state.items())
+
+
+def with_mask_buffers(state):
+    """The state dict with the causal masks that old versions of transformers saved as if they were weights."""
+    masks = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 128, 128).tril() for i in range(2)}
+    return {**state, **masks, "transformer.h.0.attn.masked_bias": torch.tensor(-1e4)}
+
+
+def test_mask_buffers_of_old_gpt2_files_are_no_weights(folders, tmp_path):
+    state = random_state(tiny_gpt2(V, 128))
+    torch.save(with_mask_buffers(state), tmp_path / "file")
+    shutil.copytree(folders["gpt2"], tmp_path / "folder")
+    weights = {name: value for name, value in state.items() if name != "lm_head.weight"}
+    save_file(with_mask_buffers(weights), tmp_path / "folder" / "model.safetensors", metadata={"format": "pt"})
+    for path in (tmp_path / "file", tmp_path / "folder"):
+        own = load(folders["gpt2"], path, "cot").lm.state_dict()
+        assert all(torch.equal(own[name], value) for name, value in state.items())
 
 
 # --- refused checkpoint files -----------------------------------------------------------------------------------------
@@ -248,6 +272,26 @@ def test_mismatched_official_checkpoint_is_refused(folders, tmp_path, damage, na
         load(folders["gpt2"], tmp_path / "file")
     assert named in str(refusal.value)
     assert "file" in str(refusal.value)
+
+
+def test_file_whose_head_differs_from_its_embedding_is_refused_by_a_tied_model(folders, tmp_path):
+    state = random_state(tiny_gpt2(V, 128)) | {"lm_head.weight": torch.zeros(V, 16)}
+    torch.save(state, tmp_path / "file")
+    with pytest.raises(UserError, match=r"transformer\.wte\.weight and lm_head\.weight differ.*tie_word_embeddings"):
+        load(folders["gpt2"], tmp_path / "file")
+
+
+def test_names_that_do_not_fit_are_shown_from_both_sides(folders, runs, tmp_path):
+    torch.save(random_state(tiny_llama(V, 128)), tmp_path / "file")
+    shutil.copytree(runs / "coconut" / "checkpoint_3", tmp_path / "folder")
+    weights = load_file(tmp_path / "folder" / "model.safetensors")
+    weights |= {"extra.weight": weights.pop("model.norm.weight"), "lm_head.weight": torch.zeros(9, 16)}
+    save_file(weights, tmp_path / "folder" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"missing: transformer\.\S+.*; unexpected: model\.embed_tokens"):
+        load(folders["gpt2"], tmp_path / "file", "cot")
+    shown = "missing: model.norm.weight; unexpected: extra.weight; of another shape: lm_head.weight"
+    with pytest.raises(UserError, match=shown):
+        load(folders["gpt2"], tmp_path / "folder")
 
 
 class Harmful:
@@ -360,6 +404,29 @@ def test_pause_token_is_added_to_a_coconut_checkpoint(folders, runs):
     for table, name in zip(tables(loaded.lm), ("model.embed_tokens.weight", "lm_head.weight"), strict=True):
         assert torch.equal(table[: V + 3], saved[name])
         assert torch.equal(table[V + 3], saved[name][arrows])
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 ignores the head of such a folder")
+def test_folder_whose_head_differs_from_its_embedding_keeps_both(folders, tmp_path):
+    """transformers 5 loads such a folder untied, whatever its config says; new rows must not tie it."""
+    shutil.copytree(folders["gpt2"], tmp_path / "untied")
+    weights = load_file(tmp_path / "untied" / "model.safetensors") | {"lm_head.weight": torch.ones(V, 16)}
+    save_file(weights, tmp_path / "untied" / "model.safetensors", metadata={"format": "pt"})
+    embedding, head = tables(load(str(tmp_path / "untied")).lm)
+    assert torch.equal(embedding[:V], weights["transformer.wte.weight"])
+    assert torch.equal(head[:V], weights["lm_head.weight"])
+
+
+@pytest.mark.parametrize("key", ["model_id", "load_model_path"])
+def test_folder_of_adapters_is_refused(folders, runs, tmp_path, capsys, key):
+    peft = pytest.importorskip("peft")
+    lm = AutoModelForCausalLM.from_pretrained(folders["gpt2"])
+    peft.get_peft_model(lm, peft.LoraConfig(r=2, target_modules=["c_attn"])).save_pretrained(tmp_path / "adapter")
+    byte_tokenizer().save_pretrained(tmp_path / "adapter")
+    values = {"method": "coconut", "name": "new", "save_path": tmp_path / "saved", key: tmp_path / "adapter"}
+    assert run.main([str(runs / "config.yaml"), *words(values)]) == 2
+    assert f"error: {key}: '{tmp_path / 'adapter'}' holds LoRA or other adapters" in capsys.readouterr().err
+    assert not (tmp_path / "saved").exists()
 
 
 def truncate(path):
