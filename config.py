@@ -121,6 +121,7 @@ class Config:
     max_new_tokens: int | None = option(
         None, "maximum number of generated tokens (None: 64 where val_path contains gsm, else 128)", low=1, free=True
     )
+    numeric_answers: bool = option(False, "numbers of equal value, such as 18 and 18.0, are equal answers", free=True)
     save_only_improve: bool = option(False, "keep only checkpoints that improve accuracy, and the newest", free=True)
     save_every_steps: int | None = option(None, "also save every so many optimizer steps", low=1, free=True)
     keep_checkpoints: int | None = option(None, "newest checkpoints to keep besides best (None: all)", low=1, free=True)

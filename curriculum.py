@@ -55,6 +55,13 @@ def method_of(config) -> Method:
     return METHODS[config.method]
 
 
+def needs_steps(config) -> bool:
+    """Return whether a run needs the problems' steps: to write them in training, or to count the thoughts."""
+    method = method_of(config)
+    written = method.steps != "removed" and not config.only_eval
+    return written or (method.markers and not config.pad_latent_to_max)
+
+
 def last_stage(config) -> int:
     """Return the first stage without written steps; beyond it nothing changes. icot's stages count step tokens."""
     icot = method_of(config).steps == "by token"

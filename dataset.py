@@ -18,7 +18,15 @@ from components.prefetch import prefetch
 from components.pretrained import Pretrained
 from components.tokenization import TOKENS, default_cache, load_tokenized
 from config import Config, UserError
-from curriculum import apply_curriculum, evaluation_stage, method_of, num_placeholders, num_removed, stage_of
+from curriculum import (
+    apply_curriculum,
+    evaluation_stage,
+    method_of,
+    needs_steps,
+    num_placeholders,
+    num_removed,
+    stage_of,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,7 +38,7 @@ DEBUG_TRAIN, DEBUG_VALID = 5000, 32  # problems in a debug run
 
 def get_dataset(path: str, tokenizer, max_size: int | None = None) -> Dataset:
     """Load the first max_size problems of a source as token ids; see `read_problems` and `tokenize_chunk`."""
-    [examples] = load_tokenized([(path, max_size)], tokenizer, default_cache(), Processes())
+    [examples] = load_tokenized([(path, max_size, True)], tokenizer, default_cache(), Processes())
     return examples.select_columns(TOKENS)
 
 
@@ -40,8 +48,9 @@ def load_data(config: Config, pretrained: Pretrained, processes: Processes) -> t
     Raises UserError for a problem whose sequences are longer than the model's positions.
     """
     train_size, valid_size = (DEBUG_TRAIN, DEBUG_VALID) if config.debug else (None, None)
-    sources = [] if config.only_eval else [(config.train_path, train_size)]
-    sources.append((config.val_path, valid_size))
+    steps = needs_steps(config)
+    sources = [] if config.only_eval else [(config.train_path, train_size, steps)]
+    sources.append((config.val_path, valid_size, steps))
     folder = None if config.debug else config.data_cache or default_cache()
     *train, valid = load_tokenized(sources, pretrained.tokenizer, folder, processes)
     train = train[0].select_columns(TOKENS) if train else None

@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from decimal import Decimal, InvalidOperation
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +26,7 @@ from components.export import require_description
 from components.files import make_private, saving, write_atomic
 from components.parallelize import unsharded
 from components.pretrained import Pretrained, load_pretrained
-from components.tokenization import TEXTS, TOKENS, tokenize_chunk
+from components.tokenization import ANSWER_PREFIX, TEXTS, TOKENS, tokenize_chunk
 from config import Config, UserError
 from curriculum import ALL_STEPS, METHODS, evaluation_stage, num_placeholders
 from dataset import (
@@ -46,9 +48,9 @@ if TYPE_CHECKING:
 class Evaluation:
     """The result of one validation; rates are fractions of all problems.
 
-    loss: mean cross entropy over all supervised tokens; cot_match: None for methods that do not write steps;
-    new_tokens: mean number of generated tokens (eos and thoughts included, as in the paper's Table 1);
-    seconds: mean generation time per problem; predictions: one dict per problem, in the data's order.
+    loss: mean cross entropy over all supervised tokens; cot_match: None for methods that do not write steps, and for
+    data without steps; new_tokens: mean number of generated tokens (eos and thoughts included, as in the paper's Table
+    1); seconds: mean generation time per problem; predictions: one dict per problem, in the data's order.
     """
 
     loss: float
@@ -99,6 +101,7 @@ class Validator:
     ):
         self.model, self.pretrained, self.config, self.processes, self.stop = model, pretrained, config, processes, stop
         self.problems, self.examples = data.select_columns(TEXTS), data.select_columns(TOKENS)
+        self.has_steps = any(self.problems["steps"])
         self.sequence_tokens = pretrained.sequence_tokens(config.method)
         self.collate = PlanningCollator(pretrained.tokenizer, model.latent_token_id)
 
@@ -120,7 +123,7 @@ class Validator:
         evaluation = Evaluation(
             loss=loss,
             accuracy=mean(predictions, "correct"),
-            cot_match=mean(predictions, "cot_match") if "cot_match" in predictions[0] else None,
+            cot_match=mean(predictions, "cot_match") if self.has_steps and "cot_match" in predictions[0] else None,
             new_tokens=mean(predictions, "new_tokens"),
             seconds=seconds / len(predictions),
             predictions=predictions,
@@ -155,7 +158,7 @@ class Validator:
             for idx, tokens, count in zip(batch["idx"].tolist(), new, thoughts, strict=True):
                 tokens = until_eos(tokens, self.model.eos_token_id, limit)
                 tokenizer, problem = self.pretrained.tokenizer, self.problems[idx]
-                predictions.append(predict(problem, idx, tokens, count, tokenizer, self.config.method))
+                predictions.append(predict(problem, idx, tokens, count, tokenizer, self.config))
         gathered = self.processes.all_gather_object(predictions)
         self.stop.raise_on_all_ranks(self.processes)
         return sorted((prediction for part in gathered for prediction in part), key=lambda p: p["idx"])
@@ -193,22 +196,51 @@ def until_eos(tokens: list[int], eos: int, limit: int) -> list[int]:
     return tokens if len(tokens) == limit else [*tokens, eos]
 
 
-def predict(problem: dict, idx: int, new: list[int], thoughts: int, tokenizer, method: str) -> dict:
-    """Make a line of the predictions file from generated token ids (eos included)."""
-    text = tokenizer.decode(new, skip_special_tokens=True)
-    answer = extract_answer(text)
+def predict(problem: dict, idx: int, new: list[int], thoughts: int, tokenizer, config: Config) -> dict:
+    """Make a line of the predictions file from generated token ids (eos included).
+
+    The expected texts take the same way as the generated one: encoded as in training, cut at the first eos, decoded. So
+    the output that a problem is trained on is right with any tokenizer, also one that does not return texts unchanged.
+    """
+    columns = tokenize_chunk({name: [problem[name]] for name in TEXTS}, [idx], tokenizer)
+    [answer_ids], [step_ids], eos = columns["answer_tokenized"], columns["steps_tokenized"], tokenizer.eos_token_id
+    own_special = {*answer_ids, *chain(*step_ids)} & {*tokenizer.all_special_ids} - {eos}
+
+    def decode(ids: Iterable[int]) -> str:
+        """Decode ids up to eos. Special tokens are skipped, unless the problem itself has some."""
+        return tokenizer.decode(list(takewhile(lambda id: id != eos, ids)), skip_special_tokens=not own_special)
+
+    text = decode(new)
+    answer, correct = judge(text, decode(answer_ids), config.numeric_answers)
     prediction = {
         "idx": idx,
         "question": problem["question"],
         "expected": problem["answer"],
         "generated": f"[{thoughts} thought{'s' * (thoughts > 1)}]{text}" if thoughts else text,
         "answer": answer,
-        "correct": answer == normalize(problem["answer"]),
+        "correct": correct,
         "new_tokens": thoughts + len(new),
     }
-    if METHODS[method].steps == "written":
-        prediction["cot_match"] = text.split("#")[0].strip() == "\n".join(problem["steps"])
+    if METHODS[config.method].steps == "written":
+        steps = decode(chain(*step_ids))
+        written = text.split("#")[: steps.count("#") + 1]
+        prediction["cot_match"] = "#".join(written).strip() == steps.strip()
     return prediction
+
+
+def judge(text: str, target: str, numeric: bool) -> tuple[str | None, bool]:
+    """Return the answer in a generated text, and whether it is that of the target, the text of the answer's line.
+
+    numeric: numbers of equal value are equal answers.
+    """
+    answer, expected = extract_answer(text), extract_answer(target)
+    if answer is None or expected is None:
+        return answer, False
+    own = target.split("#", ANSWER_PREFIX.count("#"))[-1]
+    if "#" in own:  # what follows the last "#" is not the whole answer
+        correct = normalize(text).endswith(normalize(target))
+        return normalize(own) if correct else answer, correct
+    return answer, answer == expected or (numeric and is_same_number(answer, expected))
 
 
 def extract_answer(text: str) -> str | None:
@@ -219,6 +251,14 @@ def extract_answer(text: str) -> str | None:
 def normalize(answer: str) -> str:
     """Return an answer as it is compared: without commas and outer blanks."""
     return answer.replace(",", "").strip()
+
+
+def is_same_number(answer: str, expected: str) -> bool:
+    """Return whether two normalized answers are the same number, such as 18 and 18.0."""
+    try:
+        return Decimal(answer) == Decimal(expected)
+    except InvalidOperation:  # not a number
+        return False
 
 
 def write_predictions(predictions: list[dict], path: Path) -> None:
@@ -247,6 +287,8 @@ def evaluate_checkpoint(validator: Validator) -> None:
     result |= {"method": config.method, "stage": stage}
     result |= {"thoughts": num_placeholders(stage, ALL_STEPS, config, training=False)}
     result |= {"problems": len(evaluation.predictions), **evaluation.metrics()}
+    if config.numeric_answers:
+        result["numeric_answers"] = True
     if not config.debug:
         directory = config.run_directory / f"eval_{checkpoint.resolve().name}"
         processes.run_on_rank0(lambda: write_evaluation(evaluation.predictions, result, directory))

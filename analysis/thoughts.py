@@ -190,9 +190,8 @@ def write_answers(
             output = subject.model.generate(**model_args(batch), max_new_tokens=limit)  # (batch, length + new)
         for index, tokens in zip(part, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
             new = [*begun, *until_eos(tokens, eos, limit)]
-            prediction = predict(
-                subject.problems[index], index, new, 0, checkpoint.pretrained.tokenizer, checkpoint.config.method
-            )
+            tokenizer = checkpoint.pretrained.tokenizer
+            prediction = predict(subject.problems[index], index, new, 0, tokenizer, checkpoint.config)
             thoughts = subject.thoughts if subject.thinks else 0  # pause tokens are not counted as generated
             predictions[index] = prediction | {"new_tokens": thoughts + len(new), "ids": new}
     return predictions

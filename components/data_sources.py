@@ -18,12 +18,13 @@ FIELDS = ("question", "answer", "steps")
 SHAPE = '{"question": "...", "answer": "...", "steps": ["...", ...]}'
 
 
-def read_problems(path: str, max_size: int | None = None) -> list[dict]:
+def read_problems(path: str, max_size: int | None = None, need_steps: bool = True) -> list[dict]:
     """Read the first max_size problems of a source.
 
     Args:
         path: a file, whose content tells its format, or hub:OWNER/NAME[:SPLIT].
         max_size: None reads all.
+        need_steps: False takes problems without the field too; they get no steps.
 
     Returns:
         Dicts with question (str), answer (str) and steps (list of str); other fields are dropped.
@@ -33,6 +34,8 @@ def read_problems(path: str, max_size: int | None = None) -> list[dict]:
     """
     problems = []
     for index, problem in enumerate(islice(read_source(path), max_size)):
+        if not need_steps and isinstance(problem, dict):
+            problem = {"steps": []} | problem
         if error := problem_error(problem):
             raise UserError(f"{path}: problem {index}: {error}; a problem is {SHAPE}")
         problems.append({name: problem[name] for name in FIELDS})

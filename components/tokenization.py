@@ -22,14 +22,15 @@ if TYPE_CHECKING:  # slow to import
     from datasets import Dataset
 
 RULES = 1  # version of how problems are read and tokenized: a change of the result needs another number, so a new file
+ANSWER_PREFIX = "### "
 TEXTS = ["question", "answer", "steps"]
 TOKENS = ["question_tokenized", "steps_tokenized", "answer_tokenized", "idx"]
 
 
 def load_tokenized(
-    sources: list[tuple[str, int | None]], tokenizer, folder: str | None, processes: Processes
+    sources: list[tuple[str, int | None, bool]], tokenizer, folder: str | None, processes: Processes
 ) -> list[Dataset]:
-    """Open the tokenized data of each source, a path and the number of problems to take (None: all), as memory maps.
+    """Open the tokenized data of each source, the arguments of `read_problems`, as memory maps.
 
     Every process calls this. The first one of each node tokenizes what the cache `folder` lacks (None: all of it, into
     temporary files). The columns are those of `tokenize_chunk`. Raises UserError in every process for invalid data.
@@ -73,13 +74,13 @@ def cached_files(sources: list, tokenizer, folder: Path) -> list[Path]:
     missing = {file: source for file, source in zip(files, sources, strict=True) if not can_be_opened(file)}
     if not missing:
         return files
-    print(f"reading and tokenizing {', '.join(path for path, _ in missing.values())}", flush=True)
+    print(f"reading and tokenizing {', '.join(path for path, *_ in missing.values())}", flush=True)
     problems = {file: read_problems(*source) for file, source in missing.items()}  # reports mistakes before any write
     make_private(folder)
     partial = folder / "partial"
     with locked(folder):
         try:
-            for file, (path, _) in missing.items():
+            for file, (path, *_) in missing.items():
                 if can_be_opened(file):  # made by another run in the meantime
                     continue
                 if file.exists():
@@ -92,10 +93,10 @@ def cached_files(sources: list, tokenizer, folder: Path) -> list[Path]:
     return files
 
 
-def fingerprint(path: str, max_size: int | None, tokenizer) -> str:
-    """Return a name that changes with the content of a source, the number of problems, the tokenizer and RULES."""
+def fingerprint(path: str, max_size: int | None, need_steps: bool, tokenizer) -> str:
+    """Return a name that changes with the content of a source, how it is read, the tokenizer and RULES."""
     backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else None
-    parts = [RULES, content_digest(path), max_size, tokenizer.eos_token_id, backend]
+    parts = [RULES, content_digest(path), max_size, need_steps, tokenizer.eos_token_id, backend]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
@@ -158,7 +159,7 @@ def tokenize_chunk(problems: dict[str, list], indices: Sequence[int], tokenizer)
         return tokenizer(texts, add_special_tokens=special)["input_ids"] if texts else []
 
     steps = iter(encode([step + "\n" for steps in problems["steps"] for step in steps]))
-    answers = encode(["### " + answer for answer in problems["answer"]])
+    answers = encode([ANSWER_PREFIX + answer for answer in problems["answer"]])
     return {
         "question_tokenized": encode([question + "\n" for question in problems["question"]], special=True),
         "steps_tokenized": [[next(steps) for _ in range(len(texts))] for texts in problems["steps"]],

@@ -44,7 +44,7 @@ def ask(checkpoint: OpenedCheckpoint, question: str, show_thoughts: bool = False
     new_ids = until_eos(output[batch["input_ids"].shape[1] :], model.eos_token_id, limit)
     thoughts = (batch["input_ids"] == model.latent_token_id).sum().item()
     problem = {"question": question, "answer": "", "steps": []}
-    prediction = predict(problem, 0, new_ids, thoughts, tokenizer, checkpoint.config.method)
+    prediction = predict(problem, 0, new_ids, thoughts, tokenizer, checkpoint.config)
     result = {key: prediction[key] for key in ("question", "generated", "answer", "new_tokens")} | {"seconds": seconds}
     return result | ({"thoughts": top_tokens(checkpoint, batch["input_ids"][0])} if show_thoughts else {})
 

@@ -4,8 +4,8 @@
     python scripts/evaluations.py results/mini/*-seed0.yaml       recorded runs (scripts/record.py)
 
 Reads eval_CHECKPOINT/metrics_TESTSET.yaml in the run directories. If an evaluation was repeated (the same data, method,
-stage and number of thoughts), the latest counts; others have rows of their own. Two test sets of the same name are
-refused.
+stage, number of thoughts and numeric_answers), the latest counts; others have rows of their own. Two test sets of the
+same name are refused.
 """
 
 from __future__ import annotations
@@ -35,11 +35,12 @@ class Setting:
     method: str | None
     stage: int | None
     thoughts: int | None
+    numeric_answers: bool | None
 
     @classmethod
     def of(cls, metrics: dict, checkpoint: str) -> Setting:
         """Read the setting in the metrics of an evaluation of a checkpoint."""
-        keys = ("data_digest", "method", "stage", "thoughts")
+        keys = ("data_digest", "method", "stage", "thoughts", "numeric_answers")
         return cls(checkpoint, Path(metrics["val_path"]).stem, *map(metrics.get, keys))
 
 
@@ -69,8 +70,8 @@ def percent(metrics: dict) -> str:
 
 
 def table(directories: list[Path]) -> str:
-    """Render a Markdown table with a row per run, checkpoint, method, stage and number of thoughts, and a column per
-    test set. Raises UserError if test sets of the same name have different contents."""
+    """Render a Markdown table with a row per run, checkpoint, method, stage, thoughts and numeric_answers, and a
+    column per test set. Raises UserError if test sets of the same name have different contents."""
     rows, digests = {}, {}
     for directory in directories:
         for setting, metrics in read_evaluations(directory).items():
@@ -80,7 +81,7 @@ def table(directories: list[Path]) -> str:
                     f"{directory}: {metrics['val_path']} had another content there than in an evaluation of "
                     f"{digests[name][1]}; remove the metrics_{name}*.yaml of one of them"
                 )
-            values = {key: getattr(setting, key) for key in ("method", "stage", "thoughts")}
+            values = {key: getattr(setting, key) for key in ("method", "stage", "thoughts", "numeric_answers")}
             shown = {key: str(value) for key, value in values.items() if value is not None}
             run = {"run": directory.name.removesuffix(".yaml"), "checkpoint": setting.checkpoint}
             row = rows.setdefault((directory, setting.checkpoint, *values.values()), run | shown)

@@ -11,10 +11,10 @@ import evaluate
 from components import files
 from components.distributed import Processes
 from components.errors import SaveError
-from config import load_config
+from config import Config, UserError, load_config
 from dataset import get_cot_latent_dataset
 from evaluate import Validator, extract_answer, predict, until_eos, write_evaluation, write_predictions
-from helpers import make_problems, read_lines, save_model, write_json
+from helpers import byte_tokenizer, make_problems, read_lines, save_model, write_json
 from run import set_up
 from utils import StopRequest
 
@@ -41,17 +41,11 @@ def test_extract_answer_returns_text_after_last_hash(text, answer):
     assert extract_answer(text) == answer
 
 
-class Texts:
-    """A tokenizer whose tokens are strings."""
-
-    def decode(self, tokens, skip_special_tokens):
-        assert skip_special_tokens
-        return "".join(token for token in tokens if token != "$")
-
-
-def judge(text, expected="7", steps=("1+2=3", "3+4=7"), method="cot", thoughts=0):
+def judge(text, expected="7", steps=("1+2=3", "3+4=7"), method="cot", thoughts=0, **options):
     problem = {"question": "1+2+4", "answer": expected, "steps": list(steps)}
-    return predict(problem, 5, [*text, "$"], thoughts, Texts(), method)
+    tokenizer = byte_tokenizer()
+    new = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    return predict(problem, 5, new, thoughts, tokenizer, Config({"method": method, **options}))
 
 
 @pytest.mark.parametrize(
@@ -68,6 +62,14 @@ def judge(text, expected="7", steps=("1+2=3", "3+4=7"), method="cot", thoughts=0
         ("7", "### 7 7", False),
         ("", "no mark", False),
         ("None", "no mark", False),
+        ("18", "### 18.0", False),
+        ("C#", "### C#", True),
+        ("C#", "### F#", False),
+        ("C#", "### C", False),
+        ("#1", "### #1", True),
+        ("#1", "### 1", False),
+        ("#### 4", "### #### 4", True),
+        ("#### 4", "### 4", False),
     ],
 )
 def test_answer_comparison_ignores_commas_and_whitespace(expected, text, correct):
@@ -87,6 +89,29 @@ def test_answer_comparison_ignores_commas_and_whitespace(expected, text, correct
 )
 def test_cot_match_requires_all_steps_before_first_hash(text, match):
     assert judge(text)["cot_match"] is match
+
+
+@pytest.mark.parametrize(
+    ("expected", "text", "correct"),
+    [
+        ("18", "### 18.0", True),
+        ("1,000.50", "### 1000.5", True),
+        ("18", "### 19", False),
+        ("a", "### b", False),
+        ("nan", "### NaN", False),
+        ("18", "no mark", False),
+    ],
+)
+def test_numeric_answers_compare_values(expected, text, correct):
+    assert judge(text, expected, numeric_answers=True)["correct"] is correct
+
+
+@pytest.mark.parametrize("steps", [("a#1", "b##"), ("a\n", "\n"), (" a ", "b")])
+def test_cot_match_of_steps_with_hashes_and_outer_newlines(steps):
+    written = "".join(step + "\n" for step in steps)
+    assert judge(written + "### 7", steps=steps)["cot_match"] is True
+    assert judge(written.replace("a", "x") + "### 7", steps=steps)["cot_match"] is False
+    assert judge("### 7", steps=steps)["cot_match"] is (steps == ("\n", "\n"))
 
 
 @pytest.mark.parametrize("steps", [[], [""]])
@@ -232,6 +257,17 @@ def test_validation_accuracy_and_cot_match(place, monkeypatch):
     named = {"eval/loss", "eval/acc", "eval/cot_em", "eval/new_tokens", "eval/seconds"}
     assert set(evaluation.metrics()) == named
     assert "accuracy 71.4%, CoT match 71.4%" in evaluation.summary()
+
+
+def test_data_without_steps_can_be_evaluated_where_nothing_needs_them(place):
+    bare = write_json(place / "bare.json", [{"question": "1+2", "answer": "3"}] * 2)
+    assert prepare(place, "method=no_curriculum", "pad_latent_to_max=True", f"val_path={bare}", f"train_path={bare}")
+    words = ["method=cot", f"load_model_path={place / 'model'}", "only_eval=True", f"val_path={bare}"]
+    validator = set_up(load_config(str(place / "config.yaml"), words), Processes(), StopRequest())
+    assert validator.validate(0).cot_match is None
+    for words in (["method=cot"], ["method=no_curriculum"]):
+        with pytest.raises(UserError, match='problem 0: has no "steps"'):
+            prepare(place, *words, f"val_path={bare}")
 
 
 def test_validation_uses_eval_mode_and_no_gradients(place):

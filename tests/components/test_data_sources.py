@@ -65,6 +65,14 @@ def test_a_split_of_the_hub(place):
     assert content_digest(f"{path}:test") != content_digest(path) == content_digest(f"{path}:train")
 
 
+@pytest.mark.parametrize("source", SOURCES)
+def test_steps_may_be_missing_where_nothing_needs_them(place, source):
+    path = source(place, [{key: problem[key] for key in ("question", "answer")} for problem in PROBLEMS])
+    assert read_problems(path, need_steps=False) == [problem | {"steps": []} for problem in PROBLEMS]
+    with pytest.raises(UserError, match='problem 0: has no "steps"'):
+        read_problems(path)
+
+
 def test_one_json_line_is_a_file_too(place):
     assert read_problems(json_lines(place, PROBLEMS[:1])) == PROBLEMS[:1]
 

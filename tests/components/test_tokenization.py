@@ -55,7 +55,7 @@ def tokenized(monkeypatch):
 
 def load(path, folder, tokenizer=None, size=None):
     """The rows of a source, by way of a cache folder."""
-    [data] = load_tokenized([(path, size)], tokenizer or byte_tokenizer(), folder and str(folder), Processes())
+    [data] = load_tokenized([(path, size, True)], tokenizer or byte_tokenizer(), folder and str(folder), Processes())
     return data.to_list()
 
 
@@ -135,13 +135,13 @@ def test_a_tokenizer_saved_in_a_checkpoint_has_the_same_fingerprint(tmp_path, so
     tokenizer(["a", "bcd"], padding=True)
     tokenizer.save_pretrained(tmp_path / "checkpoint")
     again = type(tokenizer).from_pretrained(tmp_path / "checkpoint")
-    assert fingerprint(source, None, again) == fingerprint(source, None, tokenizer)
+    assert fingerprint(source, None, True, again) == fingerprint(source, None, True, tokenizer)
 
 
 def test_invalid_data_is_reported_before_anything_is_written(source, cache, tmp_path):
     bad = write_json(tmp_path / "bad.json", [*make_problems(2), {"question": "?"}])
     with pytest.raises(UserError, match=r"bad\.json: problem 2"):
-        load_tokenized([(source, None), (bad, None)], byte_tokenizer(), str(cache), Processes())
+        load_tokenized([(source, None, True), (bad, None, True)], byte_tokenizer(), str(cache), Processes())
     assert not cache.parent.exists()
 
 
