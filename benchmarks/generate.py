@@ -48,12 +48,11 @@ def seconds(function, device: str) -> tuple[float, object]:
 
 
 @torch.no_grad()
-def main() -> None:
-    """Measure and print the comparison; --answer is the number of new tokens."""
-    args = parse()
-    torch.set_num_threads(args.threads)
-    lm = make_model(args).to(args.device).eval()
-    batch = make_batch(args.batch, args.question, args.thoughts, 0)
+def compare(lm: nn.Module, batch: dict[str, Tensor], args) -> dict[str, float]:
+    """Measure both ways on the prompts of a batch; return problems per second and their ratio (median, least, most).
+
+    args.answer: the number of new tokens. Raises AssertionError if the tokens differ, in float32.
+    """
     batch = {key: value.to(args.device) for key, value in batch.items()}
     model = Coconut(lm, LATENT, START, END, NEVER)
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
@@ -72,10 +71,19 @@ def main() -> None:
         if number > 0:
             ratios.append((slow / len(few)) / (fast / args.batch))
     row = {"batched_per_second": args.batch / fast, "single_per_second": len(few) / slow}
-    row |= {"ratio": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
-    print(json.dumps({**environment(args.device), **row}, indent=1))
+    return row | {"ratio": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
+
+
+def main() -> None:
+    """Measure and print the comparison; --answer is the number of new tokens."""
+    args = parse()
+    torch.set_num_threads(args.threads)
+    lm = make_model(args).to(args.device).eval()
+    row = compare(lm, make_batch(args.batch, args.question, args.thoughts, 0), args)
+    text = json.dumps({**environment(args.device), **row}, indent=1)
+    print(text)
     if args.out:
-        args.out.write_text(json.dumps({**environment(args.device), **row}, indent=1) + "\n")
+        args.out.write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -277,13 +277,14 @@ def simulate(config: PretrainedConfig, args, thoughts: int, gpu: bool = True) ->
 
 
 def measure(config: PretrainedConfig, args, thoughts: int) -> int:
-    """Measure the peak of the same step on a real GPU, in bytes of tensors."""
+    """Measure the peak of the same step on a real GPU, in bytes of tensors, without those that were there before."""
+    before = torch.cuda.memory_allocated()
     job = Job(config, args, distributed.Processes(device=torch.device("cuda")))
     batch = job.make_batch(args.batch, args.length, thoughts, args.answer)
     job.step(batch)  # warm-up; creates the optimizer state
     torch.cuda.reset_peak_memory_stats()
     job.step(batch)
-    return torch.cuda.max_memory_allocated()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def parse(argv: list[str] | None = None):
