@@ -86,7 +86,9 @@ class Config:
     train_path: str | None = option(None, "training problems: JSON, JSON lines, Parquet or hub:OWNER/NAME[:SPLIT]")
     val_path: str | None = option(None, "validation or test problems, likewise; a hub path needs its SPLIT", free=True)
     data_cache: str | None = option(None, "directory for tokenized data (None: the cache of datasets)", free=True)
-    data_workers: int | None = option(None, "processes that make batches (None: 1 on a GPU, else 0)", low=0, free=True)
+    data_workers: int | None = option(
+        None, "processes that make batches (None: 1 for one GPU, else 0)", low=0, free=True
+    )
     # training
     seed: int = option(0, "random seed of new weights, data order, dropout and stage mixing", low=0, high=2**63 - 1)
     num_epochs: int = option(1, "number of epochs", low=1, high=10**6, free=True)

@@ -250,10 +250,16 @@ def to_device(batch: dict, device: torch.device) -> dict:
     return batch | {key: tensor.to(device, non_blocking=True) for key, tensor in move.items()}
 
 
-def prefetch_batches(make: Callable, items: Sequence, config: Config, device: torch.device) -> Iterator:
-    """Yield make(item) for every item, prefetched by config.data_workers processes and pinned for a GPU."""
-    on_gpu = device.type == "cuda"
-    return prefetch(make, items, int(on_gpu) if config.data_workers is None else config.data_workers, pin=on_gpu)
+def prefetch_batches(make: Callable, items: Sequence, config: Config, processes: Processes) -> Iterator:
+    """Yield make(item) for every item, prefetched by config.data_workers processes and pinned for a GPU.
+
+    By default a single GPU has one. Several have none: NCCL is not fork-safe, and a batch takes milliseconds to make,
+    while the GPUs compute.
+    """
+    on_gpu, workers = processes.device.type == "cuda", config.data_workers
+    if workers is None:
+        workers = int(on_gpu and processes.world_size == 1)
+    return prefetch(make, items, workers, pin=on_gpu)
 
 
 class Lengths:

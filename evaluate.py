@@ -173,7 +173,7 @@ class Validator:
         def make(part: list[int]) -> dict:
             return self.collate(sequences.__getitems__(part))
 
-        batches = prefetch_batches(make, parts, self.config, self.processes.device)
+        batches = prefetch_batches(make, parts, self.config, self.processes)
         for batch in tqdm(batches, total=len(parts), desc=title, leave=False, disable=not self.processes.is_rank0):
             if self.stop.signal:
                 return

@@ -205,7 +205,7 @@ class Trainer:
         config, state = self.config, self.state
         self.model.train()
         specs = self.remaining_steps(epoch, state.examples)
-        prepared = prefetch_batches(lambda spec: self.make_batches(epoch, spec), specs, config, self.processes.device)
+        prepared = prefetch_batches(lambda spec: self.make_batches(epoch, spec), specs, config, self.processes)
         batches = next(prepared, [])
         totals = self.all_gather_totals(None, batches)
         progress = tqdm(specs, unit="step", disable=not self.processes.is_rank0)

@@ -45,14 +45,14 @@ def train_steps(trainer: Trainer, limit: int) -> tuple[dict[str, float], float, 
     Returns: seconds by part, the share of the epoch that was run, and the share of padding in its batches. "data" is
     the time that steps wait for batches, plus a proportional share of computing the epoch's order.
     """
-    config, device, times = trainer.config, trainer.processes.device, defaultdict(float)
+    config, times = trainer.config, defaultdict(float)
     with clocked(times, "data"):
         steps = trainer.remaining_steps(config.resume, 0)
         trainer.enter_stage(steps[0].stage, config.resume)
     limit = min(limit, len(steps) - 1)
     once = times.pop("data") * limit / len(steps)
     make = partial(trainer.make_batches, config.resume)
-    batches_ahead = prefetch_batches(make, steps[: limit + 1], config, device)
+    batches_ahead = prefetch_batches(make, steps[: limit + 1], config, trainer.processes)
     trainer.model.train()
     tokens = columns = 0
     for number in range(limit + 1):

@@ -7,10 +7,11 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -20,7 +21,8 @@ from torch import Tensor
 from components.errors import call_stack, rank_name
 from config import UserError
 
-TIMEOUT = timedelta(minutes=30)  # for a collective; longer than the slowest save takes
+TIMEOUT = timedelta(minutes=30)  # for a collective
+RANK0_TIMEOUT = timedelta(hours=24)  # for what rank 0 does while the others wait, such as a save to a slow disk
 HANG_WARNING = timedelta(minutes=10)  # without a collective, after which each rank reports where it is
 VISIBILITY_TIMEOUT = 60  # seconds until all nodes must see on a shared filesystem what rank 0 wrote
 
@@ -33,6 +35,7 @@ class Processes:
     world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     local_rank: int = 0
+    turns: Iterator[int] = field(default_factory=count, repr=False, compare=False)  # of rank 0, that others waited for
 
     @property
     def is_rank0(self) -> bool:
@@ -85,9 +88,17 @@ class Processes:
         return values
 
     def run_on_rank0(self, function: Callable):
-        """Call a function on rank 0 and return its result, or raise its error, on every rank."""
+        """Call a function on rank 0 and return its result, or raise its error, on every rank.
+
+        The others wait at the store until it is done: in a collective their time would be running out.
+        """
         outcome = outcome_of(function) if self.is_rank0 else (None, None)
         if self.world_size > 1:
+            store, turn = dist.distributed_c10d._get_default_store(), f"turn {next(self.turns)} of rank 0"
+            if self.is_rank0:
+                store.set(turn, "done")
+            else:
+                store.wait([turn], RANK0_TIMEOUT)
             message = [outcome]
             dist.broadcast_object_list(message, src=0)
             outcome = outcome if self.is_rank0 else message[0]  # the original error has the traceback

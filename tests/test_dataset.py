@@ -11,6 +11,8 @@ import pytest
 import torch
 from datasets import Dataset
 
+import dataset
+from components.distributed import Processes
 from components.tokenization import tokenize_problems
 from config import Config, UserError
 from curriculum import END, LATENT, METHODS, PAUSE, START, schedule_table, stage_of
@@ -535,3 +537,15 @@ def test_to_device_moves_all_tensors_but_the_plan():
     assert moved.keys() == batch.keys() and moved["plan"] is batch["plan"]
     assert {key for key in moved if key != "plan" and moved[key].is_meta} == {*batch} - {"plan"}
     assert not any(tensor.is_meta for tensor in batch.values() if isinstance(tensor, torch.Tensor))
+
+
+@pytest.mark.parametrize(
+    ("device", "world_size", "asked", "workers"),
+    [("cpu", 1, None, 0), ("cpu", 4, None, 0), ("cuda", 1, None, 1), ("cuda", 4, None, 0), ("cuda", 4, 2, 2)],
+)
+def test_by_default_only_a_single_gpu_has_a_data_worker(monkeypatch, device, world_size, asked, workers):
+    """A process that uses NCCL is not forked unless the user asks for it."""
+    monkeypatch.setattr(dataset, "prefetch", lambda make, items, workers, pin: [workers, pin])
+    processes = Processes(world_size=world_size, device=torch.device(device))
+    found = dataset.prefetch_batches(len, [], Config({"data_workers": asked}), processes)
+    assert found == [workers, device == "cuda"]

@@ -562,6 +562,13 @@ def test_hanging_rank_is_reported_by_all_ranks(setting, name, parallel):
     assert_same(setting.directory / name, setting.reference(2, parallel=parallel))
 
 
+@pytest.mark.slow
+def test_save_may_take_longer_than_a_collective(setting, name):
+    outcome = setting.run(name, 2, Fault("hang", "moments", 2, limit=6))
+    assert outcome.codes == [0, 0], outcome.output
+    assert_same(setting.directory / name, setting.reference(2))
+
+
 @pytest.mark.parametrize("started", [slow(False), True])
 def test_rank_that_does_not_see_save_path_stops_all_ranks(setting, name, started):
     run = setting.directory / name

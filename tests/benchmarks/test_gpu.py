@@ -80,7 +80,7 @@ def test_hours_follow_the_schedule(method, thoughts):
 @pytest.mark.slow
 def test_command_runs_on_a_cpu_without_datasets_and_wandb(tmp_path):
     program = "import sys; sys.modules['datasets'] = sys.modules['wandb'] = None; import gpu; gpu.main()"
-    command = [sys.executable, "-c", program, "--device", "cpu", "--minutes", "6", "--out", str(tmp_path)]
+    command = [sys.executable, "-c", program, "--device", "cpu", "--minutes", "20", "--out", str(tmp_path)]
     outcome = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "benchmarks")
     assert outcome.returncode == 0, outcome.stderr
     report = (tmp_path / "report.md").read_text()
@@ -91,13 +91,27 @@ def test_command_runs_on_a_cpu_without_datasets_and_wandb(tmp_path):
     assert "| ProsQA | coconut |" in report and "| GSM8k | pause_as_thought |" in report
 
 
-@pytest.mark.slow
-def test_training_run_is_stopped_in_time_and_resumed(tmp_path, monkeypatch):
+RUN = """
+import pathlib, signal, sys, time
+[folder] = [word.removeprefix("save_path=") for word in sys.argv if word.startswith("save_path=")]
+log = pathlib.Path(folder, "prosqa-scratch-coconut", "metrics.jsonl")
+log.parent.mkdir(exist_ok=True)
+before = log.read_text() if log.exists() else ""
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+log.write_text(before + '{"train/step": %d}\\n' % (before.count("step") + 1))
+time.sleep(60)
+"""
+
+
+def test_training_run_is_stopped_in_time_and_started_again(tmp_path, monkeypatch):
+    (tmp_path / "run.py").write_text(RUN)
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
     monkeypatch.setattr(gpu, "STOPPING", 0)
     args = Namespace(out=tmp_path, device="cpu")
-    steps, path = [], tmp_path / "prosqa-scratch-coconut/metrics.jsonl"
-    for _ in range(2):
-        gpu.train(args, time.monotonic() + 60)
-        steps.append([json.loads(line)["train/step"] for line in path.read_text().splitlines()])
-    assert steps[0] and len(steps[1]) > len(steps[0])
-    assert steps[1] == list(range(1, len(steps[1]) + 1))
+    for number in (1, 2):
+        found = gpu.train(args, time.monotonic() + 3)
+        assert "exit code 143" in found and f'"train/step": {{"train/step": {number}}}' in found
+
+
+def test_training_run_is_not_started_when_no_time_is_left(tmp_path):
+    assert "not started" in gpu.train(Namespace(out=tmp_path, device="cpu"), time.monotonic() + gpu.STOPPING)
