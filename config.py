@@ -55,6 +55,8 @@ class Config:
     save_path: str = option("checkpoints", "directory of all runs", free=True)
     only_eval: bool = option(False, "only evaluate load_model_path on val_path", free=True)
     debug: bool = option(False, "dry run: nothing is written; first 5,000 training, 32 validation problems", free=True)
+    verbose: bool = option(False, "print the whole config at the start", free=True)
+    samples: int = option(0, "number of answers to print in each validation", low=0, free=True)
     logger: str = option("wandb", "logger besides metrics.jsonl", choices=("wandb", "tensorboard", "none"), free=True)
     # method
     method: str | None = option(None, "training method, a row of the paper's Table 1", choices=(None, *METHODS))

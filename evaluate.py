@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 import torch
 import yaml
 from torch import Tensor
-from tqdm import tqdm
 
 from coconut import Coconut, check_model
 from components.data_sources import content_digest
+from components.display import progress_bar
 from components.distributed import Processes
 from components.errors import VALIDATION_MEMORY_ADVICE
 from components.export import require_description
@@ -67,13 +67,17 @@ class Evaluation:
             values["cot_em"] = self.cot_match
         return {f"eval/{name}": value for name, value in values.items()}
 
-    def summary(self, count: int = 3) -> str:
-        """Return the result and the first few predictions as text."""
+    def summary(self) -> str:
+        """Return the result as text."""
         cot = "" if self.cot_match is None else f", CoT match {self.cot_match:.1%}"
-        lines = [
+        return (
             f"validation: accuracy {self.accuracy:.1%}{cot}, loss {self.loss:.4f}, "
             f"{self.new_tokens:.1f} tokens and {self.seconds:.4f} s per problem"
-        ]
+        )
+
+    def samples(self, count: int) -> str:
+        """Return the first few predictions as text."""
+        lines = []
         for p in self.predictions[:count]:
             lines.append(f"  [{'right' if p['correct'] else 'wrong'}] ...{p['question'][-60:]}")
             lines.append(f"    expected {p['expected']!r}, generated {p['generated']!r}")
@@ -106,7 +110,7 @@ class Validator:
         self.collate = PlanningCollator(pretrained.tokenizer, model.latent_token_id)
 
     def validate(self, stage: int) -> Evaluation:
-        """Validate at a stage and print the result; all ranks return the same.
+        """Validate at a stage and print config.samples predictions; all ranks return the same.
 
         Raises Interrupted on all ranks after a signal to any of them.
         """
@@ -128,7 +132,8 @@ class Validator:
             seconds=seconds / len(predictions),
             predictions=predictions,
         )
-        self.processes.print(evaluation.summary())
+        if self.config.samples:
+            self.processes.print(evaluation.samples(self.config.samples))
         return evaluation
 
     def mean_loss(self, stage: int) -> float:
@@ -174,7 +179,7 @@ class Validator:
             return self.collate(sequences.__getitems__(part))
 
         batches = prefetch_batches(make, parts, self.config, self.processes)
-        for batch in tqdm(batches, total=len(parts), desc=title, leave=False, disable=not self.processes.is_rank0):
+        for batch in progress_bar(self.processes, batches, total=len(parts), desc=title):
             if self.stop.signal:
                 return
             yield batch
@@ -283,6 +288,7 @@ def evaluate_checkpoint(validator: Validator) -> None:
             processes.print(f"warning: {key} is {here[key]} here{why}, but the checkpoint has {trained}")
     digest = processes.run_on_rank0(lambda: content_digest(config.val_path))
     evaluation = validator.validate(stage)
+    processes.print(evaluation.summary())
     result = {"checkpoint": str(checkpoint), "val_path": config.val_path, "data_digest": digest}
     result |= {"method": config.method, "stage": stage}
     result |= {"thoughts": num_placeholders(stage, ALL_STEPS, config, training=False)}

@@ -17,10 +17,10 @@ import sys
 from pathlib import Path
 
 import torch
-import transformers
 
 from coconut import Coconut, check_model
 from components.checkpoint import check_intact, find_checkpoint
+from components.display import quiet_libraries
 from components.distributed import Processes, destroy_distributed, init_distributed
 from components.errors import exit_code, message
 from components.lora import add_lora
@@ -41,12 +41,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("config", help="a YAML file, such as args/gsm_coconut.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config keys to set on top of the file")
     arguments = parser.parse_args(argv)
-    transformers.logging.disable_progress_bar()
+    quiet_libraries()
     with Claim() as claim:
         with StopRequest() as stop:
             try:
                 processes = init_distributed()  # first, so that torchrun does not end the one that prints before it can
                 config = load_config(arguments.config, arguments.overrides)
+                changed = f"   changed: {' '.join(arguments.overrides)}" if arguments.overrides else ""
+                processes.print(f"config: {arguments.config}{changed}")
                 run(config, processes, claim, stop)
             except Exception as error:
                 code = exit_code(error)

@@ -17,12 +17,12 @@ import transformers
 import yaml
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from tqdm import tqdm
 
 from coconut import Coconut
 from components.checkpoint import TrainState, load_training_state, save_checkpoint
 from components.checkpoint_manager import disk_report, prune, remove_partial, set_links
 from components.data_sources import content_digest
+from components.display import Display, devices
 from components.distributed import Processes, check_shared_filesystem
 from components.errors import Interrupted, NotFiniteError
 from components.export import describe, read_description
@@ -33,7 +33,7 @@ from components.parallelize import choose_strategy, is_sharded, parallelize, res
 from components.pretrained import Pretrained
 from components.run_directory import Claim, set_aside_earlier
 from config import Config, UserError
-from curriculum import schedule_table, stage_of
+from curriculum import stage_of
 from dataset import (
     PlanningCollator,
     epoch_order,
@@ -114,7 +114,7 @@ class Trainer:
         self.new_optimizer()
         self.data_facts = {} if config.debug else processes.run_on_rank0(self.describe_data)
         self.state = self.restore()
-        self.log = MetricLogger(None, config, "")
+        self.log, self.display = MetricLogger(None, config, ""), Display(config, processes)
 
     def new_optimizer(self) -> None:
         """Start with a fresh AdamW over all trainable parameters."""
@@ -168,7 +168,9 @@ class Trainer:
         if state.epoch >= config.num_epochs:
             processes.print(f"{self.directory} has finished {state.epoch} epochs; raise num_epochs to train on")
             return
-        processes.print(self.config_text() + "\n" + schedule_table(config))
+        if config.verbose:
+            processes.print(self.config_text())
+        self.display.header(self.pretrained.lm, len(self.data), len(self.validator.problems))
         if not config.debug:
             processes.print(self.disk_report())
         processes.run_on_rank0(lambda: self.open_log(claim))
@@ -179,8 +181,11 @@ class Trainer:
                 self.train_epoch(epoch)
                 self.end_epoch(epoch, self.validator.validate(state.stage))
             processes.run_on_rank0(self.log.flush)
+            if not config.debug:
+                self.display.finish(state.best_accuracy)
         except Interrupted:
             self.save()
+            self.display.end_steps()
             processes.print("stopped by a signal; the same command resumes this run")
             raise
         finally:
@@ -208,27 +213,29 @@ class Trainer:
         prepared = prefetch_batches(lambda spec: self.make_batches(epoch, spec), specs, config, self.processes)
         batches = next(prepared, [])
         totals = self.all_gather_totals(None, batches)
-        progress = tqdm(specs, unit="step", disable=not self.processes.is_rank0)
+        total = math.ceil(len(self.data) / config.problems_per_step(self.processes.world_size))
+        self.display.start_epoch(epoch, total - len(specs), total)
         started = time.perf_counter()
-        for spec in progress:
+        for spec in specs:
             self.enter_stage(spec.stage, epoch)
-            progress.set_description(f"epoch {epoch + 1}/{config.num_epochs} stage {state.stage}", refresh=False)
             loss, tokens, computed = self.backward(batches, totals.supervised), totals.tokens, batches
             batches = next(prepared, [])  # while a GPU computes
             totals = self.all_gather_totals(loss, batches)
             lr = self.optimizer_step(totals, computed, f"epoch {epoch + 1}, step {state.step + 1}")
             state.step, state.examples = state.step + 1, state.examples + spec.count
-            speed = tokens / (time.perf_counter() - started)
-            progress.set_postfix_str(f"loss {totals.loss:.4f}, {speed:.0f} tokens/s")
+            seconds = time.perf_counter() - started
+            self.display.step(state.stage, totals.loss, tokens, seconds)
             metrics = {"epoch": epoch + 1, "step": state.step, "stage": state.stage, "loss": totals.loss}
-            metrics |= {"grad_norm": totals.norm, "lr": lr, "tokens_per_second": speed}
+            metrics |= {"grad_norm": totals.norm, "lr": lr, "tokens_per_second": tokens / seconds}
             self.log.write({f"train/{name}": value for name, value in metrics.items()}, state.step)
             if totals.signal:
                 raise Interrupted(totals.signal)
             unfinished = state.examples < len(self.data)
             if config.save_every_steps and state.step % config.save_every_steps == 0 and unfinished:
                 self.save()
+                self.processes.print(f"saved {self.checkpoint}")
             started = time.perf_counter()
+        self.display.end_steps()
 
     def enter_stage(self, stage: int, epoch: int) -> None:
         """Set the stage of the next step, with a fresh optimizer if reset_optimizer asks for one."""
@@ -255,6 +262,8 @@ class Trainer:
             path = self.directory / f"predictions_{state.epoch}.jsonl"
             self.processes.run_on_rank0(lambda: write_predictions(evaluation.predictions, path))
         self.save(best=improved)
+        saved = f"checkpoint_{state.epoch}" + (f", best of stage {state.stage}" if improved else "")
+        self.display.end_epoch(state.stage, evaluation.metrics(), "" if self.config.debug else saved)
 
     # --- an optimizer step --------------------------------------------------------------------------------------------
 
@@ -398,7 +407,6 @@ class Trainer:
         self.checkpoint = checkpoint
         if processes.is_rank0:
             prune(checkpoint, config.keep_checkpoints, config.save_only_improve)
-            print(f"saved {checkpoint}" + (", the best of this stage so far" if best else ""), flush=True)
 
     def disk_report(self) -> str:
         """Return a line about the disk space that the checkpoints to come need."""
@@ -413,14 +421,6 @@ class Trainer:
         comments = "".join(f"# {name} {version}\n" for name, version in names.items())
         accumulation = {"gradient_accumulation_steps": self.config.accumulation_steps(self.processes.world_size)}
         return comments + yaml.safe_dump(self.config.resolved() | accumulation, sort_keys=False)
-
-
-def devices(processes: Processes) -> str:
-    """Return how many processes compute on what, by rank 0's kind of device."""
-    name = f"CPU ({platform.machine()}, threads: {torch.get_num_threads()})"
-    if processes.device.type == "cuda":
-        name = torch.cuda.get_device_name(processes.device)
-    return f"{processes.world_size} x {name}"
 
 
 def git_commit() -> str:

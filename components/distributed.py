@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 
 from components.errors import call_stack, rank_name
 from config import UserError
@@ -43,9 +44,10 @@ class Processes:
         return self.rank == 0
 
     def print(self, *values) -> None:
-        """Print on rank 0."""
+        """Print on rank 0, above a progress bar."""
         if self.is_rank0:
-            print(*values, flush=True)
+            with tqdm.external_write_mode(sys.stdout):
+                print(*values, flush=True)
 
     def all_reduce(self, values: list[float], operation: dist.ReduceOp) -> list[float]:
         """Reduce a short list of numbers element-wise over all ranks, in float64."""

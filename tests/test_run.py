@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -202,7 +203,21 @@ def test_schedule_is_printed_at_start(world, capsys):
     rows = [line.split(maxsplit=3) for line in printed.splitlines()]
     assert ["1-2", "0", "0", "all"] in rows
     assert ["3-3", "1", "1", "all but the first 1"] in rows
-    assert "validation: accuracy" in printed
+    assert (
+        f"coconut · printed · gpt2 2x16 (0.0M) · 1 x CPU ({platform.machine()}, threads: 1) · 17 train / 7 valid"
+        in printed
+    )
+    assert "changed: name=printed num_epochs=3" in printed
+    assert "gradient_accumulation_steps" not in printed and "expected" not in printed
+    [last] = re.findall(r"^epoch 3  stage 1 .* (checkpoint_3, best of stage 1)$", printed, re.MULTILINE)
+    assert f"({last.split(',')[0]})\n  ask:   python scripts/ask.py {world}/runs/printed/best" in printed
+
+
+def test_verbose_and_samples_print_config_and_answers(world, capsys):
+    start(world, name="talkative", num_epochs=1, verbose=True, samples=2)
+    printed = capsys.readouterr().out
+    assert "gradient_accumulation_steps: 1\n" in printed
+    assert printed.count("    expected ") == 2
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,77 @@
+"""What a training run shows: in a log, in a terminal, on other ranks."""
+
+import io
+import sys
+from functools import partialmethod
+
+import pytest
+from tqdm import tqdm
+
+from components import display
+from components.display import Display
+from components.distributed import Processes
+from config import Config
+
+VALID = {"eval/loss": 0.25, "eval/acc": 0.5}
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def shown(steps: int, done: int = 0, epochs: int = 1, rank: int = 0, metrics: dict | None = None) -> None:
+    """Shows epochs of a number of steps, of which the first has `done` behind it; loss n at the nth step."""
+    view = Display(Config({"method": "cot", "num_epochs": epochs}), Processes(rank, 2))
+    for epoch in range(epochs):
+        view.start_epoch(epoch, done, steps)
+        for number in range(done + 1, steps + 1):
+            view.step(0, float(number), tokens=3000.0, seconds=0.5)
+        view.end_steps()
+        view.end_epoch(0, metrics or VALID, f"checkpoint_{epoch + 1}")
+        done = 0
+
+
+@pytest.mark.parametrize(("steps", "lines"), [(1, 1), (7, 7), (10, 10), (25, 10), (1250, 10)])
+def test_log_has_a_line_per_tenth_of_an_epoch_and_no_carriage_returns(capsys, steps, lines):
+    shown(steps)
+    *progress, row = (output := capsys.readouterr()).out.splitlines()
+    assert len(progress) == lines and "\r" not in output.out and output.err == ""
+    assert f"  {steps}/{steps}  " in progress[-1]
+    assert f"train {(steps + 1) / 2:.3f}  valid 0.250  acc 50.0%  tok/s 6.0k" in row and row.endswith("checkpoint_1")
+
+
+def test_progress_averages_over_recent_steps_and_estimates_the_time_left(capsys):
+    shown(200, epochs=2)
+    first_epoch = capsys.readouterr().out.splitlines()[:10]
+    assert "200/200  loss 175.500  6.0k tok/s" in first_epoch[-1]  # steps 151 to 200
+    assert "about 01:40 left" in first_epoch[-1]  # the second epoch: 200 steps of 0.5 s
+    assert "about 03:10 left" in first_epoch[0]
+
+
+def test_resumed_epoch_begins_where_it_was(capsys):
+    shown(10, done=8)
+    progress = capsys.readouterr().out.splitlines()
+    assert [" 9/10 " in progress[0], "10/10 " in progress[1], len(progress)] == [True, True, 3]
+    shown(10, done=10)  # nothing was left but the validation
+    assert "train nan  valid 0.250" in capsys.readouterr().out
+
+
+def test_terminal_has_one_redrawn_line_and_a_table_with_one_header(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+    monkeypatch.setattr(display, "tqdm", eager := type("Eager", (tqdm,), {}))
+    monkeypatch.setattr(eager, "__init__", partialmethod(tqdm.__init__, mininterval=0))
+    shown(20, epochs=2, metrics={**VALID, "eval/cot_em": 0.75})
+    table = [line.split("\r")[-1].split() for line in terminal.getvalue().splitlines(keepends=True) if "\n" in line]
+    assert table[0] == ["epoch", "stage", "train", "valid", "acc", "CoT", "tok/s", "time", "saved"]
+    assert [row[:7] for row in table[1:]] == [[e, "0", "10.500", "0.250", "50.0%", "75.0%", "6.0k"] for e in "12"]
+    assert terminal.getvalue().count("\n") == 3
+    assert f"\repoch 1/2 stage 0  {'━' * 10 + '─' * 10}  10/20  loss 5.500  6.0k tok/s  " in terminal.getvalue()
+
+
+def test_other_ranks_show_nothing(capsys, monkeypatch):
+    shown(20, rank=1)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+    shown(20, rank=1)
+    assert terminal.getvalue() == ""
