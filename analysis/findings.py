@@ -12,10 +12,11 @@ class Findings:
     """The result of one question.
 
     figures: of the report; problems: {index: values for problems.jsonl}; summary: lines for the terminal; tensors:
-    saved as safetensors.
+    saved as safetensors; verdict: the answer in a sentence, "" if the question has none.
     """
 
     figures: list[Figure] = field(default_factory=list)
     problems: dict[int, dict] = field(default_factory=dict)
     summary: list[str] = field(default_factory=list)
     tensors: dict = field(default_factory=dict)
+    verdict: str = ""

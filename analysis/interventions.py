@@ -15,15 +15,17 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from analysis.findings import Findings
-from analysis.report import Figure, draw_rates
+from analysis.report import WIDTH, Figure, draw_rates
 from analysis.statistics import compare
 from analysis.thoughts import SEED, Subject, extended, noise, read_thoughts, think, write_answers
 from evaluate import normalize
 
-UNTOUCHED = "untouched"
-OF_ALL = ("in another order", "the first, repeated")  # only applied to all thoughts at once
+# Names of controls, and of what replaces the thoughts.
+CONTROLS = UNTOUCHED, NONE, QUESTION = "own thoughts", "no thoughts (k = 0)", "the question alone"
+ORDER, REPEATED = "own thoughts, reordered", "thought 1, repeated"  # only applied to all thoughts at once
+AS_MANY, OTHER = "another problem's thoughts", "those of one with more or fewer steps"
+NOISE_OF_NORM = "noise of the same norm"
 WHOLE = ("", "all")  # `places` of controls and of replacements of all thoughts
-AS_MANY, OTHER = "another problem's, as many steps", "another problem's, other steps"
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,15 @@ class Replacement:
 
 
 def analyze(subject: Subject, baselines: list[Subject]) -> Findings:
-    """Run every replacement at every subset of places, with the untouched model, k = 0 and other models as controls."""
+    """Run every replacement at every subset of places.
+
+    Controls: the untouched model, no thoughts between the markers (k = 0), the question without markers and thoughts,
+    and other models.
+    """
     thoughts = read_thoughts(subject)  # (problems, thoughts, hidden)
     answers = {(UNTOUCHED, "", ""): write_answers(subject, UNTOUCHED)}
-    answers["no thoughts (k = 0)", "", ""] = write_answers(subject.with_thoughts(0), "k = 0")
+    answers[NONE, "", ""] = write_answers(subject.with_thoughts(0), NONE)
+    answers[QUESTION, "", ""] = write_answers(subject.with_question_alone(), QUESTION)
     for model in baselines:
         answers[model.name, "", ""] = write_answers(model, "control")
     options = replacements(subject, thoughts)
@@ -47,7 +54,7 @@ def analyze(subject: Subject, baselines: list[Subject]) -> Findings:
         for name in options
         for places, chosen in subsets(subject.thoughts).items()
         for mode in modes(chosen)
-        if places == "all" or name not in OF_ALL
+        if places == "all" or name not in (ORDER, REPEATED)
     ]
     for name, places, mode in tqdm(cells, desc=f"{subject.name}: interventions", leave=False):
         values, forced = options[name].values, subsets(subject.thoughts)[places]
@@ -59,29 +66,57 @@ def analyze(subject: Subject, baselines: list[Subject]) -> Findings:
     figures = [table(subject, answers, options), influence(subject, thoughts, answers[UNTOUCHED, "", ""])]
     problems = {
         index: {
-            "interventions": {cell[0]: own[index]["generated"] for cell, own in answers.items() if cell[1] in WHOLE}
+            "correct": answers[UNTOUCHED, "", ""][index]["correct"],
+            "interventions": {cell[0]: own[index]["generated"] for cell, own in answers.items() if cell[1] in WHOLE},
         }
         for index in range(len(subject.problems))
     }
-    rates = [f"{row['thoughts are']} {row['rate']:.1%}" for row in figures[0].rows if row["places"] in WHOLE]
-    summary = [f"accuracy with all thoughts replaced, and of controls: {'; '.join(rates)}"]
-    return Findings(figures, problems, summary + donor_notes(subject, options))
+    summary = [
+        f"accuracy {title}: " + "; ".join(f"{row['condition']} {row['rate']:.1%}" for row in own)
+        for title, own in panels(figures[0].rows).items()
+    ]
+    return Findings(figures, problems, summary + donor_notes(subject, options), verdict=verdict(figures[0].rows))
+
+
+def verdict(rows: list[dict]) -> str:
+    """Say whether the thoughts are used, from the rows of `table`.
+
+    They are if noise or another problem's thoughts lower the accuracy (Holm p < 0.05).
+    """
+    whole = {row["condition"]: row for row in rows if row["places"] in WHOLE}
+    replaced = [whole[name] for name in (NOISE_OF_NORM, AS_MANY) if name in whole]
+    used = any(row["difference"] < 0 and row["Holm p"] < 0.05 for row in replaced)
+    own, *_ = whole.values()
+    effects = " and ".join(f"{row['rate']:.1%} with {row['condition']}" for row in replaced)
+    if used:
+        opening = f"Thoughts are used: accuracy falls from {own['rate']:.1%} to {effects}"
+    else:
+        opening = f"No use of the thoughts is found: accuracy is {own['rate']:.1%}, {effects}"
+    return f"{opening} (n = {own['n']}). From the question alone, it is {whole[QUESTION]['rate']:.1%}."
+
+
+def panels(rows: list[dict]) -> dict[str, list[dict]]:
+    """Return the controls, and the replacements of all thoughts, by title."""
+    return {
+        "of controls": [row for row in rows if row["places"] == ""],
+        "with all thoughts replaced by": [row for row in rows if row["places"] == "all"],
+    }
 
 
 def replacements(subject: Subject, thoughts: Tensor) -> dict[str, Replacement]:
     """Draw the replacements for thoughts (problems, thoughts, hidden), with a fixed seed."""
     random = torch.Generator().manual_seed(SEED)
     found = {
-        "zero": Replacement(torch.zeros_like(thoughts)),
-        "the mean": Replacement(thoughts.mean((0, 1)).expand_as(thoughts)),
-        "the mean of their place": Replacement(thoughts.mean(0).expand_as(thoughts)),
-        "noise of their norm": Replacement(noise(thoughts)),
+        "zeros": Replacement(torch.zeros_like(thoughts)),
+        "the mean thought": Replacement(thoughts.mean((0, 1)).expand_as(thoughts)),
+        "the mean at their position": Replacement(thoughts.mean(0).expand_as(thoughts)),
+        NOISE_OF_NORM: Replacement(noise(thoughts)),
     }
     if subject.thoughts > 1:
         moves = torch.randint(1, subject.thoughts, (len(thoughts),), generator=random).tolist()
         turned = [own.roll(move, 0) for own, move in zip(thoughts, moves, strict=True)]
-        found["in another order"] = Replacement(torch.stack(turned))  # no thought keeps its place
-        found["the first, repeated"] = Replacement(thoughts[:, :1].expand_as(thoughts))
+        found[ORDER] = Replacement(torch.stack(turned))  # no thought keeps its place
+        found[REPEATED] = Replacement(thoughts[:, :1].expand_as(thoughts))
     steps = [len(problem["steps"]) for problem in subject.problems]
     for name, alike in ((AS_MANY, True), (OTHER, False)):
         if donors := draw_donors(steps, alike, random):
@@ -144,28 +179,27 @@ def table(subject: Subject, answers: dict[tuple, list[dict]], options: dict[str,
         donors = options[name].donors if name in options else None
         from_donor = donors and sum(a == expected[d] for a, d in zip(own, donors, strict=True))
         before = donors and sum(a == expected[d] for a, d in zip(untouched, donors, strict=True))
-        rows.append(
-            {"thoughts are": name, "places": places, "later thoughts": mode} | row | {"answers changed": changed}
-        )
+        rows.append({"condition": name, "places": places, "later thoughts": mode} | row | {"answers changed": changed})
         rows[-1] |= {"donor's answer": from_donor, "donor's answer, untouched": before}
     caption = (
-        "Thoughts at some places are replaced. Later thoughts are frozen (kept), propagated (recomputed), or, if "
-        "empty, there are none. Differences are to the untouched model, paired by problem; McNemar p, Holm-corrected "
-        "over all rows. Rows without places are controls. Counts are out of n problems."
+        "Accuracy when thoughts are replaced, with 95 % intervals; dotted: own thoughts, dashed: chance. In the "
+        "table, rows without places are controls; later thoughts are frozen (kept), propagated (recomputed), or, if "
+        "empty, there are none. Differences are to own thoughts, paired by problem; McNemar p, Holm-corrected over "
+        "all rows. Counts are out of n problems."
     )
-    return Figure("interventions", "Are the thoughts used?", caption, rows, lambda canvas: draw(canvas, rows))
+    title = "Are the thoughts used?"
+    return Figure("interventions", title, caption, rows, lambda canvas: draw(canvas, rows, subject.chance))
 
 
-def draw(canvas: Canvas, rows: list[dict]) -> None:
-    """Plot the accuracy of the controls and of the replacements of all thoughts, with intervals."""
-    own = [row for row in rows if row["places"] in WHOLE]
-    canvas.set_size_inches(9, 1 + 0.35 * len(own))
-    axes = canvas.subplots()
-    draw_rates(axes, own, "rate")
-    axes.axvline(100 * own[0]["rate"], color="0.5", linestyle=":")
-    axes.set_yticks(range(len(own)), [row["thoughts are"] for row in own])
-    axes.invert_yaxis()
-    axes.set(xlabel=f"accuracy %, 95 % interval, all thoughts replaced (n = {own[0]['n']})")
+def draw(canvas: Canvas, rows: list[dict], chance: float | None) -> None:
+    """Plot the accuracy of the controls, and below that of the replacements of all thoughts, with intervals."""
+    parts = panels(rows)
+    canvas.set_size_inches(WIDTH, 1.6 + 0.32 * sum(map(len, parts.values())))
+    drawn = canvas.subplots(2, 1, sharex=True, height_ratios=[len(own) + 1 for own in parts.values()])
+    for axes, (title, own) in zip(drawn, parts.items(), strict=True):
+        draw_rates(axes, own, "rate", [row["condition"] for row in own], chance)
+        axes.axvline(100 * rows[0]["rate"], color="black", linestyle=":", linewidth=0.8, zorder=0)
+        axes.set_title(f"accuracy {title} (n = {own[0]['n']})")
 
 
 def influence(subject: Subject, thoughts: Tensor, answers: list[dict]) -> Figure:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from dataclasses import replace
 from itertools import takewhile
 
 import torch
+from matplotlib.figure import Figure as Canvas
 from torch import Tensor
 from torch.nn import functional as F
 
 from analysis.findings import Findings
 from analysis.graphs import ROLES, Form, Graph
-from analysis.report import Cell, Figure
+from analysis.report import WIDTH, Cell, Figure
 from analysis.statistics import compare
 from analysis.thoughts import NOISE, Subject, look, noise, read_thoughts, write_answers
 
@@ -173,9 +175,40 @@ def attention(models: list[Subject]) -> Figure:
     rows = [row for model in models if model.has_placeholders for row in attention_rows(model)]
     caption = (
         "Mean attention over layers, heads and problems, from a thought (or pause token) or from the answer (the end "
-        "marker, which predicts its first token), to all tokens of a kind; the weights from one place sum to 1."
+        "marker, which predicts its first token), to all tokens of a kind; the weights from one place sum to 1. The "
+        "plot shows the model itself, the table also the others."
     )
-    return Figure("attention", "Attention", caption, rows)
+    own = [row for row in rows if row["model"] == models[0].name]
+    return Figure("attention", "Attention", caption, rows, lambda canvas: draw_attention(canvas, own))
+
+
+def draw_attention(canvas: Canvas, rows: list[dict]) -> None:
+    """Draw a heatmap of the attention in %: kinds of tokens down, thoughts and the answer across."""
+    across = [name for name in dict.fromkeys(row["from"] for row in rows) if name != "answer"] + ["answer"]
+    down = sorted(dict.fromkeys(row["to"] for row in rows), key=kind_order)
+    weights = {(row["to"], row["from"]): 100 * row["weight"] for row in rows}
+    canvas.set_size_inches(WIDTH, 1.2 + 0.32 * len(down))
+    axes = canvas.subplots()
+    cells = [[weights.get((to, start), 0) for start in across] for to in down]
+    axes.pcolormesh(cells, cmap="Blues", vmin=0, vmax=100, edgecolors="white")
+    for (to, start), weight in weights.items():
+        colour = "white" if weight > 50 else "#111111"
+        place = (across.index(start) + 0.5, down.index(to) + 0.5)
+        axes.annotate(f"{weight:.0f}", place, ha="center", va="center", fontsize=9, color=colour)
+    axes.set_xticks([place + 0.5 for place in range(len(across))], [f"from {name}" for name in across], fontsize=9)
+    axes.set_yticks([place + 0.5 for place in range(len(down))], [f"to {name}" for name in down], fontsize=9)
+    axes.set_title(f"attention in % (n = {rows[0]['n']})")
+    axes.grid(False)
+    axes.invert_yaxis()
+
+
+def kind_order(kind: str) -> tuple:
+    """Sort the kinds of `kinds_of_tokens` as they occur in a prompt, facts by role, thoughts by number."""
+    named = ["first token", *(f"facts {role}" for role in ROLES), "question's rest", "start marker"]
+    if kind in named:
+        return (named.index(kind),)
+    number = int(kind.split()[1]) if kind.startswith("thought ") else sys.maxsize  # the end marker
+    return len(named), number
 
 
 def attention_rows(subject: Subject) -> list[dict]:

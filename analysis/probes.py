@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from analysis.findings import Findings
 from analysis.graphs import Graph
-from analysis.report import Figure
+from analysis.report import WIDTH, Figure
 from analysis.statistics import wilson
-from analysis.style import COLOURS
+from analysis.style import CATEGORIES, in_percent, integer_ticks, name_lines
 from analysis.thoughts import SEED, Subject, look
 
 FOLDS, RIDGE = 5, 1.0
@@ -138,13 +138,18 @@ def hidden_states(subject: Subject) -> Tensor:
 def draw(canvas: Canvas, rows: list[dict]) -> None:
     """Draw accuracy over layers: a panel per step, a line per thought, the control dotted."""
     steps = sorted({row["step"] for row in rows})
-    canvas.set_size_inches(3.2 * len(steps) + 0.6, 3.6)
-    panels = canvas.subplots(1, len(steps), sharey=True, squeeze=False)[0]
-    for step, axes in zip(steps, panels, strict=True):
+    canvas.set_size_inches(WIDTH, 0.5 + 2.2 * len(steps))
+    for step, axes in zip(steps, canvas.subplots(len(steps), 1, sharex=True, squeeze=False)[:, 0], strict=True):
+        ends = []
         for thought in sorted({row["thought"] for row in rows}):
             own = [row for row in rows if (row["step"], row["thought"]) == (step, thought)]
-            colour, layers = COLOURS[(thought - 1) % len(COLOURS)], [row["layer"] for row in own]
-            axes.plot(layers, [row["accuracy"] for row in own], "o-", color=colour, label=f"thought {thought}")
-            axes.plot(layers, [row["control"] for row in own], ":", color=colour)
-        axes.set(title=f"step {step}", xlabel="layer", ylabel="accuracy (dotted: control)", ylim=(0, 1.02))
-    canvas.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+            colour, layers = CATEGORIES[(thought - 1) % len(CATEGORIES)], [row["layer"] for row in own]
+            axes.plot(layers, [100 * row["accuracy"] for row in own], "o-", markersize=4, color=colour)
+            axes.plot(layers, [100 * row["control"] for row in own], ":", color=colour)
+            ends.append((layers[-1], 100 * own[-1]["accuracy"], f"thought {thought}", colour))
+        axes.set_title(f"node of step {step} (n = {own[0]['n']}; dotted: control)")
+        axes.set_xlim(-0.1, layers[-1])
+        in_percent(axes.yaxis)
+        name_lines(axes, ends)
+    axes.set_xlabel("layer")
+    integer_ticks(axes.xaxis)

@@ -17,11 +17,12 @@ from pathlib import Path
 from string import Template
 
 from analysis.graphs import ROLES
-from analysis.style import BLUE, COLOURS, GREY, ORANGE, STYLE, in_percent
+from analysis.style import CATEGORIES, GREEN, GREY, ORANGE, STYLE, in_percent
 from components.files import write_atomic
 from config import UserError
 
-ROLE_COLOURS = dict(zip(ROLES, (BLUE, ORANGE, GREY), strict=True))
+ROLE_COLOURS = dict(zip(ROLES, (GREEN, ORANGE, GREY), strict=True))
+WIDTH = 5.8  # inches of a figure: on a phone it shrinks to two thirds, which is still readable
 NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")  # invalid in HTML and XML
 PAGE = Path(__file__).with_name("page.html")
@@ -66,11 +67,12 @@ def write(
 ) -> None:
     """Write report.html, problems.jsonl, and per figure a CSV and (if it draws) an SVG.
 
-    facts: what was analyzed; summary: results in sentences; problems: a JSON object per problem. The page is written
-    last: a folder without it is incomplete and may be overwritten.
+    title: names the run, in drawings too; facts: what was analyzed; summary: results in sentences, the verdict first;
+    problems: a JSON object per problem, with "correct" if it was answered. The page is written last: a folder without
+    it is incomplete and may be overwritten.
     """
     refuse_existing(folder)
-    drawings = {figure.name: drawing(figure) for figure in figures if figure.draw}
+    drawings = {figure.name: drawing(figure, title) for figure in figures if figure.draw}
     lines = "".join(json.dumps(problem, ensure_ascii=False) + "\n" for problem in problems)
     files = {f"{figure.name}.csv": csv_text(figure.rows) for figure in figures}
     files |= {f"{name}.svg": svg for name, svg in drawings.items()}
@@ -95,30 +97,42 @@ def csv_text(rows: list[dict]) -> str:
 # Drawings
 
 
-def drawing(figure: Figure) -> str:
-    """Render a figure as SVG, black on white; the same values give the same file."""
+def drawing(figure: Figure, title: str) -> str:
+    """Render a figure with the run's title as SVG, black on white; the same values give the same file."""
     try:
         import matplotlib
         from matplotlib.figure import Figure as Canvas
     except ModuleNotFoundError as error:
         raise UserError("matplotlib is not installed; pip install -r requirements-extra.txt") from error
-    style = STYLE | {"svg.hashsalt": figure.name, "axes.prop_cycle": matplotlib.cycler(color=COLOURS)}
+    style = STYLE | {"svg.hashsalt": figure.name, "axes.prop_cycle": matplotlib.cycler(color=CATEGORIES)}
     file = io.StringIO()
     with matplotlib.rc_context(style), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # the SVG keeps the text
-        canvas = Canvas(figsize=(9, 4.5), layout="constrained")
+        canvas = Canvas(figsize=(WIDTH, 3.5), layout="constrained")
         figure.draw(canvas)
+        canvas.suptitle(title, x=0.01, ha="left", fontsize=9, color=GREY)
         canvas.savefig(file, format="svg", bbox_inches="tight", metadata=NO_METADATA)
     return CONTROL.sub("\ufffd", file.getvalue())
 
 
-def draw_rates(axes, rows: list[dict], key: str) -> None:
-    """Plot rates in % with intervals (low, high), one row below the other."""
+def draw_rates(axes, rows: list[dict], key: str, names: list[str], chance: float | None = None) -> None:
+    """Plot rates in % with intervals (low, high), one row below the other; chance is a rate."""
     rates = [100 * row[key] for row in rows]
     below = [100 * (row[key] - row["low"]) for row in rows]
     above = [100 * (row["high"] - row[key]) for row in rows]
-    axes.errorbar(rates, range(len(rows)), xerr=[below, above], fmt="o", color="black", capsize=2)
+    axes.errorbar(rates, range(len(rows)), xerr=[below, above], fmt="o", color="black", markersize=4, capsize=2)
+    for place, rate in enumerate(rates):
+        axes.annotate(f"{rate:.1f}", (rate, place), (0, 4), textcoords="offset points", ha="center", fontsize=8)
+    axes.set_yticks(range(len(rows)), names)
+    axes.set_ylim(len(rows) - 0.4, -0.8)
+    draw_chance(axes.axvline, chance)
     in_percent(axes.xaxis)
+
+
+def draw_chance(line: Callable, chance: float | None) -> None:
+    """Draw the accuracy of guessing, a rate, with axhline or axvline, unless it is unknown."""
+    if chance is not None:
+        line(100 * chance, color=GREY, linestyle="--", linewidth=0.8, zorder=0)
 
 
 def inlined(svg: str, name: str) -> str:
@@ -142,8 +156,11 @@ def page(
 ) -> str:
     """Render the page."""
     links = "".join(f'<li><a href="#{figure.name}">{text(figure.title)}</a></li>' for figure in figures)
+    verdict, *details = summary or [""]
     body = [
-        f"<ul>{''.join(f'<li>{text(line)}</li>' for line in summary)}</ul>",
+        f'<p class="verdict">{text(verdict)}</p>',
+        f"<details><summary>Results in brief</summary><ul>{''.join(f'<li>{text(line)}</li>' for line in details)}</ul>"
+        "</details>",
         f"<details><summary>Setup</summary>{definition_table(facts)}</details>",
         f'<nav><ul>{links}<li><a href="#problems">Problems</a></li></ul></nav>',
         *(section(figure, drawings.get(figure.name)) for figure in figures),
@@ -217,16 +234,23 @@ def definition_table(values: dict) -> str:
 
 
 def problem_list(problems: list[dict]) -> str:
-    """Render the problems, folded to their first two values, with a filter."""
+    """Render the problems with a filter, each folded to a mark (right or wrong) and its first two values."""
     folded = "".join(
-        f'<details class="problem"><summary>{text(" · ".join(map(str, list(problem.values())[:2])))}</summary>'
-        f"{definition_table(problem)}</details>\n"
+        f'<details class="problem"><summary>{mark(problem)}{text(" · ".join(map(str, list(problem.values())[:2])))}'
+        f"</summary>{definition_table(problem)}</details>\n"
         for problem in problems
     )
     return f"""<section id="problems">
 <h2>Problems</h2>
-<p><label>Filter: <input id="filter" type="search" placeholder="words"></label>
+<p><label>Filter: <input id="filter" type="search" placeholder="words, such as wrong"></label>
 <span id="shown">{len(problems)} of {len(problems)}</span></p>
 {folded}
 <p class="files"><a href="problems.jsonl">problems.jsonl</a></p>
 </section>"""
+
+
+def mark(problem: dict) -> str:
+    """Render whether a problem was answered correctly, if that is known."""
+    if "correct" not in problem:
+        return ""
+    return '<b class="right">✓ right</b> ' if problem["correct"] else '<b class="wrong">✗ wrong</b> '

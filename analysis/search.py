@@ -10,12 +10,13 @@ import math
 
 import numpy as np
 from matplotlib.figure import Figure as Canvas
+from matplotlib.patches import Patch
 
 from analysis.findings import Findings
 from analysis.graphs import Graph
-from analysis.report import Figure
+from analysis.report import WIDTH, Figure
 from analysis.statistics import compare
-from analysis.style import COLOURS
+from analysis.style import GREEN, GREY, ORANGE, in_percent, integer_ticks, name_lines
 from analysis.thoughts import NOISE, Subject, extended, log_probabilities, noise, read_thoughts
 
 PERCENTILES = range(0, 101, 5)
@@ -115,31 +116,50 @@ def tree(graph: Graph, levels: dict[int, dict], chosen: int) -> Figure:
             row = {"level": level, "concept": node, "value": value, "height": graph.height(node, longest=True)}
             rows.append(row | {"leads to target": graph.leads_to_target(node), "role": graph.role(node)})
     caption = (
-        "Level k holds the concepts k edges from the root, with their raw values after the thoughts of that level; h: "
-        "longest distance to a leaf. Orange: leads to the target."
+        "Concepts in the column of their distance from the root, with their values in % and h, their longest distance "
+        "to a leaf. The value at a level is that after its thoughts; a concept that is reached in several ways has "
+        "one per level."
     )
     title = f"Search tree of problem {chosen}"
-    return Figure("search_tree", title, caption, rows, lambda canvas: draw_tree(canvas, graph, levels))
+    return Figure("search_tree", title, caption, rows, lambda canvas: draw_tree(canvas, graph, levels, title))
 
 
-def draw_tree(canvas: Canvas, graph: Graph, levels: dict[int, dict]) -> None:
-    """Draw the levels from left to right, with the edges between neighbouring ones."""
-    canvas.set_size_inches(10, 0.9 + 0.62 * max(map(len, levels.values())))
-    axes = canvas.subplots()
-    axes.axis("off")
-    places = {(0, graph.root): (0.0, 0.5)}
+def draw_tree(canvas: Canvas, graph: Graph, levels: dict[int, dict], title: str) -> None:
+    """Draw each node once, at its distance from the root, and the edges between the nodes drawn."""
+    columns = {0: [graph.root]}  # distance: nodes
     for level, own in levels.items():
-        for number, node in enumerate(sorted(own)):
-            places[level, node] = (float(level), (number + 0.5) / len(own))
-    for (level, node), (x, y) in places.items():
-        for child in graph.children.get(node, ()):
-            if (level + 1, child) in places:
-                axes.plot([x, places[level + 1, child][0]], [y, places[level + 1, child][1]], color="0.6", zorder=0)
-        value = f"\n{levels[level][node]:.2g}, h {graph.height(node, longest=True)}" if level else ""
-        colour = COLOURS[5] if graph.leads_to_target(node) else "white"
-        box = {"boxstyle": "round", "facecolor": colour, "edgecolor": "0.4"}
-        axes.text(x, y, node + value, ha="center", va="center", bbox=box, color="black", fontsize=9)
-    axes.set(xlim=(-0.3, max(levels, default=0) + 0.4), ylim=(0, 1))
+        drawn = [node for nodes in columns.values() for node in nodes]
+        columns |= {level: new} if (new := [node for node in sorted(own) if node not in drawn]) else {}
+    canvas.set_size_inches(WIDTH, 1.6 + 0.7 * max(map(len, columns.values())))
+    axes = canvas.subplots()
+    places = {}
+    for level, nodes in columns.items():
+        places |= {node: (level, (number + 0.5) / len(nodes)) for number, node in enumerate(nodes)}
+    boxes = {}
+    for node, place in places.items():
+        values = [(level, own[node]) for level, own in levels.items() if node in own]
+        lines = [f"{node} (h {graph.height(node, longest=True)})" if values else node]
+        lines += [f"{value:.1%}" + (f" at {level}" if len(values) > 1 else "") for level, value in values]
+        filling = ORANGE if graph.leads_to_target(node) else "white"
+        box = {"boxstyle": "round", "facecolor": filling, "edgecolor": GREY}
+        box["linewidth"] = 3 if node == graph.target else 1
+        style = {"color": "#111111" if filling == ORANGE else "black", "fontsize": 9, "bbox": box}
+        boxes[node] = axes.text(*place, "\n".join(lines), ha="center", va="center", **style).get_bbox_patch()
+    for parent, child in graph.edges:
+        if parent in places and child in places:
+            line = {"arrowstyle": "-|>", "color": GREY, "patchA": boxes[parent], "patchB": boxes[child]}
+            line["connectionstyle"] = f"arc3,rad={0.3 if places[child][0] <= places[parent][0] else 0}"
+            axes.annotate("", places[child], places[parent], arrowprops=line, zorder=0)
+    axes.set(xlim=(-0.4, max(columns) + 0.5), ylim=(0, 1))
+    axes.set_title(f"{title}: from {graph.root} to {graph.target} or {graph.other}?")
+    axes.set_xticks(list(columns), ["root", *(f"level {level}" for level in list(columns)[1:])])
+    axes.set_yticks([])
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    kinds = [(ORANGE, 1, "leads to the target"), (ORANGE, 3, "the target"), ("white", 1, "does not lead there")]
+    handles = [Patch(facecolor=colour, edgecolor=GREY, linewidth=width, label=label) for colour, width, label in kinds]
+    canvas.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=9)
 
 
 def heights(graphs: list[Graph], compared: dict[int, dict[str, list[dict]]]) -> Figure:
@@ -181,18 +201,25 @@ def of_the_model(rows: list[dict]) -> list[dict]:
 def draw_heights(canvas: Canvas, rows: list[dict]) -> None:
     """Draw a panel per level and definition of height."""
     levels = sorted({row["level"] for row in rows})
-    canvas.set_size_inches(9, 3 * len(levels) + 0.6)
+    canvas.set_size_inches(WIDTH, 2.4 * len(levels) + 0.5)
     panels = canvas.subplots(len(levels), len(HEIGHTS), sharex=True, sharey=True, squeeze=False)
     for level, across in zip(levels, panels, strict=True):
         for name, axes in zip(HEIGHTS, across, strict=True):
-            for leads, colour, marker in ((True, COLOURS[0], "o-"), (False, COLOURS[1], "s--")):
+            ends, n = [], 0
+            for leads, colour, marker in ((True, ORANGE, "o-"), (False, GREY, "s--")):
                 own = [r for r in rows if (r["level"], r["height is"], r["leads to target"]) == (level, name, leads)]
-                label = "leads to target" if leads else "does not"
-                axes.plot([r["height"] for r in own], [r["mean value"] for r in own], marker, color=colour, label=label)
-            axes.set(
-                title=f"level {level}, {name} distance to a leaf", xlabel="height", ylabel="mean value", ylim=(0, 1)
-            )
-    canvas.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+                values, n = [100 * r["mean value"] for r in own], n + sum(r["n"] for r in own)
+                axes.plot([r["height"] for r in own], values, marker, markersize=4, color=colour)
+                if own:
+                    ends.append((own[-1]["height"], values[-1], "leads to target" if leads else "does not", colour))
+            axes.set_title(f"level {level} (n = {n})")
+            axes.set_xlim(-0.2, max(r["height"] for r in rows) + 0.2)
+            in_percent(axes.yaxis)
+            integer_ticks(axes.xaxis)
+        name_lines(axes, ends)
+    for name, axes in zip(HEIGHTS, panels[-1], strict=True):
+        axes.set_xlabel(f"{name} distance to a leaf")
+    panels[0, 0].set_ylabel("mean value")
 
 
 def parallelism(compared: dict[int, dict[str, list[dict]]]) -> Figure:
@@ -218,19 +245,15 @@ def parallelism(compared: dict[int, dict[str, list[dict]]]) -> Figure:
 def draw_parallelism(canvas: Canvas, rows: list[dict]) -> None:
     """Draw a panel per level."""
     levels = sorted({row["level"] for row in rows})
-    canvas.set_size_inches(9, 3.8)
-    panels = canvas.subplots(1, len(levels), sharey=True, squeeze=False)[0]
-    for level, axes in zip(levels, panels, strict=True):
-        own = [row for row in rows if row["level"] == level]
+    canvas.set_size_inches(WIDTH, 2.4 * len(levels) + 0.5)
+    for level, axes in zip(levels, canvas.subplots(len(levels), 1, sharex=True, squeeze=False)[:, 0], strict=True):
+        own, ends = [row for row in rows if row["level"] == level], []
         for number, style in enumerate(("-", "--", ":"), 1):
-            axes.plot(
-                [r["percentile"] for r in own],
-                [r[f"top {number}"] for r in own],
-                style,
-                color=COLOURS[number - 1],
-                label=f"top {number}",
-            )
-        axes.set(
-            title=f"level {level}, n = {own[0]['n']}", xlabel="percentile", ylabel="cumulative value", ylim=(0, 1.02)
-        )
-    canvas.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+            values = [100 * row[f"top {number}"] for row in own]
+            axes.plot([row["percentile"] for row in own], values, style, color=GREEN)
+            ends.append((100, values[-1], f"top {number}", GREEN))
+        axes.set_title(f"cumulative value at level {level} (n = {own[0]['n']})")
+        axes.set_xlim(0, 100)
+        in_percent(axes.yaxis)
+        name_lines(axes, ends)
+    axes.set_xlabel("percentile of problems")

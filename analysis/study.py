@@ -69,7 +69,7 @@ def study(
     facts |= {"device": device_name(), "torch": torch.__version__, "transformers": transformers.__version__}
     facts |= {"commit": git_commit()}
     facts |= {f"skipped: {name}": reason for name, reason in reasons.items() if not questions}
-    save(folder, f"{subject.name}: {Path(checkpoint).resolve().name}", facts, findings, problems)
+    save(folder, subject.run, facts, findings, problems)
     return folder
 
 
@@ -117,7 +117,8 @@ def obstacles(subject: Subject) -> dict[str, str]:
 
 def save(folder: Path, title: str, facts: dict, findings: list[Findings], problems: list[dict]) -> None:
     """Write the report, problems.jsonl and thoughts; print the summary."""
-    summary = [line for part in findings for line in part.summary]
+    verdicts = [part.verdict for part in findings if part.verdict]
+    summary = [*verdicts[-1:], *(line for part in findings for line in part.summary)]
     lines = []
     for index, problem in enumerate(problems):
         line = {"idx": index, "question": problem["question"], "expected": problem["answer"]}

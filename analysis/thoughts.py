@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,8 +14,8 @@ from tqdm import tqdm
 
 from analysis.graphs import Form, Graph, find_form
 from coconut import Coconut, plan_batch, without_head
-from config import UserError
-from curriculum import METHODS, num_placeholders
+from config import Config, UserError
+from curriculum import METHODS, last_stage, num_placeholders
 from dataset import MyCollator, model_args
 from evaluate import OpenedCheckpoint, open_checkpoint, predict, until_eos
 
@@ -99,6 +100,22 @@ class Subject:
     def with_thoughts(self, thoughts: int) -> Subject:
         """Return a copy with another number of thoughts."""
         return replace(self, thoughts=thoughts)
+
+    def with_question_alone(self) -> Subject:
+        """Return a copy whose prompts are those of no_cot: the question without markers and thoughts."""
+        config = Config({"method": "no_cot", "max_new_tokens": self.checkpoint.config.max_new_tokens})
+        return replace(self, thoughts=0, checkpoint=replace(self.checkpoint, config=config, stage=last_stage(config)))
+
+    @property
+    def run(self) -> str:
+        """Run directory and checkpoint, as titles name them."""
+        place = Path(self.checkpoint.path).resolve()
+        return f"{place.parent.name}/{place.name} ({self.checkpoint.config.method})"
+
+    @property
+    def chance(self) -> float | None:
+        """Accuracy of guessing; known where each question has two options."""
+        return 0.5 if all(self.graphs) else None
 
     @cached_property
     def prompts(self) -> list[dict]:

@@ -5,29 +5,33 @@
 
 A run is a run directory or a RUN.yaml written by scripts/record.py.
 
-The reference consists of the runs of the same method, over the epochs that all runs have finished. The allowed range of
-a curve is the minimum to maximum over seeds, extended on both sides by its width, or by the margins below if they are
-larger. A curve is outside if two epochs in a row, or the last epoch, are. With a single seed, only the margins apply:
-another seed may well differ by more.
+The reference consists of the runs of the same method on the same data, over the epochs that all runs have finished. The
+allowed range of a curve is the minimum to maximum over seeds, extended on both sides by its width, or by the margins
+below if they are larger. A curve is outside if two epochs in a row, or the last epoch, are. With a single seed, only
+the margins apply: another seed may well differ by more.
 
-Exit code: 0 match; 1 a config key or a curve differs; 2 nothing to compare.
+Exit code: 0 match; 1 a config key or a curve differs; 2 nothing to compare (another method, other data, no epoch).
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from itertools import pairwise
 from pathlib import Path
 
-from runs import FinishedRun, UserError, differences, find_runs, read_run
+from runs import DATA_KEYS, FinishedRun, UserError, differences, find_runs, read_run
 
 ACCURACY_MARGIN = 0.05
 LOSS_MARGIN, MIN_LOSS_MARGIN = 0.1, 0.01  # relative; absolute (nats), because losses near zero vary by multiples
 
 
 def reference_seeds(folder: Path, run: FinishedRun) -> list[FinishedRun]:
-    """Read the reference runs of the method of `run`; raise UserError unless they differ only in their seed."""
+    """Read the reference runs of the method of `run`.
+
+    Raises: UserError if there is none, if they differ in more than their seed, or if `run` has other data.
+    """
     reference = [read_run(path) for path in find_runs(folder)]
     if not reference:
         raise UserError(f"{folder}: no run found; pass a run directory, a folder of them, or a folder in results/")
@@ -39,15 +43,21 @@ def reference_seeds(folder: Path, run: FinishedRun) -> list[FinishedRun]:
         if keys := differences(seeds[0], other):
             both = f"{seeds[0].directory} and {other.directory}"
             raise UserError(f"{both} differ in {', '.join(keys)}; pass one of them as the reference")
+    for key, (here, there) in differences(run, seeds[0]).items():
+        if key in DATA_KEYS:
+            other = seeds[0].directory
+            raise UserError(
+                f"{run.directory} has {key} {here}, but {other} has {there}; runs are compared on the same data"
+            )
     return seeds
 
 
 def allowed_range(values: list[float], name: str) -> tuple[float, float]:
-    """Return the bounds within which a value passes as that of one more seed."""
+    """Return the bounds within which a value passes as that of one more seed; none is below 0, no accuracy above 1."""
     low, high = min(values), max(values)
     margin = ACCURACY_MARGIN if name == "accuracy" else max(LOSS_MARGIN * high, MIN_LOSS_MARGIN)
     margin = max(margin, high - low)
-    return low - margin, high + margin
+    return max(0.0, low - margin), min(high + margin, 1.0 if name == "accuracy" else math.inf)
 
 
 def compare_curve(name: str, run: FinishedRun, seeds: list[FinishedRun]) -> tuple[bool, list[str]]:
@@ -81,7 +91,8 @@ def compare(run: FinishedRun, seeds: list[FinishedRun]) -> bool:
     matches = not keys
     for name in run.curves:
         outside, lines = compare_curve(name, run, seeds)
-        print("\n".join([f"{name}: {'outside' if outside else 'within'} the reference's spread", *lines]))
+        rule = " (outside needs two epochs in a row, or the last epoch)" if lines and not outside else ""
+        print("\n".join([f"{name}: {'outside' if outside else 'within'} the reference's spread{rule}", *lines]))
         matches &= not outside
     print("matches the reference" if matches else "differs from the reference")
     return matches

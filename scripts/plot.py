@@ -17,7 +17,7 @@ from pathlib import Path
 
 from runs import DATA_KEYS, FinishedRun, UserError, differences, display_value, read_run
 
-from analysis.style import GREY, STYLE, in_percent, method_colour, name_lines
+from analysis.style import GREY, STYLE, in_percent, integer_ticks, model_colour, name_lines
 from curriculum import METHODS
 
 DASHES = ("-", "--", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 3)))  # of lines of the same colour
@@ -87,11 +87,11 @@ def stage_starts(groups: list[list[FinishedRun]]) -> dict[int, str]:
 def draw(groups: list[list[FinishedRun]], chance: float | None):
     """Draw a panel each for accuracy, validation loss and training loss; chance is in %."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator, NullFormatter
+    from matplotlib.ticker import NullFormatter
 
     figure = Figure(figsize=(6.5, 8.5), layout="constrained")
     panels = figure.subplots(len(PANELS), sharex=True)
-    colours = [method_colour(seeds[0].config["method"]) for seeds in groups]
+    colours = [model_colour(seeds[0].config["method"]) for seeds in groups]
     names, numbers = labels(groups), {len(seeds) for seeds in groups}
     if len(numbers) == 1:  # named once, in the title
         names = [name.removesuffix(seed_note(*numbers)) for name in names]
@@ -102,9 +102,8 @@ def draw(groups: list[list[FinishedRun]], chance: float | None):
             dashes = DASHES[colours[:number].count(colours[number]) % len(DASHES)]
             strong = {"linewidth": 1.2, "zorder": 2} if colours[number] == GREY else {"linewidth": 2, "zorder": 3}
             style = {"color": colours[number], "linestyle": dashes} | strong
-            epoch, value = draw_line(axes, seeds, curve, curve == "accuracy", **style)
-            axes.plot([epoch, last], [value, value], color=colours[number], linestyle=":", linewidth=0.8)
-            ends.append((value, label, colours[number]))
+            end = draw_line(axes, seeds, curve, curve == "accuracy", **style)
+            ends.append((*end, label, colours[number]))
         for epoch in stage_starts(groups):
             axes.axvline(epoch - 0.5, color="0.6", linewidth=0.8, zorder=0)
         axes.set_title(title + (seed_note(*numbers) if len(numbers) == 1 else ""), loc="left")
@@ -117,12 +116,12 @@ def draw(groups: list[list[FinishedRun]], chance: float | None):
             in_percent(axes.yaxis)
             if chance is not None:
                 axes.axhline(chance, color="black", linestyle="--", linewidth=0.8, zorder=1)
-                ends.append((chance, "chance", "black"))
+                ends.append((last, chance, "chance", "black"))
         name_lines(axes, ends)
     for epoch, stages in stage_starts(groups).items():
         panels[0].annotate(f"stage {stages}", (epoch - 0.45, 0.02), xycoords=("data", "axes fraction"), fontsize=9)
     panels[-1].set_xlabel("epoch")
-    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    integer_ticks(panels[-1].xaxis)
     return figure
 
 

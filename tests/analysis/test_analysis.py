@@ -220,11 +220,38 @@ def test_replacements(save_path):
     subject = open_subject(str(save_path / "gpt2" / "best"), PROBLEMS, batch_size=5)
     own = torch.randn(12, 4, 16)
     found = {name: replacement.values for name, replacement in interventions.replacements(subject, own).items()}
-    torch.testing.assert_close(found["noise of their norm"].norm(dim=-1), own.norm(dim=-1))
-    assert torch.equal(found["in another order"].sort(1).values, own.sort(1).values)
-    assert not (found["in another order"] == own).all(2).any()
-    assert torch.equal(found["the first, repeated"][:, 3], own[:, 0])
+    torch.testing.assert_close(found[interventions.NOISE_OF_NORM].norm(dim=-1), own.norm(dim=-1))
+    assert torch.equal(found[interventions.ORDER].sort(1).values, own.sort(1).values)
+    assert not (found[interventions.ORDER] == own).all(2).any()
+    assert torch.equal(found[interventions.REPEATED][:, 3], own[:, 0])
     assert interventions.OTHER not in found  # all problems have three steps
+
+
+def test_question_alone_has_no_markers_and_thoughts(subject):
+    alone = subject.with_question_alone()
+    expected = [subject.tokenize(problem["question"] + "\n") for problem in subject.problems]
+    assert [prompt["input_ids"] for prompt in alone.prompts] == expected
+    assert not alone.thinks and len(write_answers(alone, "")) == len(subject.problems)
+
+
+@pytest.mark.parametrize("noisy, holm, opening", [(55, 0.01, "Thoughts are used"), (97, 0.3, "No use of the thoughts")])
+def test_verdict_depends_on_effect_of_replaced_thoughts(noisy, holm, opening):
+    def row(condition, places, percent, **compared):
+        return {"condition": condition, "places": places, "n": 500, "rate": percent / 100} | compared
+
+    rows = [row(interventions.UNTOUCHED, "", 98), row(interventions.QUESTION, "", 20)]
+    compared = {"difference": noisy / 100 - 0.98, "Holm p": holm}
+    rows += [row(interventions.NOISE_OF_NORM, "only 1", 1, **compared)]
+    rows += [row(interventions.NOISE_OF_NORM, "all", noisy, **compared)]
+    found = interventions.verdict(rows)
+    assert found.startswith(opening)
+    assert all(f"{percent}.0%" in found for percent in (98, noisy, 20)) and "n = 500" in found
+
+
+def test_k_sweep_without_graph_and_thoughts_draws_nothing(save_path):
+    cot = open_subject(str(save_path / "cot" / "best"), PROBLEMS[:2], batch_size=5)
+    bare = replace(cot, forms=[None] * 2, graphs=[None] * 2)
+    assert [bool(k_sweep.analyze(each, []).figures[0].draw) for each in (cot, bare)] == [True, False]
 
 
 def test_influence_on_later_thoughts_and_answer_only(save_path):
@@ -267,8 +294,9 @@ def test_analyze_writes_full_report_with_baselines(save_path, capsys):
     cosines = {row["vectors"]: row["cosine to the mean"] for row in read_csv(folder / "geometry.csv")}
     assert float(cosines["thought 1"]) > float(cosines[f"{NOISE} 1"])
     cells = read_csv(folder / "interventions.csv")
-    assert {"untouched", "no thoughts (k = 0)", "cot", "pause_as_thought"} <= {row["thoughts are"] for row in cells}
+    assert {*interventions.CONTROLS, "cot", "pause_as_thought"} <= {row["condition"] for row in cells}
     lines = [json.loads(line) for line in (folder / "problems.jsonl").read_text().splitlines()]
+    assert all(line["correct"] == line["k_sweep"]["coconut, k = 2"]["correct"] for line in lines)
     assert len(lines) == 10 and {"k_sweep", "search", "top_tokens", "interventions"} <= lines[0].keys()
     assert analyze.main([str(best)]) == 2  # never overwritten
     assert "already contains a report" in capsys.readouterr().err

@@ -126,7 +126,7 @@ def test_inlined_svg_uses_page_colours(folder, page):
 
 
 def test_the_same_values_make_the_same_drawing(folder):
-    assert (folder / "rates.svg").read_text(encoding="utf-8") == report.drawing(FIGURES[0])
+    assert (folder / "rates.svg").read_text(encoding="utf-8") == report.drawing(FIGURES[0], f"Analysis {EVIL}")
 
 
 def test_tables_show_numbers_shortly_and_roles_as_colours(folder, page):
@@ -136,6 +136,15 @@ def test_tables_show_numbers_shortly_and_roles_as_colours(folder, page):
     html = (folder / "report.html").read_text(encoding="utf-8")
     assert f'[data-role="{UNREACHABLE}"] {{ background: {report.ROLE_COLOURS[UNREACHABLE]}' in html
     assert "$" not in html.replace("$x$", "").replace("`${shown} of ${problems.length}`", "")
+
+
+def test_report_opens_with_verdict_and_marks_problems(tmp_path):
+    problems = [{"idx": 0, "correct": True}, {"idx": 1, "correct": False}, {"idx": 2}]
+    write(tmp_path, "run", {}, ["the verdict", "more"], [], problems)
+    html = (tmp_path / "report.html").read_text()
+    assert html.index("<h1>run</h1>") < html.index('<p class="verdict">the verdict</p>') < html.index("<li>more</li>")
+    marks = re.findall(r'<details class="problem"><summary>(?:<b class="(\w+)">)?', html)
+    assert marks == ["right", "wrong", ""]
 
 
 def test_report_never_overwrites_but_completes_partial_folder(tmp_path):
