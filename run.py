@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from coconut import Coconut, check_model
-from components.checkpoint import check_intact, find_checkpoint
+from components.checkpoint import check_intact, check_saving, find_checkpoint
 from components.display import quiet_libraries
 from components.distributed import Processes, destroy_distributed, init_distributed
 from components.errors import exit_code, message
@@ -102,9 +102,11 @@ def load(config: Config, checkpoint: Path | None, processes: Processes) -> Pretr
     if path is None or path != checkpoint:  # find_checkpoint has verified its own
         processes.run_on_rank0(lambda: check_intact(config, path))
     pretrained = load_on_rank0(config, path, processes)
-    _, key, _ = model_source(config, path)
+    origin, key, _ = model_source(config, path)
     eos = pretrained.tokenizer.eos_token_id
     processes.run_on_rank0(lambda: check_model(pretrained.lm, eos, key))
+    if not config.only_eval and not config.debug:
+        processes.run_on_rank0(lambda: check_saving(pretrained, config, f"{key}: {origin!r}"))
     if config.lora_rank and not config.only_eval:
         new_ids = [pretrained.token_id(token) for token in METHODS[config.method].tokens]
         add_lora(pretrained.lm, config.lora_rank, new_ids, config.bf16)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,7 +13,8 @@ from torch import Tensor, nn
 
 from components.checkpoint_manager import OPTIMIZER_STATE, OPTIMIZER_STATES_KEPT, latest_checkpoint, set_links
 from components.distributed import Processes, check_shared_filesystem
-from components.export import export, read_description
+from components.errors import reason
+from components.export import describe, export, read_description
 from components.files import MANIFEST, atomic_directory, read_manifest, saving, verify_manifest
 from components.lora import check_frozen, frozen_checksum, merge_adapters, trainable_weights
 from components.parallelize import full_tensors, tensor_from_rank0
@@ -82,6 +85,18 @@ def save_checkpoint(
             set_links(directory, state.best_epoch)
 
     processes.run_on_rank0(link)
+
+
+def check_saving(pretrained: Pretrained, config: Config, origin: str) -> None:
+    """Raise UserError for a model or tokenizer that cannot be saved, which would show after an epoch; from `origin`."""
+    with suppress(OSError), tempfile.TemporaryDirectory() as folder:  # without room there, nothing is checked
+        try:
+            export(pretrained.lm, Path(folder), describe(config, pretrained.tokenizer, 0), weights={})
+            pretrained.tokenizer.save_pretrained(folder)
+        except OSError:
+            raise
+        except Exception as error:  # the libraries raise all kinds for settings that they refuse to write
+            raise UserError(f"{origin}: the model can be loaded, but not saved: {reason(error)}") from error
 
 
 def unique_weights(lm: nn.Module) -> dict[str, Tensor]:

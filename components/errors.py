@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
+import textwrap
 import traceback
 from pathlib import Path
 
@@ -58,6 +60,12 @@ def message(error: Exception) -> str | None:
     if is_lost_peer(error):
         return f"lost another rank, see its own message: {location(error)}; earlier checkpoints are intact"
     return str(error) if int(os.environ.get("LOCAL_RANK", 0)) == 0 else None
+
+
+def reason(error: Exception) -> str:
+    """Return what a library's error says on one line, without terminal colours, in at most 600 characters."""
+    text = re.sub(r"\x1b\[[\d;]*m", "", str(error)).strip() or type(error).__name__
+    return textwrap.shorten(text, 600, placeholder=" ...")
 
 
 def location(error: Exception) -> str:

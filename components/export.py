@@ -29,10 +29,9 @@ def export(lm: PreTrainedModel, folder: Path, description: dict, weights: dict[s
         description: coconut.json; at least token_ids, thoughts, eos_token_id and max_new_tokens.
         weights: written instead of the model's own.
     """
+    eos, limit = description["eos_token_id"], description["max_new_tokens"]
+    lm.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=eos, max_new_tokens=limit)
     lm.save_pretrained(folder, state_dict=weights)
-    eos = description["eos_token_id"]
-    settings = GenerationConfig(eos_token_id=eos, pad_token_id=eos, max_new_tokens=description["max_new_tokens"])
-    settings.save_pretrained(folder)
     make_private((folder / GENERATE).parent)
     shutil.copyfile(Path(__file__).with_name("custom_generate.py"), folder / GENERATE)
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")

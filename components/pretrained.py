@@ -151,7 +151,8 @@ def load_model(folder: str, config: Config, is_checkpoint: bool) -> PreTrainedMo
     lm, info = AutoModelForCausalLM.from_pretrained(folder, **options)
     unexpected = info["unexpected_keys"] if is_checkpoint else []  # hub models may have unused heads
     what = f"{'load_model_path' if is_checkpoint else 'model_id'}: {folder!r}"
-    check_names(what, info["missing_keys"], unexpected, [name for name, *_ in info["mismatched_keys"]])
+    mismatched = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]  # a tuple since 5
+    check_names(what, info["missing_keys"], unexpected, mismatched)
     if lm.get_input_embeddings().weight is not lm.get_output_embeddings().weight:
         lm.config.tie_word_embeddings = False  # else a new row would tie what the files hold apart
     return lm

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 from coconut import Coconut
 from components import custom_generate, export
 from components.files import verify_manifest
+from components.pretrained import load_pretrained
+from config import Config
 from helpers import save_model, tiny_gemma3, tiny_gpt2
 from helpers.checkpoints import METHODS, PROMPTS, V, expected_ids, load, train_checkpoints, until_eos
 
@@ -48,6 +51,19 @@ def test_generate_without_trust_remote_code_has_no_thoughts(save_path):
     middle = thinking[:, :-6]
     mask = torch.cat([batch["attention_mask"], torch.ones(3, 6, dtype=torch.long)], dim=1)
     assert not torch.equal(plain.generate(middle, attention_mask=mask), thinking)
+
+
+def test_inherited_sampling_settings_are_replaced_when_a_checkpoint_is_saved(tmp_path):
+    """transformers 4 opens a model whose settings contradict each other, but refuses to write them."""
+    folder = Path(save_model(tmp_path / "model"))
+    settings = {"do_sample": False, "temperature": 0.6, "top_p": 0.9, "eos_token_id": 1}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    pretrained = load_pretrained(Config({"method": "cot", "model_id": str(folder)}), None)
+    description = export.describe(Config({"method": "cot"}), pretrained.tokenizer, 0)
+    export.export(pretrained.lm, tmp_path / "saved", description)
+    saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    assert saved["eos_token_id"] == pretrained.tokenizer.eos_token_id and saved["max_new_tokens"] == 128
+    assert not {"temperature", "top_p"} & saved.keys()
 
 
 def test_sampling_and_beam_search_continue_after_thoughts(save_path):

@@ -483,6 +483,20 @@ def test_damaged_checkpoint_exits_with_code_2_and_writes_nothing(runs, tmp_path,
     assert not (tmp_path / "saved").exists()
 
 
+def test_model_that_cannot_be_saved_is_refused_before_training(runs, tmp_path, capsys, monkeypatch):
+    def refuse(*_, **__):
+        raise ValueError("\x1b[1mGenerationConfig is invalid:\x1b[0m\n- `temperature`: `do_sample` is False")
+
+    folder = save_model(tmp_path / "model")
+    monkeypatch.setattr(GPT2LMHeadModel, "save_pretrained", refuse)
+    words_ = words({"method": "cot", "name": "new", "save_path": tmp_path / "saved", "model_id": folder})
+    assert run.main([str(runs / "config.yaml"), *words_]) == 2
+    reason = "GenerationConfig is invalid: - `temperature`: `do_sample` is False"
+    expected = f"error: model_id: '{folder}': the model can be loaded, but not saved: {reason}\n"
+    assert capsys.readouterr().err.endswith(expected)
+    assert not (tmp_path / "saved").exists()
+
+
 def test_coconut_json_contents(runs):
     text = (runs / "cot" / "best" / "coconut.json").read_text()
     assert json.loads(text)["method"] == "cot"
