@@ -269,6 +269,15 @@ def test_uniform_prob_samples_stages_from_zero_to_number_of_steps(tokenizer):
     assert 180 < kept < 240
 
 
+def test_uniform_prob_does_not_affect_icot(tokenizer):
+    problems = [{"question": "q", "answer": "1", "steps": ["a", "b"]}] * 9
+    plain, mixed = (
+        list(make(get_cot_latent_dataset, tokenizer, problems, 1, Config({"method": "icot", "uniform_prob": p})))
+        for p in (0, 1)
+    )
+    assert mixed == plain
+
+
 def test_sampled_stage_depends_only_on_seed_epoch_and_example(tokenizer):
     drawn = stages_drawn(tokenizer, uniform_prob=0.5)
     torch.manual_seed(1)

@@ -1,7 +1,10 @@
 """Answer extraction, accuracy and CoT match, validation, and the predictions file."""
 
+import os
+import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +13,9 @@ import yaml
 import evaluate
 from components import files
 from components.distributed import Processes
-from components.errors import SaveError
+from components.errors import Interrupted, SaveError
 from config import Config, UserError, load_config
-from dataset import get_cot_latent_dataset
+from dataset import get_cot_latent_dataset, model_args
 from evaluate import Validator, extract_answer, predict, until_eos, write_evaluation, write_predictions
 from helpers import byte_tokenizer, make_problems, read_lines, save_model, write_json
 from run import set_up
@@ -188,6 +191,30 @@ def test_write_atomic_by_several_processes_at_once(tmp_path, monkeypatch):
     assert (tmp_path / "f").read_text() in {str(n) * 9 for n in range(4)}
 
 
+def test_atomic_directory_is_on_the_disk_before_it_is_renamed(tmp_path, monkeypatch):
+    """Else a power failure could leave a checkpoint with empty files under its final name."""
+    synced, replace = set(), os.replace
+
+    def fsync(descriptor):
+        synced.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    def check(source, target):
+        paths = [Path(source), *Path(source).rglob("*")]
+        assert {str(path) for path in paths} <= synced
+        replace(source, target)
+        moved.append(Path(target).name)
+
+    moved = []
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", check)
+    with files.atomic_directory(tmp_path / "checkpoint_1") as partial:
+        (partial / "custom_generate").mkdir()
+        (partial / "custom_generate" / "generate.py").write_text("")
+        (partial / "model.safetensors").write_text("weights")
+    assert moved == ["manifest.json", "checkpoint_1"]
+    assert str(tmp_path) in synced  # and the new name
+
+
 # --- validation -------------------------------------------------------------------------------------------------------
 
 
@@ -276,6 +303,22 @@ def test_validation_uses_eval_mode_and_no_gradients(place):
     validator.validate(2)
     assert not validator.model.training
     assert all(p.grad is None for p in validator.model.parameters())
+
+
+def test_signal_ends_a_validation_after_its_batch(place, monkeypatch):
+    validator, batches = prepare(place, "batch_size_eval=1"), []
+
+    def receive(batch):
+        batches.append(batch)
+        validator.stop.signal = signal.SIGTERM
+        return model_args(batch)
+
+    monkeypatch.setattr(evaluate, "model_args", receive)
+    for part in (validator.mean_loss, validator.predict_all):
+        validator.stop.signal = 0
+        with pytest.raises(Interrupted):
+            part(0)
+    assert len(batches) == 2
 
 
 def test_generated_text_states_number_of_thoughts(place):

@@ -26,6 +26,7 @@ from components.checkpoint import check_same_training, find_checkpoint
 from components.checkpoint_manager import list_checkpoints
 from components.data_sources import content_digest
 from components.distributed import Processes
+from components.errors import Interrupted
 from components.export import describe
 from components.files import file_digest, verify_manifest
 from config import UserError, load_config, read_yaml
@@ -300,6 +301,14 @@ def test_length_check_includes_uniform_prob_stages_for_training_only(world):
     start(world, name="no_room", uniform_prob=0.5, c_thought=60, num_epochs=1, **paths, code=2)
 
 
+def test_length_check_leaves_out_stages_that_resume_skips(world):
+    long = {"question": "1+1", "answer": "2", "steps": ["1+1=2" * 12]}  # too long at stage 0 only
+    paths = {"train_path": write_json(world / "long.json", [long]), "val_path": world / "short.json"}
+    write_json(world / "short.json", [long | {"steps": ["2"]}])
+    start(world, name="from_stage_1", num_epochs=3, resume=2, **paths)
+    start(world, name="from_stage_0", num_epochs=3, **paths, code=2)
+
+
 def test_each_epoch_is_shuffled_differently(world):
     directory = start(world, name="order", lr=1e-30, num_epochs=2, model_id=world / "plain")
     first, second = losses(directory)[:STEPS], losses(directory)[STEPS:]
@@ -414,6 +423,35 @@ def test_resume_after_crash_is_bit_identical(world, whole, at_step, step, left):
     at_step(0, None)
     start(world, name=name, num_epochs=3, save_every_steps=3)
     assert_same_run(directory, whole, 3)
+
+
+def test_links_that_a_crash_left_behind_are_set_back(world, copied):
+    (copied / "best").unlink()
+    (copied / "last").unlink()
+    (copied / "last").symlink_to("checkpoint_2")
+    start(world, name=copied.name, num_epochs=3)  # a finished run, which saves nothing
+    assert [os.readlink(copied / link) for link in ("best", "last")] == ["checkpoint_3"] * 2
+
+
+def test_save_every_steps_leaves_the_last_step_of_an_epoch_to_its_validation(world, monkeypatch):
+    saved, save = [], train.save_checkpoint
+    monkeypatch.setattr(train, "save_checkpoint", lambda path, *rest: saved.append(path.name) or save(path, *rest))
+    start(world, name="often", num_epochs=2, save_every_steps=STEPS)
+    assert saved == ["checkpoint_1", "checkpoint_2"]
+
+
+def test_checkpoint_that_exists_is_not_written_again(world, monkeypatch):
+    """A signal comes during a validation, and again during that of the resumed run."""
+
+    def interrupt(validator, stage):
+        raise Interrupted(signal.SIGTERM)
+
+    monkeypatch.setattr(Validator, "validate", interrupt)
+    directory = start(world, name="twice", num_epochs=1, code=143)
+    before = snapshot(directory / f"checkpoint_0_step_{STEPS}")
+    assert before
+    start(world, name="twice", num_epochs=1, code=143)
+    assert snapshot(directory / f"checkpoint_0_step_{STEPS}") == before
 
 
 @pytest.mark.parametrize(
@@ -653,6 +691,17 @@ def test_config_that_the_user_keeps_in_the_directory_is_set_aside(world):
     assert not (directory / "earlier_2").exists()
 
 
+def test_tensorboard_hides_exactly_the_steps_that_a_resumed_run_repeats(world, tmp_path):
+    config = load_config(world / "config.yaml", ["name=board", "logger=tensorboard"])
+    for steps, value in ((0, 1.0), (3, 2.0)):
+        log = metrics_module.MetricLogger(tmp_path, config, "id", steps=steps)
+        for step in range(steps + 1, 6):
+            log.write({"train/loss": value}, step)
+        log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("train/loss")
+    assert [(event.step, event.value) for event in events] == [(1, 1), (2, 1), (3, 1), (4, 2), (5, 2)]
+
+
 def test_tensorboard_that_cannot_begin_is_a_warning(world, monkeypatch, capsys):
     def fail(*_):
         raise OSError("no space for events")
@@ -765,6 +814,20 @@ def test_newest_two_checkpoints_keep_optimizer_state(world, scripted, monkeypatc
     assert len(hashed) == 6 * len(CHECKPOINT_FILES - {"manifest.json"})  # what is there already is not read again
 
 
+def test_optimizer_state_is_deleted_only_after_its_manifest_says_so(whole, tmp_path, monkeypatch):
+    checkpoint = shutil.copytree(whole / "checkpoint_3", tmp_path / "checkpoint_3")
+
+    def full(*_):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_manager, "write_manifest", full)
+        checkpoint_manager.drop_optimizer_state(checkpoint)
+    assert verify_manifest(checkpoint) is None and (checkpoint / "optimizer.safetensors").exists()
+    checkpoint_manager.drop_optimizer_state(checkpoint)
+    assert verify_manifest(checkpoint) is None and not (checkpoint / "optimizer.safetensors").exists()
+
+
 @pytest.mark.parametrize("in_parts", [False, True])
 @pytest.mark.parametrize(("reset", "steps"), [(False, [5, 10, 15]), (True, [5, 10, 5]), ("every_epoch", [5, 5, 5])])
 def test_reset_optimizer_at_stage_switch(world, reset, steps, in_parts):
@@ -792,6 +855,8 @@ def test_warmup_and_gradient_clipping(world):
     assert all(line["train/grad_norm"] > 0.01 for line in metrics(directory, "train/"))
     moments = training_state(directory / "checkpoint_1")["optimizer"].values()
     assert sum(m["exp_avg"].square().sum() for m in moments).sqrt() <= 0.01
+    plain, wide = (start(world, name=f"norm_{n}", max_grad_norm=n, num_epochs=1) for n in (None, 1e6))
+    assert_same_run(wide, plain, 1)  # smaller gradients are not scaled up
 
 
 # --- only_eval --------------------------------------------------------------------------------------------------------
@@ -972,6 +1037,8 @@ def test_two_ranks_match_one_with_twice_the_batch(world, single, parallel, per_p
     values = {"name": f"two_{parallel}_{per_pass}", "model_id": world / "plain", "num_epochs": 3, **size}
     directory, _ = start_real(world, processes=2, **values)
     assert_equal_training(directory, single)
+    one, other = training_state(directory / "last")["random_states"]
+    assert not torch.equal(one["cpu"], other["cpu"])  # the ranks have different dropout masks
 
 
 @pytest.mark.slow

@@ -80,13 +80,14 @@ def test_sampling_and_beam_search_continue_after_thoughts(save_path):
 
 def test_first_token_logits_match_coconut_forward(save_path):
     folder = save_path / "gpt2" / "best"
-    lm, tokenizer, _ = load(folder)
-    prompt = tokenizer(PROMPTS[0], return_tensors="pt")
-    out = lm.generate(**prompt, max_new_tokens=1, output_logits=True, return_dict_in_generate=True)
-    model = Coconut.from_pretrained(folder).eval()
-    with torch.no_grad():
-        expected = model(out.sequences[:, :-1], torch.ones_like(out.sequences[:, :-1])).logits[:, -1]
-    torch.testing.assert_close(out.logits[0], expected)
+    lm, _, batch = load(folder)  # prompts of three lengths
+    out = lm.generate(**batch, max_new_tokens=1, output_logits=True, return_dict_in_generate=True)
+    model, lengths = Coconut.from_pretrained(folder).eval(), batch["attention_mask"].sum(1).tolist()
+    for row, length, logits in zip(out.sequences, lengths, out.logits[0], strict=True):
+        row = row[None, -1 - 6 - length : -1]  # without padding and the new token
+        with torch.no_grad():
+            expected = model(row, torch.ones_like(row)).logits[0, -1]
+        torch.testing.assert_close(logits, expected)
 
 
 def test_generate_options_custom_generate_thoughts_and_streamer(save_path):

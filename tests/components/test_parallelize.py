@@ -185,6 +185,22 @@ class Count:
             trainer.processes.print(json.dumps(mode.counts))
 
         train.Trainer.train_epoch = counted
+        for name in ("mean_loss", "predict_all"):
+            self.count_in_validation(name)
+
+    def count_in_validation(self, name: str) -> None:
+        """Prints the number of times that this part of a validation gathers weights."""
+        from evaluate import Validator
+
+        function = getattr(Validator, name)
+
+        def counted(validator, stage):
+            with Collectives() as mode:
+                result = function(validator, stage)
+            validator.processes.print(f"{name} gathers {mode.counts['_allgather_base_']}")
+            return result
+
+        setattr(Validator, name, counted)
 
     def check(self, model) -> None:
         """Between and after micro-batches no gradient is stored twice (under DDP, this model has one bucket), and under
@@ -260,6 +276,8 @@ def test_number_of_collectives_per_step(setting, strategy):
     expected = {"allreduce_": steps} if strategy == "ddp" else {"_allgather_base_": 3 * steps}
     expected |= {"allgather_": steps + 1, "_reduce_scatter_base_": 0 if strategy == "ddp" else 3 * passes}
     assert {name: counts[name] for name in expected} == expected
+    # Weights are gathered before a validation and kept: its ranks make different numbers of passes.
+    assert "mean_loss gathers 0\n" in outcome.output and "predict_all gathers 0\n" in outcome.output
 
 
 # --- continued by others ----------------------------------------------------------------------------------------------

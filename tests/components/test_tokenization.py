@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -123,10 +124,13 @@ def test_other_content_tokenizer_size_or_rules_miss_the_cache(source, cache, tok
     larger = byte_tokenizer()
     larger.add_tokens(["+"])
     load(source, cache, larger)
+    other_eos = byte_tokenizer()
+    other_eos.eos_token = "a"
+    assert load(source, cache, other_eos)[0]["answer_tokenized"][-1] == other_eos.eos_token_id
     monkeypatch.setattr(tokenization, "RULES", RULES + 1)
     load(source, cache)
-    assert tokenized == [5, 5, 5, 3, 5, 5]
-    assert len(arrow_files(cache)) == 6
+    assert tokenized == [5, 5, 5, 3, 5, 5, 5]
+    assert len(arrow_files(cache)) == 7
 
 
 def test_a_tokenizer_saved_in_a_checkpoint_has_the_same_fingerprint(tmp_path, source):
@@ -312,6 +316,47 @@ def test_of_two_runs_at_once_one_tokenizes_and_the_other_waits(source, cache, tm
     assert sorted(log.read_text().split()) == ["asks", "asks", "tokenizes"]
     assert "waiting for another run" in capfd.readouterr().out
     assert len(load(source, cache)) == 5
+
+
+def test_temporary_files_stay_until_every_process_has_opened_them(source, tmp_path, monkeypatch):
+    """Two processes, which are threads here; the second opens its file when the first one waits for it, or has left."""
+    from datasets import Dataset
+
+    told, barrier, waits, open_file = {}, threading.Barrier(2, timeout=20), threading.Event(), Dataset.from_file
+
+    def all_gather_object(self, value):
+        told[self.rank] = value
+        if self.rank == 0 and opened:
+            waits.set()
+        barrier.wait()
+        values = [told[0], told[1]]
+        barrier.wait()
+        return values
+
+    def from_file(path, **options):
+        if threading.current_thread() is other:
+            assert waits.wait(20)
+        if not options:  # `map` has some
+            opened.append(path)
+        return open_file(path, **options)
+
+    def load_on(rank):
+        try:
+            [data] = load_tokenized([(source, None)], byte_tokenizer(), None, Processes(rank, 2, local_rank=rank))
+            rows.append(len(data))
+        finally:
+            waits.set()
+
+    opened, rows, other = [], [], threading.Thread(target=load_on, args=(1,))
+    monkeypatch.setattr(tokenization, "can_be_opened", lambda file: False)
+    monkeypatch.setattr(Processes, "all_gather_object", all_gather_object)
+    monkeypatch.setattr(Dataset, "from_file", staticmethod(from_file))
+    monkeypatch.setattr(threading, "excepthook", lambda *_: barrier.abort())
+    other.start()
+    with suppress(threading.BrokenBarrierError):
+        load_on(0)
+    other.join(20)
+    assert rows == [5, 5]
 
 
 def test_the_first_process_of_each_node_tokenizes_and_all_raise_its_error(monkeypatch):
