@@ -240,10 +240,10 @@ class Trainer:
     def enter_stage(self, stage: int, epoch: int) -> None:
         """Set the stage of the next step, with a fresh optimizer if reset_optimizer asks for one."""
         config, state = self.config, self.state
-        switched, entered, state.stage = state.stage not in (-1, stage), state.stage != stage, stage
+        entered, state.stage = state.stage != stage, stage
         if entered and self.log.backend:
             self.log.show("train/sequences", self.first_sequences(stage, epoch), state.step)
-        if (config.reset_optimizer is True and switched) or (
+        if (config.reset_optimizer is True and entered) or (
             config.reset_optimizer == "every_epoch" and state.examples == 0
         ):
             self.new_optimizer()

@@ -1,4 +1,4 @@
-"""The import rules of CONTRIBUTING.md, one direction and no cycles, and the picture of them there; the tests' marks."""
+"""The rules of CONTRIBUTING.md for imports, and their picture there; the marks of the tests; mutations of the core."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import tomllib
 
 from helpers import REPOSITORY
+from stress.mutate import mutations
 
 TOP = ("run", "train", "evaluate", "dataset", "coconut", "curriculum", "config", "utils")
 
@@ -81,3 +82,11 @@ def test_marks_are_declared_in_pyproject():
     declared = {re.match(r"\w+", line)[0] for line in settings["markers"]} | {"parametrize", "skipif", "skip", "xfail"}
     texts = [path.read_text(encoding="utf-8") for path in (REPOSITORY / "tests").rglob("test_*.py")]
     assert {mark for text in texts for mark in re.findall(r"pytest\.mark\.(\w+)", text)} <= declared
+
+
+def test_stress_mutations_still_find_their_lines_and_tests():
+    """tests/stress/mutate.py runs them. Where a line or test has changed, change its row there."""
+    for test, file, old, new in mutations():
+        path, _, name = test.partition("::")
+        assert old != new and (REPOSITORY / file).read_text(encoding="utf-8").count(old) == 1, (file, old)
+        assert f"def {name.partition('[')[0]}(" in (REPOSITORY / "tests" / path).read_text(encoding="utf-8"), test

@@ -750,6 +750,13 @@ def test_insufficient_disk_space_causes_a_warning(world, monkeypatch, capsys):
     assert "disk: checkpoints will take up to 0.0 GB more" in capsys.readouterr().out
 
 
+def test_checkpoints_are_listed_newest_first(tmp_path):
+    names = ["checkpoint_10", "checkpoint_9_step_100", "checkpoint_9_step_95", "checkpoint_9", "checkpoint_1_step_9"]
+    for name in [*sorted(names), "checkpoint_11.partial", "checkpoint_best"]:
+        (tmp_path / name).mkdir()
+    assert [path.name for path in list_checkpoints(tmp_path)] == names
+
+
 # --- best, last, retention, optimizer ---------------------------------------------------------------------------------
 
 

@@ -37,7 +37,7 @@ ONLY_CHECKED = {  # pattern: why matching commands are not run
     r"benchmarks/\w+\.py": "long benchmark",
     r"_[78]hops|\bmini[._-]|table1.py (ring|mini)|smoke": "takes minutes, or needs a longer run",
     r"published/": "needs the published files",
-    r"tests/stress/(soak|fuzz|commands)\.py|matrix\.bash|\.ci/run|-m slow": "minutes to hours",
+    r"tests/stress/(soak|fuzz|mutate|commands)\.py|matrix\.bash|\.ci/run|-m slow": "minutes to hours",
 }
 TINY = {"bash tests/run.bash": "bash tests/run.bash tests/test_config.py"}  # arguments go to pytest
 EXTERNAL = {"CONFIG.yaml", "run_experiment.py"}  # files of the user, and of ProntoQA
