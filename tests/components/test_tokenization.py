@@ -342,7 +342,7 @@ def test_temporary_files_stay_until_every_process_has_opened_them(source, tmp_pa
 
     def load_on(rank):
         try:
-            [data] = load_tokenized([(source, None)], byte_tokenizer(), None, Processes(rank, 2, local_rank=rank))
+            [data] = load_tokenized([(source, None, True)], byte_tokenizer(), None, Processes(rank, 2, local_rank=rank))
             rows.append(len(data))
         finally:
             waits.set()
