@@ -10,11 +10,12 @@ import re
 import reprlib
 import shutil
 import sys
+import textwrap
 import types
 import typing
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 
 import yaml
@@ -54,7 +55,7 @@ class Config:
     name: str | None = option(None, "name of the run; its directory is save_path/name", free=True)
     save_path: str = option("checkpoints", "directory of all runs", free=True)
     only_eval: bool = option(False, "only evaluate load_model_path on val_path", free=True)
-    debug: bool = option(False, "dry run: nothing is written; first 5,000 training, 32 validation problems", free=True)
+    debug: bool = option(False, "nothing is written; first 5,000 training, 32 validation problems", free=True)
     verbose: bool = option(False, "print the whole config at the start", free=True)
     samples: int = option(0, "number of answers to print in each validation", low=0, free=True)
     logger: str = option("wandb", "logger besides metrics.jsonl", choices=("wandb", "tensorboard", "none"), free=True)
@@ -184,7 +185,33 @@ class Config:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in OFFICIAL_METHODS}
 
 
+GROUPS = {  # the first key of each group
+    "project": "General",
+    "method": "Method",
+    "c_thought": "Curriculum",
+    "remove_per_epoch": "Curriculum of icot (Deng et al. 2024)",
+    "model_id": "Model",
+    "train_path": "Data",
+    "seed": "Training",
+    "batch_size_eval": "Validation and checkpoints",
+}
 FREE_KEYS = {f.name for f in fields(Config) if f.metadata["free"]}  # those that a resumed run may change
+
+
+def meaning(option: Field) -> str:
+    """Return what a key means, with its valid values if they are a few."""
+    choices = ", ".join(str(choice) for choice in option.metadata["choices"] if choice is not None)
+    return option.metadata["doc"] + (f" ({choices})" if choices else "")
+
+
+def describe_keys() -> str:
+    """Describe all keys with their defaults, group by group."""
+    lines = []
+    for key in fields(Config):
+        lines += ["", GROUPS[key.name]] if key.name in GROUPS else []
+        text = textwrap.wrap(meaning(key), 80)
+        lines += [f"  {f'{key.name}={key.default}':<35} {text[0]}", *(f"{'':38}{line}" for line in text[1:])]
+    return "\n".join(lines).strip()
 
 
 def convert(value, hint: type | types.UnionType, option: Mapping):
@@ -229,15 +256,17 @@ def format_errors(errors: list[str]) -> str:
 
 
 def parse_overrides(overrides: list[str]) -> tuple[dict, list[str]]:
-    """Parse `key=value` words. Returns the values and an error message for each word that is not one."""
+    """Parse `key=value` words. Returns the values and the error messages."""
     values, errors = {}, []
-    for word in overrides:
-        key, separator, text = word.partition("=")
-        if not separator:
-            errors.append(f"{word}: expected key=value")
-            continue
+    words = [word for word in overrides if re.match(r"(--)?\w+=", word)]
+    if len(words) < len(overrides):
+        line = " ".join(overrides)
+        meant = re.sub(r" *= *", "=", re.sub(r"(?<!\S)--(\w+) (?=[^-=])", r"\1=", line))
+        errors.append(f"{line}: expected key=value" + (f"; write {meant}" if meant != line else ", such as lr=1e-3"))
+    for word in words:
+        key, _, text = word.removeprefix("--").partition("=")
         try:
-            values[key.removeprefix("--")] = parse_yaml(text)
+            values[key] = parse_yaml(text)
         except ValueError:
             errors.append(f"{key}: {abbreviated(text)} is not a YAML value; quote it")
     return values, errors

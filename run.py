@@ -2,6 +2,10 @@
 
     torchrun --nnodes 1 --nproc_per_node N run.py CONFIG.yaml [key=value ...]
     python run.py CONFIG.yaml [key=value ...]         (one process, on a GPU or on the CPU)
+    python run.py CONFIG.yaml --dry-run               (load everything, say what would be trained, write nothing)
+    python run.py --help                              (all keys)
+
+CONFIG.yaml is one of args/ or your own, and key=value words change its keys: run.py args/gsm_cot.yaml lr=5e-5 seed=1
 
 Exit codes: 0 done, 2 a user's mistake, 3 a loss or gradient that is not finite, 4 a checkpoint that could not be
 saved, 5 a GPU out of memory, 6 another process died or does not answer, 130 and 143 stopped by SIGINT and SIGTERM after
@@ -10,13 +14,18 @@ saving: the same command resumes the run.
 
 from __future__ import annotations
 
-import argparse
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-import torch
+try:
+    import torch
+except ModuleNotFoundError:
+    print(f"error: {sys.executable} has no torch; activate the environment: source .venv/bin/activate", file=sys.stderr)
+    sys.exit(2)
 
 from coconut import Coconut, check_model
 from components.checkpoint import check_intact, check_saving, find_checkpoint
@@ -26,10 +35,10 @@ from components.errors import exit_code, message
 from components.lora import add_lora
 from components.parallelize import replicate
 from components.pretrained import Pretrained, load_on_rank0, model_source
-from components.run_directory import Claim, check_writable
-from config import Config, load_config
-from curriculum import METHODS
-from dataset import load_data
+from components.run_directory import Claim, check_directory, check_writable
+from config import Config, describe_keys, load_config
+from curriculum import METHODS, stage_of
+from dataset import Lengths, load_data
 from evaluate import Validator, evaluate_checkpoint
 from train import Trainer
 from utils import StopRequest, set_seed
@@ -37,19 +46,20 @@ from utils import StopRequest, set_seed
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line, run, and return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", help="a YAML file, such as args/gsm_coconut.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="config keys to set on top of the file")
-    arguments = parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & {*words} or not words:
+        print(f"{__doc__}\n{describe_keys()}" if words else __doc__.split("\n\nExit codes")[0], flush=True)
+        return 0 if words else 2
+    dry = "--dry-run" in words
+    path, *overrides = [word for word in words if word != "--dry-run"] or [""]
     quiet_libraries()
     with Claim() as claim:
         with StopRequest() as stop:
             try:
                 processes = init_distributed()  # first, so that torchrun does not end the one that prints before it can
-                config = load_config(arguments.config, arguments.overrides)
-                changed = f"   changed: {' '.join(arguments.overrides)}" if arguments.overrides else ""
-                processes.print(f"config: {arguments.config}{changed}")
-                run(config, processes, claim, stop)
+                config = load_config(path, overrides)
+                processes.print(f"config: {path}" + (f"   changed: {' '.join(overrides)}" if overrides else ""))
+                dry_run(config, processes, stop) if dry else run(config, processes, claim, stop)
             except Exception as error:
                 code = exit_code(error)
                 if code is None:
@@ -58,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
                     print(f"error: {text}", file=sys.stderr, flush=True)
                 return code  # without leaving the process group, where the others may wait in a collective
         destroy_distributed()
-        if config.analyze and not config.debug and not config.only_eval and processes.is_rank0:
+        if config.analyze and not dry and not config.debug and not config.only_eval and processes.is_rank0:
             return analyze(config)
     return 0
 
@@ -70,6 +80,29 @@ def run(config: Config, processes: Processes, claim: Claim, stop: StopRequest) -
         processes.run_on_rank0(lambda: check_writable(directory) if config.only_eval else claim.acquire(directory))
     job = set_up(config, processes, stop)
     evaluate_checkpoint(job) if config.only_eval else job.fit(claim)
+
+
+def dry_run(config: Config, processes: Processes, stop: StopRequest) -> None:
+    """Load and check all that a run needs, and print what it would do; nothing of it is written or locked."""
+    if not config.debug:
+        processes.run_on_rank0(lambda: check_directory(config.run_directory))
+    with TemporaryDirectory() as folder:
+        config.data_cache = folder
+        job = set_up(config, processes, stop)
+    if config.only_eval:
+        what = f"{config.load_model_path} would be tested on {len(job.problems):,} problems of {config.val_path}"
+        return processes.print(f"{what}\ndry run: nothing was written")
+    job.introduce()
+    epochs, size = range(job.state.epoch, config.num_epochs), config.problems_per_step(processes.world_size)
+    steps, lengths = math.ceil(len(job.data) / size), Lengths(job.data)
+    processes.print(
+        f"steps: {steps:,} of {size} problems in each of {len(epochs)} epochs, {steps * len(epochs):,} in all"
+    )
+    for stage in sorted({stage_of(epoch, config) for epoch in epochs}):
+        n = lengths.of_sequences(stage, config)
+        processes.print(f"stage {stage}: sequences of {n.min()} to {n.max()} tokens, {n.mean():.0f} on average")
+    weights, optimizer_state = (f"{size / 1e6:,.1f} MB" for size in job.checkpoint_bytes())
+    processes.print(f"a checkpoint: {weights}, and {optimizer_state} of optimizer state\ndry run: nothing was written")
 
 
 def set_up(config: Config, processes: Processes, stop: StopRequest) -> Trainer | Validator:

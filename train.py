@@ -132,8 +132,6 @@ class Trainer:
         if self.valid_data_changed():
             self.processes.print(f"note: {self.config.val_path} has changed, so best starts anew")
             state.best_stage, state.best_accuracy = -1, -1.0
-        if self.processes.is_rank0:  # the run may have died before it set the links, or a newer checkpoint is damaged
-            set_links(self.checkpoint, state.best_epoch)
         self.processes.print(f"resuming {self.directory} after epoch {state.epoch}, step {state.step}")
         return state
 
@@ -165,14 +163,12 @@ class Trainer:
         claim: that of the run's directory.
         """
         config, state, processes = self.config, self.state, self.processes
+        if self.checkpoint is not None and processes.is_rank0:
+            set_links(self.checkpoint, state.best_epoch)  # the run may have died before, or a newer one is damaged
         if state.epoch >= config.num_epochs:
             processes.print(f"{self.directory} has finished {state.epoch} epochs; raise num_epochs to train on")
             return
-        if config.verbose:
-            processes.print(self.config_text())
-        self.display.header(self.pretrained.lm, len(self.data), len(self.validator.problems))
-        if not config.debug:
-            processes.print(self.disk_report())
+        self.introduce()
         processes.run_on_rank0(lambda: self.open_log(claim))
         try:
             if not config.debug:
@@ -190,6 +186,15 @@ class Trainer:
             raise
         finally:
             self.log.close()
+
+    def introduce(self) -> None:
+        """Print what is trained, and how much disk space it takes; with config.verbose the whole config."""
+        if self.config.verbose:
+            self.processes.print(self.config_text())
+        self.display.header(self.pretrained.lm, len(self.data), len(self.validator.problems))
+        if not self.config.debug:
+            sizes = self.checkpoint_bytes()
+            self.processes.print(disk_report(self.config, self.directory, self.state.epoch, *sizes))
 
     def open_log(self, claim: Claim) -> None:
         """Create the run's directory with its config.yaml and open the log where the checkpoint left off."""
@@ -408,11 +413,10 @@ class Trainer:
         if processes.is_rank0:
             prune(checkpoint, config.keep_checkpoints, config.save_only_improve)
 
-    def disk_report(self) -> str:
-        """Return a line about the disk space that the checkpoints to come need."""
-        weights = sum(4 * p.numel() for p in self.model.parameters())  # float32 in the file
-        optimizer_state = sum(2 * p.nbytes for group in self.optimizer.param_groups for p in group["params"])
-        return disk_report(self.config, self.directory, self.state.epoch, weights, optimizer_state)
+    def checkpoint_bytes(self) -> tuple[int, int]:
+        """Return the bytes of a checkpoint's weights, float32 in the file, and of its optimizer state."""
+        trained = (p for group in self.optimizer.param_groups for p in group["params"])
+        return sum(4 * p.numel() for p in self.model.parameters()), sum(2 * p.nbytes for p in trained)
 
     def config_text(self) -> str:
         """Return the resolved config as YAML, with versions and devices as comments."""

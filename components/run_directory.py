@@ -38,8 +38,7 @@ class Claim:
 
     def acquire(self, directory: Path) -> None:
         """Check that the run can use its directory, and lock it. Raises UserError if it cannot."""
-        check_writable(directory)
-        check_types(directory)
+        check_directory(directory)
         if (directory / METRICS).exists():
             self.lock(directory)
 
@@ -69,6 +68,12 @@ class Claim:
             raise UserError(f"name: another process is training in {directory}; {remedy}") from error
         except OSError:
             pass  # a file system without locks
+
+
+def check_directory(directory: Path) -> None:
+    """Raise UserError for a directory that a run could not use; nothing is written or locked."""
+    check_writable(directory)
+    check_types(directory)
 
 
 def check_writable(directory: Path) -> None:

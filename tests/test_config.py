@@ -1,12 +1,16 @@
 """What users write: configs that work, and mistakes, each of them a short message, exit code 2 and nothing written."""
 
 import importlib.util
+import re
+import subprocess
+import sys
+from dataclasses import fields
 
 import pytest
 import yaml
 
 import run
-from config import FREE_KEYS, Config, UserError, load_config, missing_packages, read_yaml
+from config import FREE_KEYS, GROUPS, Config, UserError, load_config, missing_packages, read_yaml
 from helpers import REPOSITORY, byte_tokenizer, make_problems, run_script, save_model, snapshot, words, write_json
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------
@@ -106,6 +110,42 @@ def test_the_config_of_these_tests_runs(place, capsys):
 def test_a_mistake_in_the_config_is_refused(place, capsys, command, parts):
     message = refusal(capsys, place, command)
     assert [part for part in parts if part not in message] == []
+
+
+@pytest.mark.parametrize(
+    ("command", "remedy"),
+    [
+        ("--lr 1e-3", "--lr 1e-3: expected key=value; write lr=1e-3"),
+        ("lr = 1e-3 seed=1", "lr = 1e-3 seed=1: expected key=value; write lr=1e-3 seed=1"),
+        ("--lr 1e-3 --seed 1", "--lr 1e-3 --seed 1: expected key=value; write lr=1e-3 seed=1"),
+        ("--bf16", "--bf16: expected key=value, such as lr=1e-3"),
+    ],
+)
+def test_words_in_another_form_are_answered_with_the_right_one(place, capsys, command, remedy):
+    assert refusal(capsys, place, *command.split()).splitlines()[1:] == [f"  - {remedy}"]
+
+
+def test_help_shows_every_key_once_in_its_group_with_default_and_meaning(capsys):
+    assert run.main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    for key in fields(Config):
+        assert len(re.findall(rf"^  {key.name}={re.escape(str(key.default))} +\S", printed, re.MULTILINE)) == 1, (
+            key.name
+        )
+    assert set(GROUPS) <= {key.name for key in fields(Config)}
+    assert "\nCurriculum\n  c_thought=1    " in printed
+
+
+def test_no_arguments_show_the_usage_with_an_example(capsys):
+    assert run.main([]) == 2
+    assert "run.py args/gsm_cot.yaml lr=5e-5" in capsys.readouterr().out
+
+
+def test_python_without_torch_is_told_to_activate_the_environment():
+    command = [sys.executable, "-S", "-I", str(REPOSITORY / "run.py"), "args/ring_cot.yaml"]  # no site-packages
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == f"error: {sys.executable} has no torch; activate the environment: source .venv/bin/activate\n"
 
 
 TEXT_MISTAKES = [

@@ -591,6 +591,26 @@ def copied(world, whole, request):
     return shutil.copytree(whole, world / "runs" / name, symlinks=True)
 
 
+def test_dry_run_says_what_would_be_trained_and_neither_writes_nor_locks(world, copied, capsys):
+    (copied / "last").unlink()  # a real start would restore it
+    before = snapshot(world)
+    start(world, "--dry-run", name="never", num_epochs=3)
+    printed = capsys.readouterr().out
+    assert "steps: 5 of 4 problems in each of 3 epochs, 15 in all\nstage 0: sequences of " in printed
+    assert "\nstage 1: sequences of " in printed and "stage 2" not in printed
+    assert printed.endswith("dry run: nothing was written\n")
+    with (copied / "metrics.jsonl").open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        start(world, "--dry-run", name=copied.name, num_epochs=5)
+    printed = capsys.readouterr().out
+    assert f"resuming {copied} after epoch 3, step 15" in printed
+    assert "steps: 5 of 4 problems in each of 2 epochs, 10 in all\nstage 1: " in printed
+    start(world, "--dry-run", name="never", only_eval=True, load_model_path=copied / "best")
+    assert f"{copied}/best would be tested on 7 problems of {world}/valid.json" in capsys.readouterr().out
+    start(world, "--dry-run", name="never", train_path="none.json", code=2)
+    assert snapshot(world) == before
+
+
 def test_directory_is_claimed_before_it_is_read(world, copied, monkeypatch):
     """Else a start that arrives as another one ends would resume from an old checkpoint."""
     tried = []

@@ -75,7 +75,7 @@ def check(command: str) -> None:
     folder = (ROOT / words[place]).parent  # scripts share options
     check_options(words[place:], "".join(path.read_text(encoding="utf-8") for path in folder.glob("*.py")))
     if words[place] == "run.py" and (ROOT / words[place + 1]).exists():
-        keys, problems = parse_overrides([word for word in words[place + 2 :] if not word.startswith("[")])
+        keys, problems = parse_overrides([word for word in words[place + 2 :] if not word.startswith(("[", "--"))])
         Config(read_yaml(ROOT / words[place + 1]) | keys)
         if problems:
             raise ValueError("; ".join(problems))
