@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import html
 import importlib.util
+import json
 import shutil
 import sys
 import tempfile
@@ -19,14 +20,17 @@ from pathlib import Path
 
 import plot
 import yaml
+from evaluations import percent
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from runs import FinishedRun, UserError, display_value, read_run
+from record import tests_of
+from runs import FinishedRun, UserError, display_value, read_file, read_run
 
 from components.checkpoint_manager import OPTIMIZER_STATE
 from components.export import require_description
 from components.files import MANIFEST
+from curriculum import METHODS
 
 NOT_UPLOADED = ("training_state.pt", OPTIMIZER_STATE, MANIFEST)  # needed only to resume the run
 LOCAL_KEYS = ("save_path", "data_cache", "name", "project", "logger")  # specific to a machine or account
@@ -35,13 +39,13 @@ USAGE = """\
 
     tokenizer = AutoTokenizer.from_pretrained("{repository}", padding_side="left")
     model = AutoModelForCausalLM.from_pretrained("{repository}", trust_remote_code=True)
-    inputs = tokenizer(["a question\\n"], return_tensors="pt", padding=True)
-    print(tokenizer.batch_decode(model.generate(**inputs)))
+    inputs = tokenizer([{question}], return_tensors="pt", padding=True)
+    print(tokenizer.batch_decode(model.generate(**inputs)))  # expected after the last "#": {answer}
 """
 
 
 def card(run: FinishedRun, description: dict, repository: str, license: str | None, curves: bool) -> str:
-    """Render the model card; config values are escaped, whatever characters they contain."""
+    """Render the model card; config values and problems are escaped, whatever characters they contain."""
     config = {key: display_value(key, value) for key, value in run.config.items() if key not in LOCAL_KEYS}
     model = run.config["model_id"]
     on_hub = model.count("/") == 1 and not Path(model).exists()  # a guess: hub names have one slash
@@ -50,6 +54,13 @@ def card(run: FinishedRun, description: dict, repository: str, license: str | No
     data = ModelCardData(license=license, base_model=base, tags=tags, library_name="transformers")
     data.pipeline_tag = "text-generation"
     accuracy, loss = (run.curves[name] for name in ("accuracy", "validation loss"))
+    epoch, thoughts = description["epoch"], placeholders(config["method"], description["thoughts"])
+    question, answer = example(run)
+    measured = tests_of(run, epoch) if epoch in run.stages else {}  # not if it was saved within an epoch
+    tests = "".join(
+        f"Test accuracy on {html.escape(name)}: {percent(metrics)} % (95 % confidence interval).\n"
+        for name, metrics in measured.items()
+    )
     rows = [f"| {epoch} | {stage} | {accuracy[epoch]:.1%} | {loss[epoch]:.4f} |" for epoch, stage in run.stages.items()]
     epochs = "\n".join(rows)
     resolved = yaml.safe_dump(config, sort_keys=False, allow_unicode=True) + yaml.safe_dump({"versions": run.versions})
@@ -61,18 +72,20 @@ def card(run: FinishedRun, description: dict, repository: str, license: str | No
 # {html.escape(repository)}
 
 Trained with the method {html.escape(config["method"])} of *Training Large Language Models to Reason in a Continuous
-Latent Space* (arXiv 2412.06769), saved after epoch {description["epoch"]}, stage {description["stage"]}, with
-{description["thoughts"]} thoughts or pause tokens between question and output.
+Latent Space* (arXiv 2412.06769), saved after epoch {epoch}, in stage {description["stage"]}, with
+{thoughts} between question and output.
 
 ## Usage
 
-{USAGE.format(repository=repository)}
+{USAGE.format(repository=repository, question=repr(question + chr(10)), answer=repr(answer))}
 **Without `trust_remote_code=True`, the model silently generates without thoughts.** The code is in
 `custom_generate/generate.py`. A question ends with a newline; the answer follows the last `#`.
 
-## Validation
+## Accuracy
 
-On {html.escape(str(config["val_path"]))}, trained on {html.escape(str(config["train_path"]))}.
+{tests or "Not tested; the table shows validation accuracy."}
+
+Validation on {html.escape(str(config["val_path"]))}, trained on {html.escape(str(config["train_path"]))}.
 {"![accuracy and loss over the epochs](curves.svg)" if curves else ""}
 
 | epoch | stage | accuracy | loss |
@@ -86,6 +99,19 @@ On {html.escape(str(config["val_path"]))}, trained on {html.escape(str(config["t
 
 {html.escape(license or "") or "Not specified; the licences of the base model and of the data apply."}
 """
+
+
+def placeholders(method: str, count: int) -> str:
+    """Name the thoughts or pause tokens of a prompt: "4 continuous thoughts"."""
+    kind = {"latent": "continuous thought", "pause": "pause token", None: "thought"}[METHODS[method].placeholder]
+    return f"{count or 'no'} {kind}{'' if count == 1 else 's'}"
+
+
+def example(run: FinishedRun) -> tuple[str, str]:
+    """Return the first validation problem of a run, question and answer, from its predictions."""
+    line, _, _ = read_file(run.directory / f"predictions_{max(run.stages)}.jsonl").partition("\n")
+    problem = json.loads(line)
+    return problem["question"], problem["expected"]
 
 
 def prepare(checkpoint: Path, folder: Path, repository: str, license: str | None) -> None:

@@ -89,20 +89,20 @@ def row(label: str, seeds: list[FinishedRun]) -> dict[str, str]:
     if all("eval/cot_em" in run.best for run in seeds):
         cells["chain right %"] = spread([100 * run.best["eval/cot_em"] for run in seeds])
     cells["tokens"] = f"{statistics.mean(run.best['eval/new_tokens'] for run in seeds):.1f}"
-    tests = [tests_of_best(run) for run in seeds]
+    tests = [tests_of(run, run.best["eval/epoch"]) for run in seeds]
     for name in tests[0]:
         if all(name in test for test in tests):
             cells[f"{name} %"] = spread([100 * test[name]["eval/acc"] for test in tests])
     return cells
 
 
-def tests_of_best(run: FinishedRun) -> dict[str, dict]:
-    """Return the tests of the checkpoint `best` as it was trained: {test set: metrics}.
+def tests_of(run: FinishedRun, epoch: int) -> dict[str, dict]:
+    """Return the tests of the checkpoint of an epoch as it was trained: {test set: metrics}.
 
     Those with another method, stage or number of thoughts are left out; an earlier version recorded the stage only.
     """
-    config, stage = Config(run.config), run.best["eval/stage"]
-    trained = {"checkpoint": f"checkpoint_{run.best['eval/epoch']}", "method": config.method, "stage": stage}
+    config, stage = Config(run.config), run.stages[epoch]
+    trained = {"checkpoint": f"checkpoint_{epoch}", "method": config.method, "stage": stage}
     trained["thoughts"] = num_placeholders(stage, ALL_STEPS, config, training=False)
     return {
         setting.test_set: metrics

@@ -29,10 +29,25 @@ def test_hub_dry_run_writes_model_and_card(save_path, tmp_path, capsys):
             row = f"| {line['eval/epoch']} | {line['eval/stage']} | {line['eval/acc']:.1%} | {line['eval/loss']:.4f} |"
             assert row in card.text
     assert "    max_latent_stage: 2\n" in card.text
+    first = json.loads((save_path / "gpt2" / "predictions_3.jsonl").open().readline())
+    assert repr(first["question"] + "\n") in card.text and repr(first["expected"]) in card.text
+    assert "4 continuous thoughts between" in card.text and "Not tested" in card.text
     assert 'from_pretrained("owner/name", trust_remote_code=True)' in card.text
     assert str(save_path) not in card.text  # no local paths
     assert hub.main(["push", str(checkpoint), "owner/name", "--dry-run", str(folder)]) == 2
     assert "already exists" in capsys.readouterr().err
+
+
+def test_model_card_has_test_accuracy_of_its_checkpoint(save_path, tmp_path):
+    shutil.copytree(save_path / "gpt2", tmp_path / "gpt2", symlinks=True)
+    run = read_run(tmp_path / "gpt2")
+    metrics = {"val_path": "data/far.json", "problems": 100, "eval/acc": 0.5, "stage": 2}
+    for epoch, accuracy in ((3, 0.5), (1, 0.9)):
+        folder = tmp_path / "gpt2" / f"eval_checkpoint_{epoch}"
+        folder.mkdir()
+        (folder / "metrics_far.yaml").write_text(yaml.safe_dump(metrics | {"eval/acc": accuracy}))
+    text = hub.card(run, {"epoch": 3, "stage": 2, "thoughts": 4}, "owner/name", None, curves=False)
+    assert "Test accuracy on far: 50.0 (40.4 to 59.6) %" in text and "90.0" not in text
 
 
 def test_model_card_escapes_config_values(save_path, tmp_path):

@@ -302,9 +302,9 @@ def test_record_shows_tests_of_best_as_it_was_trained(train, tmp_path):
     command = [str(config), "only_eval=True", f"load_model_path={tmp_path}/seed0/best", f"save_path={tmp_path}"]
     assert run.main(command) == 0
     run_ = record.read_run(tmp_path / "seed0")
-    [trained] = record.tests_of_best(run_).values()
+    [trained] = record.tests_of(run_, run_.best["eval/epoch"]).values()
     assert (trained["method"], trained["stage"], trained["thoughts"]) == ("coconut", 1, 1)
     for changes in (["c_thought=2"], ["resume=1"], ["method=no_thoughts"]):
         assert run.main([*command, *changes]) == 0
-    assert record.tests_of_best(run_) == {"valid": trained}
+    assert record.tests_of(run_, run_.best["eval/epoch"]) == {"valid": trained}
     assert len(evaluations.read_evaluations(tmp_path / "seed0")) == 4
