@@ -29,7 +29,7 @@ except ModuleNotFoundError:
 
 from coconut import Coconut, check_model
 from components.checkpoint import check_intact, check_saving, find_checkpoint
-from components.display import quiet_libraries
+from components.display import print_without_errors, quiet_libraries
 from components.distributed import Processes, destroy_distributed, init_distributed
 from components.errors import exit_code, message
 from components.lora import add_lora
@@ -164,6 +164,7 @@ def analyze(config: Config) -> int:
 
 
 if __name__ == "__main__":
+    print_without_errors()
     code = main()
     if "RANK" in os.environ:  # gloo's threads can abort an interpreter that shuts down, with all work done
         sys.stdout.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import platform
 import resource
@@ -96,6 +97,26 @@ def progress_bar(processes: Processes, items=None, **options) -> tqdm:
     """Return a bar of tqdm that is shown on rank 0 if it prints to a terminal, and removed at its end."""
     hidden = not (processes.is_rank0 and sys.stdout.isatty())
     return tqdm(items, file=sys.stdout, leave=False, dynamic_ncols=True, disable=hidden, **options)
+
+
+class Output(io.FileIO):
+    """A standard stream that drops what it cannot write: to a closed pipe, or to a log on a full disk."""
+
+    def write(self, data) -> int:
+        """Write bytes; returns how many of them are dealt with."""
+        try:
+            return super().write(data) or len(data)  # None: a terminal that does not wait
+        except OSError:
+            return len(data)
+
+
+def print_without_errors() -> None:
+    """Replace stdout and stderr so that printing never ends a run; characters that they lack are escaped."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        raw = io.BufferedWriter(Output(stream.fileno(), "w", closefd=False))
+        text = io.TextIOWrapper(raw, stream.encoding, "backslashreplace", line_buffering=stream.line_buffering)
+        setattr(sys, name, text)
 
 
 def quiet_libraries() -> None:

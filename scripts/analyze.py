@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import transformers
 
+from components.display import print_without_errors
 from config import UserError, read_yaml
 
 
@@ -67,4 +68,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    print_without_errors()
     sys.exit(main())

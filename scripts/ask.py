@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from components.display import print_without_errors
 from config import UserError
 from dataset import MyCollator, model_args
 from evaluate import OpenedCheckpoint, open_checkpoint, predict, until_eos
@@ -113,4 +114,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    print_without_errors()
     main()

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from components.data_sources import content_digest  # noqa: E402
+from components.display import print_without_errors  # noqa: E402
 from components.export import read_description  # noqa: E402
 from config import HUB, Config, UserError, parse_overrides, read_yaml  # noqa: E402
 from curriculum import METHODS  # noqa: E402
@@ -168,4 +169,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    print_without_errors()
     main()

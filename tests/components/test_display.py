@@ -1,6 +1,8 @@
 """What a training run shows: in a log, in a terminal, on other ranks."""
 
 import io
+import os
+import subprocess
 import sys
 from functools import partialmethod
 
@@ -11,6 +13,7 @@ from components import display
 from components.display import Display
 from components.distributed import Processes
 from config import Config
+from helpers import REPOSITORY, make_problems, save_model, words, write_json
 
 VALID = {"eval/loss": 0.25, "eval/acc": 0.5}
 
@@ -75,3 +78,38 @@ def test_other_ranks_show_nothing(capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdout", terminal := Terminal())
     shown(20, rank=1)
     assert terminal.getvalue() == ""
+
+
+@pytest.mark.parametrize("broken", ["ascii", "full", "closed"])
+def test_printing_never_fails(tmp_path, monkeypatch, broken):
+    if broken == "closed":
+        reading, writing = os.pipe()
+        os.close(reading)
+    target = {"ascii": tmp_path / "log", "full": "/dev/full", "closed": writing if broken == "closed" else None}[broken]
+    with open(target, "w", encoding="ascii") as stdout, open(os.devnull, "w") as stderr:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        monkeypatch.setattr(sys, "stderr", stderr)
+        display.print_without_errors()
+        print("Ann’s question", flush=True)
+        for bar in (tqdm(range(3), file=sys.stdout), tqdm(range(3))):
+            list(bar)
+        print("x" * 100_000)
+        sys.stdout.flush()
+        assert sys.stdout.fileno() == stdout.fileno() and not sys.stdout.isatty()
+    if broken == "ascii":
+        assert (tmp_path / "log").read_bytes().startswith(b"Ann\\u2019s question\n")
+
+
+@pytest.mark.slow
+def test_run_survives_a_log_on_a_full_disk_in_ascii(tmp_path):
+    """What a terminal or log cannot take must not cost an epoch."""
+    problems = [{**problem, "question": "Ann’s " + problem["question"]} for problem in make_problems(4)]
+    data = write_json(tmp_path / "data.json", problems)
+    values = {"method": "cot", "name": "new", "save_path": tmp_path, "logger": "none", "max_new_tokens": 4}
+    values |= {"model_id": save_model(tmp_path / "model"), "train_path": data, "val_path": data}
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    command = [sys.executable, str(REPOSITORY / "run.py"), str(tmp_path / "config.yaml"), *words(values)]
+    with open("/dev/full", "w") as log:
+        environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+        code = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False).returncode
+    assert code == 0 and (tmp_path / "new" / "last" / "model.safetensors").exists()
