@@ -8,8 +8,8 @@
 CONFIG.yaml is one of args/ or your own, and key=value words change its keys: run.py args/gsm_cot.yaml lr=5e-5 seed=1
 
 Exit codes: 0 done, 2 a user's mistake, 3 a loss or gradient that is not finite, 4 a checkpoint that could not be
-saved, 5 a GPU out of memory, 6 another process died or does not answer, 130 and 143 stopped by SIGINT and SIGTERM after
-saving: the same command resumes the run.
+saved, 5 a GPU out of memory, 6 another process died or does not answer; 128 + the signal: stopped by SIGTERM (143),
+SIGINT (130), SIGUSR1 or SIGHUP after saving, and the same command resumes the run.
 """
 
 from __future__ import annotations

@@ -25,19 +25,21 @@ def set_seed(seed: int, rank: int | None = None) -> None:
 
 
 class StopRequest:
-    """SIGTERM and SIGINT as a request that the training loop honors after its current step.
+    """SIGTERM, SIGINT, SIGHUP and SIGUSR1 as a request that the training loop honors after its current step.
 
     A second signal exits at once, unless it follows so closely that it is the same request, delivered by the terminal
-    and by torchrun. A context manager, which restores the previous handlers.
+    and by torchrun. A SIGHUP that nohup has disabled stays so. A context manager, which restores the previous handlers.
     """
 
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
     SAME_REQUEST = 2.0  # seconds
 
     def __init__(self):
         self.signal, self.time = 0, 0.0
 
     def __enter__(self) -> StopRequest:
-        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+        self.before = {number: signal.signal(number, self.receive) for number in self.SIGNALS if number not in ignored}
         return self
 
     def __exit__(self, *_) -> None:

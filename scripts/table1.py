@@ -12,6 +12,7 @@ seed, which is trained first.
 from __future__ import annotations
 
 import argparse
+import signal
 import statistics
 import subprocess
 import sys
@@ -64,12 +65,19 @@ PAPER = {
 
 
 def launch(processes: int, config: Path, overrides: list[str]) -> None:
-    """Run run.py; exit with its exit code if it fails."""
+    """Run run.py; exit with its exit code if it fails. After a Ctrl-C raise KeyboardInterrupt once it has ended."""
     command = [sys.executable, "run.py", str(config), *overrides]
     if processes > 1:
         command[1:1] = ["-m", "torch.distributed.run", "--nnodes", "1", "--nproc_per_node", str(processes)]
     print("\n$ " + " ".join(command), flush=True)
-    code = subprocess.run(command, cwd=ROOT, check=False).returncode
+    interrupted = []  # by Ctrl-C, which run.py gets, too: it saves, and this waits for it
+    before = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
+    try:
+        code = subprocess.run(command, cwd=ROOT, check=False).returncode
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if interrupted:
+        raise KeyboardInterrupt
     if code:
         print(f"error: the command above failed with exit code {code}; run the same table1 command again to resume")
         sys.exit(code)
@@ -162,6 +170,9 @@ def main() -> None:
                 results[method].append(test)
     except UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("\nstopped; rerun to resume: the same command goes on from here", flush=True)
+        sys.exit(130)
     files = ", ".join(sorted({test["val_path"] for tests in results.values() for test in tests}))
     print(f"\n{args.dataset}, {args.seeds} seed(s), test set {files}\n\n{format_table(args.dataset, results)}")
     directories = [str(test["directory"]) for tests in results.values() for test in tests]

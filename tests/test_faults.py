@@ -33,6 +33,7 @@ from dataset import step_batches
 from helpers import run_script, snapshot
 from helpers.faults import ROOT, Fault, flip, launch, truncate
 from helpers.setting import Setting, assert_same, flat_state, metrics
+from utils import StopRequest
 
 
 @pytest.fixture(scope="module")
@@ -129,17 +130,19 @@ def test_resume_on_four_ranks_is_bit_identical(setting, name, parallel):
 STOPS = [
     Fault("sigterm", "step", 6),
     slow(Fault("sigint", "step", 6)),
+    Fault("sigusr1", "step", 6),
+    slow(Fault("sighup", "step", 6)),
     Fault("sigterm", "step", 8),  # the last step of an epoch: only its validation is left
     slow(Fault("sigterm", "validation", 8)),
     slow(Fault("sigint", "validation", 16)),
     Fault("sigterm", "state", 8),  # during an epoch's save
     slow(Fault("sigterm", "renamed", 12)),
 ]
-CODES = {"sigterm": 143, "sigint": 130}
+CODES = {"sigterm": 143, "sigint": 130, "sigusr1": 128 + signal.SIGUSR1, "sighup": 129}
 
 
 @pytest.mark.parametrize("fault", STOPS, ids=show)
-def test_sigterm_and_sigint_save_a_checkpoint(setting, name, fault):
+def test_signals_save_a_checkpoint(setting, name, fault):
     outcome = setting.run(name, fault=fault)
     assert outcome.codes == [CODES[fault.action]]
     assert "the same command resumes this run" in outcome.output
@@ -175,6 +178,16 @@ def test_repeated_sigterm_during_validation(setting, name):
     again = setting.run(name)
     assert not re.search(r"epoch 2/4 stage \d: +[1-9]", again.output)  # no step of the second epoch is trained again
     assert_same(setting.directory / name, setting.reference())
+
+
+def test_nohup_stays_in_force():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.signal
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_second_signal_exits_without_saving(setting, name):

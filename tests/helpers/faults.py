@@ -34,8 +34,9 @@ sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tests")) if path not in
 class Fault:
     """A fault that strikes once in a run.
 
-    action: kill (SIGKILL), sigterm, sigint, impatient (SIGTERM twice), wait (until a signal arrives), raise (an
-            exception), full (ENOSPC), limit (from then on no file may grow beyond `limit` bytes, as on a full disk),
+    action: kill (SIGKILL), sigterm, sigint, sigusr1, sighup, impatient (SIGTERM twice), wait (until a signal arrives),
+            raise (an exception), full (ENOSPC), limit (from then on no file may grow beyond `limit` bytes, as on a full
+            disk),
             nan (the loss), inf (all gradients of this rank), oom (GPU out of memory), hang (for `limit` seconds; the
             timeout of collectives is 4 s), unseen (this rank sees no file of the run for `limit` seconds; it waits 3 s)
     place:  step (an optimizer step begins), backward (its gradients are computed), optimizer (before optimizer.step),
@@ -187,7 +188,7 @@ class Fault:
             Path(self.once).touch()
         if self.action == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        elif self.action in ("sigterm", "sigint"):
+        elif self.action.startswith("sig"):
             signal.raise_signal(getattr(signal, self.action.upper()))
         elif self.action == "impatient":
             import utils
@@ -291,6 +292,7 @@ def work(words: list[str], fault: Fault | None, environment: dict[str, str], out
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ.update(environment)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # even if the tests are run by nohup
     sys.exit(drive(words, fault))
 
 

@@ -1,6 +1,7 @@
 """scripts/table1.py: which runs it starts, in which order, from which checkpoints."""
 
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -123,3 +124,22 @@ def test_table1_refuses_a_copy_of_the_validation_file_and_debug(place, monkeypat
     with pytest.raises(SystemExit, match="debug: True writes no checkpoint"):
         table_of(monkeypatch, capsys, "debug=True")
     assert not (place / "runs").exists()
+
+
+def test_ctrl_c_lets_the_run_save_and_exits_with_130(place, monkeypatch, capsys):
+    """A terminal sends Ctrl-C to run.py too, which finishes its step; table1 must not kill it, and waits for it."""
+    monkeypatch.undo()
+    monkeypatch.setattr(table1, "ROOT", place)
+    (place / "run.py").write_text(
+        "import pathlib, signal, sys, time\n"
+        "signal.signal(signal.SIGINT, lambda *_: [time.sleep(1), pathlib.Path('saved').touch(), sys.exit(130)])\n"
+        "import os\n"
+        "os.kill(os.getppid(), signal.SIGINT), os.kill(os.getpid(), signal.SIGINT)\n"
+        "time.sleep(60)\n"
+    )
+    with pytest.raises(SystemExit) as raised:
+        table_of(monkeypatch, capsys)
+    assert raised.value.code == 130
+    assert (place / "saved").exists()
+    assert "rerun to resume" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
