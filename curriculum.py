@@ -92,6 +92,13 @@ def evaluation_stage(config, description: dict) -> int:
     return effective_stage(stage, config)
 
 
+def scheduled_stages(config, description: dict) -> set[int]:
+    """Return the stages of a run's epochs; of an evaluation, its only one (see `evaluation_stage`)."""
+    if config.only_eval:
+        return {evaluation_stage(config, description)}
+    return {stage_of(epoch, config) for epoch in range(config.resume, config.num_epochs)}
+
+
 def apply_curriculum(
     stage: int, steps: list[list[int]], config, training: bool, offset: int = 0
 ) -> tuple[int, list[int]]:

@@ -15,16 +15,16 @@ from pyarrow import compute
 from coconut import plan_batch
 from components.distributed import Processes
 from components.prefetch import prefetch
-from components.pretrained import Pretrained
-from components.tokenization import TOKENS, default_cache, load_tokenized
+from components.pretrained import Pretrained, model_source
+from components.tokenization import TOKENS, check_tokens, default_cache, load_tokenized
 from config import Config, UserError
 from curriculum import (
     apply_curriculum,
-    evaluation_stage,
     method_of,
     needs_steps,
     num_placeholders,
     num_removed,
+    scheduled_stages,
     stage_of,
 )
 
@@ -45,23 +45,38 @@ def get_dataset(path: str, tokenizer, max_size: int | None = None) -> Dataset:
 def load_data(config: Config, pretrained: Pretrained, processes: Processes) -> tuple[Dataset | None, Dataset]:
     """Load the tokenized training problems (None for only_eval) and the validation problems, with their texts.
 
-    Raises UserError for a problem whose sequences are longer than the model's positions.
+    Raises UserError for a problem whose sequences are longer than the model's positions, and for tokens that it lacks.
     """
     train_size, valid_size = (DEBUG_TRAIN, DEBUG_VALID) if config.debug else (None, None)
     steps = needs_steps(config)
     sources = [] if config.only_eval else [(config.train_path, train_size, steps)]
     sources.append((config.val_path, valid_size, steps))
     folder = None if config.debug else config.data_cache or default_cache()
-    *train, valid = load_tokenized(sources, pretrained.tokenizer, folder, processes)
-    train = train[0].select_columns(TOKENS) if train else None
-    if limit := getattr(pretrained.lm.config, "max_position_embeddings", None):
-        if train is None:
-            stages = {evaluation_stage(config, pretrained.description)}
-        else:
-            stages = {stage_of(epoch, config) for epoch in range(config.resume, config.num_epochs)}
-            check_lengths(train, stages, config, limit, config.train_path)
-        check_lengths(valid, stages, config, limit, config.val_path, mix_stages=False)
-    return train, valid
+    data = load_tokenized(sources, pretrained.tokenizer, folder, processes)
+    processes.run_on_rank0(lambda: check_data(data, [path for path, *_ in sources], config, pretrained))
+    *train, valid = data
+    return (train[0].select_columns(TOKENS) if train else None), valid
+
+
+def check_data(data: list[Dataset], paths: list[str], config: Config, pretrained: Pretrained) -> None:
+    """Hold validation data, or training and validation data, against the model and each other; warn, or UserError."""
+    lm, stages = pretrained.lm, scheduled_stages(config, pretrained.description)
+    folder, key, _ = model_source(config, config.load_model_path)
+    for examples, path in zip(data, paths, strict=True):
+        rows = len(lm.get_input_embeddings().weight)
+        check_tokens(examples, pretrained.tokenizer, rows, f"{key}: {folder!r}", path)
+        if limit := getattr(lm.config, "max_position_embeddings", None):
+            check_lengths(examples, stages, config, limit, path, mix_stages=examples is not data[-1])
+    if config.only_eval:
+        return
+    train, valid = (examples.with_format("arrow")[:] for examples in data)
+    if common := compute.sum(compute.is_in(valid["question"], value_set=train["question"])).as_py():
+        print(f"warning: {common} of {len(valid)} questions of val_path are in train_path too", flush=True)
+    most, last = list_lengths(train["steps"]).max(), min(max(stages), config.max_latent_stage)
+    if method_of(config).steps == "by stage" and last > most:
+        which = f"stage {last} removes" if last == most + 1 else f"stages {most + 1} to {last} remove"
+        remedy = f"set max_latent_stage: {most}, or check the data" if most else "check the data"
+        print(f"warning: no problem of train_path has more than {most} steps, so {which} nothing; {remedy}", flush=True)
 
 
 class SequenceDataset(torch.utils.data.Dataset):
@@ -279,10 +294,14 @@ class Lengths:
         """Return the length of each training sequence at a stage. (n,)"""
         counts = [num_placeholders(stage, n, configs, training=True) for n in range(self.num_steps.max(initial=0) + 1)]
         prompt = self.question + (2 if method_of(configs).markers else 0) + np.array(counts)[self.num_steps]  # (n,)
+        return prompt + self.of_targets(stage, configs)
+
+    def of_targets(self, stage: int, configs) -> np.ndarray:
+        """Return the length of the supervised part of each training sequence at a stage. (n,)"""
         removed = num_removed(stage, configs, training=True)
         if method_of(configs).steps == "by token":
-            return prompt + np.maximum(self.sum_by_example(self.step_lengths) - removed, 0) + self.answer
-        return prompt + self.sum_by_example(self.step_lengths * (self.step_index >= removed)) + self.answer
+            return np.maximum(self.sum_by_example(self.step_lengths) - removed, 0) + self.answer
+        return self.sum_by_example(self.step_lengths * (self.step_index >= removed)) + self.answer
 
     def sum_by_example(self, numbers: np.ndarray) -> np.ndarray:
         """Sum numbers of steps by example. (all steps,) -> (n,)"""

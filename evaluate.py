@@ -28,8 +28,9 @@ from components.parallelize import unsharded
 from components.pretrained import Pretrained, load_pretrained
 from components.tokenization import ANSWER_PREFIX, TEXTS, TOKENS, tokenize_chunk
 from config import Config, UserError
-from curriculum import ALL_STEPS, METHODS, evaluation_stage, num_placeholders
+from curriculum import ALL_STEPS, METHODS, apply_curriculum, evaluation_stage, num_placeholders, scheduled_stages
 from dataset import (
+    Lengths,
     PlanningCollator,
     SequenceDataset,
     get_cot_latent_dataset,
@@ -108,6 +109,37 @@ class Validator:
         self.has_steps = any(self.problems["steps"])
         self.sequence_tokens = pretrained.sequence_tokens(config.method)
         self.collate = PlanningCollator(pretrained.tokenizer, model.latent_token_id)
+
+    def check_references(self) -> None:
+        """Hold the outputs that training asks for against what can be generated and counts as right.
+
+        Warns of problems that are wrong by construction. Raises UserError if all answers are.
+        """
+        config, tokenizer, limit = self.config, self.pretrained.tokenizer, self.config.answer_limit
+        stages = scheduled_stages(config, self.pretrained.description)
+        last, lengths, total = max(stages), Lengths(self.examples), len(self.problems)
+        longest = max((lengths.of_targets(stage, config) - 1 for stage in stages), key=lambda n: (n > limit).sum())
+        if too_long := (longest > limit).sum():
+            print(
+                f"warning: max_new_tokens: the outputs of {too_long} of {total} problems of val_path are longer than "
+                f"{limit} tokens, so they cannot be right; set max_new_tokens: {longest.max()}",
+                flush=True,
+            )
+        wrong = []
+        for idx, (problem, example) in enumerate(zip(self.problems, self.examples, strict=True)):
+            _, written = apply_curriculum(last, example["steps_tokenized"], config, training=True)
+            prediction = predict(problem, idx, written + example["answer_tokenized"], 0, tokenizer, config)
+            if not prediction["correct"]:
+                wrong.append(prediction)
+        if wrong:
+            text = (
+                f"val_path: {config.val_path}: {len(wrong)} of {total} answers can never be right, since the tokenizer "
+                f"does not return them: problem {wrong[0]['idx']} becomes {wrong[0]['generated'][-60:]!r}; it must "
+                f"know {ANSWER_PREFIX!r}, and steps must not contain {tokenizer.eos_token!r}"
+            )
+            if len(wrong) == total:
+                raise UserError(text)
+            print(f"warning: {text}", flush=True)
 
     def validate(self, stage: int) -> Evaluation:
         """Validate at a stage and print config.samples predictions; all ranks return the same.

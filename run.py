@@ -119,6 +119,7 @@ def set_up(config: Config, processes: Processes, stop: StopRequest) -> Trainer |
     train_data, valid_data = load_data(config, pretrained, processes)
     model = Coconut.wrap(pretrained.lm, pretrained.tokenizer)
     validator = Validator(model, pretrained, valid_data, config, processes, stop)
+    processes.run_on_rank0(validator.check_references)
     if config.only_eval:
         replicate(model, processes)
         return validator

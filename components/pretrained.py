@@ -20,6 +20,7 @@ from transformers.utils import find_adapter_config_file
 
 from components.distributed import Processes
 from components.export import read_description
+from components.tokenization import NO_ROW
 from config import Config, UserError
 from curriculum import ALL_STEPS, END, LATENT, METHODS, PAUSE, START, evaluation_stage, num_placeholders
 
@@ -76,7 +77,16 @@ def load_pretrained(config: Config, load_path: str | Path | None) -> Pretrained:
             check_coconut_file(config, str(load_path), known)
     if METHODS[config.method].markers:
         add_rows(lm, tokenizer, known, config.new_token_init)
+    check_special_tokens(tokenizer, len(lm.get_input_embeddings().weight), f"{key}: {folder!r}")
     return Pretrained(lm, tokenizer, description)
+
+
+def check_special_tokens(tokenizer: PreTrainedTokenizerBase, rows: int, source: str) -> None:
+    """Raise UserError if the model has no embedding, of `rows`, for eos or for the token that pads batches."""
+    for name, token in {"eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}.items():
+        if token >= rows:
+            text = tokenizer.convert_ids_to_tokens(token)
+            raise UserError(f"{source}: its {name} token {text!r} has id {token}, {NO_ROW.format(rows=rows)}")
 
 
 def load_on_rank0(config: Config, load_path: str | Path | None, processes: Processes) -> Pretrained:

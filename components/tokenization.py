@@ -8,10 +8,15 @@ import json
 import os
 import shutil
 import tempfile
+import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import pyarrow
+from pyarrow import compute
 
 from components.data_sources import content_digest, read_problems
 from components.distributed import Processes
@@ -22,6 +27,8 @@ if TYPE_CHECKING:  # slow to import
     from datasets import Dataset
 
 RULES = 1  # version of how problems are read and tokenized: a change of the result needs another number, so a new file
+CHECKED = 1000  # problems of a source whose tokens `check_tokens` decodes
+NO_ROW = "but the model has {rows} embeddings; give it rows with resize_token_embeddings, or remove the token"
 ANSWER_PREFIX = "### "
 TEXTS = ["question", "answer", "steps"]
 TOKENS = ["question_tokenized", "steps_tokenized", "answer_tokenized", "idx"]
@@ -145,6 +152,44 @@ def tokenize_problems(problems: list[dict], tokenizer, file: Path | None = None,
         new_fingerprint=file.stem if file else "in-memory",
         desc=f"tokenizing {title}",
     )
+
+
+def check_tokens(data: Dataset, tokenizer, rows: int, source: str, path: str) -> None:
+    """Hold the tokenized problems of a path against the tokenizer and the `rows` of the model's embedding.
+
+    Raises UserError for a token without a row, and if half of the characters or more do not come back from the
+    tokenizer, as with one whose files are missing; a thousandth is a warning. source: names the model in messages.
+    """
+    table = data.with_format("arrow")[:]
+    for name in TOKENS[:3]:
+        ids = table[name]
+        while pyarrow.types.is_list(ids.type):
+            ids = compute.list_flatten(ids)
+        largest = compute.max(ids).as_py() or 0
+        if largest >= rows:
+            token = tokenizer.convert_ids_to_tokens(largest)
+            raise UserError(f"{source}: the token {token!r} in {path} has id {largest}, {NO_ROW.format(rows=rows)}")
+    written, lost = Counter(), Counter()
+    silent = {tokenizer.bos_token_id, tokenizer.unk_token_id} - {tokenizer.eos_token_id}
+    for row in data.select(range(0, len(data), -(-len(data) // CHECKED))):
+        ids = [row["question_tokenized"], *row["steps_tokenized"], row["answer_tokenized"][:-1]]
+        texts = tokenizer.batch_decode([[id for id in part if id not in silent] for part in ids])
+        before, after = letters(row["question"], *row["steps"], ANSWER_PREFIX, row["answer"]), letters(*texts)
+        written, lost = written + before, lost + (before - after)
+    share = lost.total() / written.total()
+    some = " ".join(letter for letter, _ in lost.most_common(8))
+    if share >= 0.5:
+        raise UserError(
+            f"{source}: its tokenizer, of {len(tokenizer)} tokens, loses {share:.0%} of the characters in {path}, such "
+            f"as {some}; put the tokenizer that the model was trained with into its folder, or choose another model"
+        )
+    if share >= 0.001:
+        print(f"warning: {source}: its tokenizer loses {share:.1%} of the characters in {path}: {some}", flush=True)
+
+
+def letters(*texts: str) -> Counter:
+    """Count the characters of texts, except for what tokenizers normalize: blanks, case and Unicode forms."""
+    return Counter("".join(unicodedata.normalize("NFKD", "".join(texts).casefold()).split()))
 
 
 def tokenize_chunk(problems: dict[str, list], indices: Sequence[int], tokenizer) -> dict[str, list]:

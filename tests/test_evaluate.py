@@ -17,7 +17,7 @@ from components.errors import Interrupted, SaveError
 from config import Config, UserError, load_config
 from dataset import get_cot_latent_dataset, model_args
 from evaluate import Validator, extract_answer, predict, until_eos, write_evaluation, write_predictions
-from helpers import byte_tokenizer, make_problems, read_lines, save_model, write_json
+from helpers import EOS, byte_tokenizer, make_problems, read_lines, save_model, snapshot, write_json
 from run import set_up
 from utils import StopRequest
 
@@ -218,10 +218,14 @@ def test_atomic_directory_is_on_the_disk_before_it_is_renamed(tmp_path, monkeypa
 # --- validation -------------------------------------------------------------------------------------------------------
 
 
+def valid_problems() -> list[dict]:
+    return make_problems(3) + make_problems(3, steps=4, seed=1) + make_problems(1, steps=1, seed=2)
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("place")
-    problems = make_problems(3) + make_problems(3, steps=4, seed=1) + make_problems(1, steps=1, seed=2)
+    problems = valid_problems()
     config = {"name": "r", "model_id": save_model(place / "model"), "logger": "none", "max_new_tokens": 6}
     config |= {"train_path": write_json(place / "train.json", problems[:1]), "save_path": str(place / "runs")}
     config |= {"val_path": write_json(place / "valid.json", problems)}
@@ -295,6 +299,51 @@ def test_data_without_steps_can_be_evaluated_where_nothing_needs_them(place):
     for words in (["method=cot"], ["method=no_curriculum"]):
         with pytest.raises(UserError, match='problem 0: has no "steps"'):
             prepare(place, *words, f"val_path={bare}")
+
+
+def started(place, *words) -> str:
+    """Set a run up, which is to write nothing."""
+    before = snapshot(place)
+    prepare(place, *words)
+    assert snapshot(place) == before
+
+
+def test_start_warns_of_references_longer_than_max_new_tokens(place, capsys):
+    started(place, "max_new_tokens=11")  # "7+2=9\n9+1=10\n### 10" and eos: 18 tokens at stage 0
+    lengths = [len("".join(step + "\n" for step in p["steps"]) + "### " + p["answer"]) for p in valid_problems()]
+    assert (
+        f"warning: max_new_tokens: the outputs of {sum(n > 11 for n in lengths)} of 7 problems of val_path are longer "
+        f"than 11 tokens, so they cannot be right; set max_new_tokens: {max(lengths)}\n"
+    ) in capsys.readouterr().out
+    started(place, f"max_new_tokens={max(lengths)}")
+    assert "max_new_tokens:" not in capsys.readouterr().out.replace("max_new_tokens: 6", "")
+
+
+def test_start_warns_of_answers_that_can_never_be_right_and_refuses_if_all_are(place, capsys):
+    ends = {"question": "1+2", "steps": [EOS], "answer": "3"}
+    data = write_json(place / "ends.json", [ends, *make_problems(2)])
+    started(place, "method=cot", f"val_path={data}")
+    assert "1 of 3 answers can never be right" in capsys.readouterr().out
+    started(place, "method=no_cot", f"val_path={data}")  # its sequences have no steps
+    assert "never be right" not in capsys.readouterr().out
+    data = write_json(place / "ends.json", [ends])
+    with pytest.raises(UserError, match=r"val_path: .* 1 of 1 answers can never be right"):
+        started(place, "method=cot", f"val_path={data}")
+
+
+def test_start_warns_of_validation_questions_in_training_data_and_of_stages_beyond_the_steps(place, capsys):
+    problems = make_problems(6, seed=5)
+    train = write_json(place / "other.json", problems)
+    started(place, f"train_path={train}")
+    out = capsys.readouterr().out
+    assert "questions of val_path" not in out and "steps, so" not in out  # one epoch, at stage 0
+    valid = write_json(place / "both.json", [problems[0], problems[3], {**problems[1], "question": "9+9"}])
+    started(place, f"train_path={train}", f"val_path={valid}", "num_epochs=5")
+    out = capsys.readouterr().out
+    assert "warning: 2 of 3 questions of val_path are in train_path too" in out
+    assert "no problem of train_path has more than 2 steps, so stage 3 removes nothing; set max_latent_stage: 2" in out
+    started(place, f"train_path={train}", f"val_path={valid}", "num_epochs=5", "method=cot")
+    assert "removes nothing" not in capsys.readouterr().out
 
 
 def test_validation_uses_eval_mode_and_no_gradients(place):

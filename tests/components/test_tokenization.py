@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import errno
+import io
 import multiprocessing
 import os
+import re
 import resource
+import shutil
 import stat
 import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
 import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from components import tokenization
 from components.distributed import Processes
-from components.tokenization import RULES, fingerprint, load_tokenized, tokenize_problems
-from config import UserError
-from helpers import byte_tokenizer, make_problems, show, snapshot, write_json
+from components.tokenization import RULES, check_tokens, fingerprint, load_tokenized, tokenize_problems
+from config import UserError, load_config
+from helpers import byte_tokenizer, make_problems, save_model, show, snapshot, write_json
 from helpers.faults import truncate
 from helpers.setting import Setting, assert_same
+from run import set_up
+from utils import StopRequest
 
 
 @pytest.fixture
@@ -405,3 +415,70 @@ def test_runs_share_the_folder_data_cache(setting, tmp_path):
         assert setting.run(name, 2, num_epochs=1, data_cache=tmp_path).codes == [0, 0]
     assert len(arrow_files(tmp_path)) == 2  # of the training and the validation problems
     assert_same(setting.directory / "first", setting.directory / "second")
+
+
+# --- tokens that fit neither the texts nor the model ------------------------------------------------------------------
+
+WORDS = ["###", "a", "bc", "def", "ghij", "klmno"]
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(st.sets(st.sampled_from(WORDS)), st.lists(st.sampled_from(WORDS[1:]), min_size=1, max_size=6), st.integers(0, 2))
+def test_a_tokenizer_that_loses_half_of_the_text_or_has_too_many_tokens_is_refused(known, words, missing):
+    vocabulary = {word: id for id, word in enumerate(["[EOS]", "[UNK]", *sorted(known)])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="[EOS]", unk_token="[UNK]")
+    problem = {"question": " ".join(words), "answer": words[0], "steps": words[1:3]}
+    data = tokenize_problems([problem], tokenizer)
+    written = [*words, words[0], *words[1:3], "###"]
+    lost = sum(len(word) for word in written if word not in known) / sum(map(len, written))
+    rows = 1 + max(1 if lost else 0, *(vocabulary.get(word, 0) for word in written)) - missing
+    output = io.StringIO()
+    with redirect_stdout(output):
+        if missing or lost >= 0.5:
+            with pytest.raises(UserError, match=r"model_id: 'm': .* data.json .*embeddings|loses .* in data.json"):
+                check_tokens(data, tokenizer, rows, "model_id: 'm'", "data.json")
+        else:
+            check_tokens(data, tokenizer, rows, "model_id: 'm'", "data.json")
+    assert ("warning" in output.getvalue()) is (not missing and 0 < lost < 0.5)
+
+
+@pytest.mark.parametrize("method", ["cot", "coconut"])
+def test_a_folder_without_a_tokenizer_and_tokens_without_a_row_are_refused(tmp_path, method):
+    def refused(folder, *words):
+        shutil.copytree(tmp_path / "model", tmp_path / folder)
+        change = {"bare": bare, "pad": padded, "north": north}[folder]
+        change(tmp_path / folder)
+        values = {"name": "r", "method": method, "model_id": str(tmp_path / folder), "logger": "none"}
+        values |= {"train_path": data, "val_path": data, "save_path": str(tmp_path / "runs")}
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+        before = snapshot(tmp_path)
+        try:
+            set_up(load_config(str(tmp_path / "config.yaml")), Processes(), StopRequest())
+        except UserError as error:
+            assert f"model_id: '{tmp_path / folder}'" in str(error) and snapshot(tmp_path) == before
+            return str(error)
+        return None
+
+    def bare(folder):
+        for path in folder.glob("*token*"):
+            path.unlink()
+
+    def padded(folder):
+        tokenizer = byte_tokenizer()
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+        tokenizer.save_pretrained(folder)
+
+    def north(folder):
+        tokenizer = byte_tokenizer()
+        tokenizer.add_tokens(["<north>"])
+        tokenizer.save_pretrained(folder)
+
+    save_model(tmp_path / "model")
+    problems = [*make_problems(3), {"question": "where is <north>?", "answer": "1", "steps": []}]
+    data = write_json(tmp_path / "data.json", problems)
+    assert re.search("loses 100%|cannot be loaded", refused("bare"))  # transformers 4 does not load it
+    needs_rows = method == "cot"  # the others give the model rows for all tokens
+    assert ("pad token '[PAD]' has id" in str(refused("pad"))) is needs_rows
+    assert ("token '<north>' in" in str(refused("north"))) is needs_rows
