@@ -142,8 +142,9 @@ class Config:
         for key, value in values.items():
             if key not in options:
                 key = key if isinstance(key, str) else abbreviated(key)
-                nearest = difflib.get_close_matches(key, options, n=1, cutoff=0)[0]
-                errors.append(f"{key}: unknown key; did you mean {nearest}?")
+                nearest = difflib.get_close_matches(key, options, n=1)
+                advice = f"did you mean {nearest[0]}?" if nearest else "docs/config.md lists all keys"
+                errors.append(f"{key}: unknown key; {advice}")
                 continue
             try:
                 setattr(self, key, convert(value, hints[key], options[key]))
@@ -282,13 +283,19 @@ def read_yaml(path: str | Path, chain: tuple[Path, ...] = ()) -> dict:
     if chain and os.path.realpath(path) in map(os.path.realpath, chain):
         raise UserError(f"{path}: circular base keys: {' -> '.join(map(str, (*chain, path)))}; remove one")
     try:
-        values = parse_yaml(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        values = parse_yaml(text)
     except OSError as error:
         raise UserError(f"{path}: cannot read the config: {error.strerror}; ready-made ones are in args/") from error
     except ValueError as error:
         raise UserError(f"{path}: the config is not valid YAML in UTF-8: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected lines of 'key: value', got {type(values).__name__}")
+    lines = {}  # of each key
+    for key, _ in yaml.compose(text, Loader=yaml.SafeLoader).value:
+        if (first := lines.setdefault(str(key.value), key.start_mark.line + 1)) != key.start_mark.line + 1:
+            where = f"in lines {first} and {key.start_mark.line + 1}"
+            raise UserError(f"{path}: {abbreviated(key.value)} is given twice, {where}; remove one of them")
     base = values.pop("base", None)
     if base is None:
         return values

@@ -18,7 +18,7 @@ import yaml
 from torch import Tensor
 
 from coconut import Coconut, check_model
-from components.data_sources import content_digest
+from components.data_sources import content_digest, problem_error
 from components.display import progress_bar
 from components.distributed import Processes
 from components.errors import VALIDATION_MEMORY_ADVICE
@@ -387,8 +387,12 @@ class OpenedCheckpoint:
     def prompts(self, questions: list[str]) -> list[dict]:
         """Make prompts as validation does: features with input_ids, attention_mask, position_ids, idx.
 
-        Raises UserError for a prompt that is longer than the model's positions.
+        Raises UserError for a question that a data file must not hold either, or a prompt longer than the model's
+        positions.
         """
+        for question in questions:
+            if error := problem_error({"question": question, "answer": "", "steps": []}):
+                raise UserError(f"the question: {error}")
         problems = {"question": questions, "answer": [""] * len(questions), "steps": [[]] * len(questions)}
         columns = tokenize_chunk(problems, range(len(questions)), self.pretrained.tokenizer)
         examples = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

@@ -35,6 +35,8 @@ def generate(inputs=None, *args, model, input_ids=None, attention_mask=None, tho
     ids = description["token_ids"]
     middle = []
     if ids:
+        if torch.isin(input_ids, input_ids.new_tensor(list(ids.values()))).any():
+            raise ValueError(f"a prompt contains one of {', '.join(ids)}, which only this function may insert")
         start, end, placeholder = ids.values()
         middle = [start, *[placeholder] * thoughts, end]
     input_ids, attention_mask = append(input_ids.to(model.device), attention_mask.to(model.device), middle)

@@ -57,9 +57,10 @@ def read_source(path: str) -> Iterable:
     if content.startswith(b"PAR1"):
         return parquet_rows(content, path)
     try:
-        return json_rows(content.decode("utf-8"), path)
+        return json_rows(content.decode("utf-8-sig"), path)
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from error
+        kind = "UTF-16 text" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else f"other (byte {error.start})"
+        raise UserError(f"{path}: not UTF-8 but {kind}; save the file as UTF-8") from error
 
 
 def json_rows(text: str, path: str) -> Iterable:
@@ -103,7 +104,8 @@ def table_rows(tables: Iterable) -> Iterator[dict]:
     for table in tables:
         for row in table.to_pylist():
             if isinstance(row.get("steps"), str):
-                row["steps"] = row["steps"].splitlines()
+                lines = row["steps"].replace("\r\n", "\n").removesuffix("\n")
+                row["steps"] = lines.split("\n") if row["steps"] else []
             yield row
 
 

@@ -26,7 +26,7 @@ from config import UserError
 if TYPE_CHECKING:  # slow to import
     from datasets import Dataset
 
-RULES = 1  # version of how problems are read and tokenized: a change of the result needs another number, so a new file
+RULES = 2  # version of how problems are read and tokenized: a change of the result needs another number, so a new file
 CHECKED = 1000  # problems of a source whose tokens `check_tokens` decodes
 NO_ROW = "but the model has {rows} embeddings; give it rows with resize_token_embeddings, or remove the token"
 ANSWER_PREFIX = "### "

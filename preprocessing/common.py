@@ -16,13 +16,14 @@ class DataError(ValueError):
 def read_text(path: Path, remedy: str) -> str:
     """Read a UTF-8 file; raise DataError, ending with `remedy`, if that fails."""
     try:
-        return path.read_bytes().decode("utf-8")
+        return path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}.\n{remedy}") from error
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
-        byte = error.object[error.start]
-        raise DataError(f"{path}, line {line}: byte 0x{byte:02x} is not UTF-8.\n{remedy}") from error
+        utf16 = error.object.startswith((b"\xff\xfe", b"\xfe\xff"))
+        what = "the file is UTF-16," if utf16 else f"byte 0x{error.object[error.start]:02x} is"
+        raise DataError(f"{path}, line {line}: {what} not UTF-8.\n{remedy}") from error
 
 
 def read_json(path: Path, remedy: str) -> dict | list:

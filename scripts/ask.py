@@ -73,6 +73,8 @@ def read_questions() -> Iterator[str]:
     """Yield the non-empty lines of stdin."""
     with suppress(ImportError):  # line editing and history in a terminal, where available
         import readline  # noqa: F401
+    with suppress(AttributeError):  # not a file
+        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are not UTF-8 spoil their own question only
     with suppress(EOFError, KeyboardInterrupt):
         while True:
             if line := input("question: " if sys.stdin.isatty() else "").strip():

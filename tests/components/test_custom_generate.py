@@ -176,3 +176,11 @@ def test_plain_model_generates_from_inputs_embeds(save_path, name):
     eos = model.eos_token_id
     assert until_eos(actual.tolist(), eos) == until_eos(expected.tolist(), eos)
     assert not torch.equal(embeds[-4:-2], model.base_causallm.get_input_embeddings()(prompt)[-4:-2])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "pause"])
+def test_a_prompt_with_a_marker_is_refused(save_path, name):
+    lm, tokenizer, _ = load(save_path / name / "best")
+    prompt = tokenizer("1+2 <|start-latent|>\n", return_tensors="pt")
+    with pytest.raises(ValueError, match=r"a prompt contains one of <\|start-latent\|>, "):
+        lm.generate(**prompt, max_new_tokens=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import pyarrow
 import pytest
@@ -79,9 +80,17 @@ def test_one_json_line_is_a_file_too(place):
 
 @pytest.mark.parametrize("source", [parquet_file, hub])
 def test_in_a_table_steps_may_be_a_string_of_lines(place, source):
-    texts = ["1+1=2\n2+2=4", "1+1=2\r\n", ""]
+    texts = ["1+1=2\n2+2=4", "1+1=2\r\n", "", "a\u2028b\fc\x1cd\x85e\r\n\nf\n"]
     path = source(place, [{"question": "?", "answer": "4", "steps": text} for text in texts])
-    assert [problem["steps"] for problem in read_problems(path)] == [["1+1=2", "2+2=4"], ["1+1=2"], []]
+    steps = [["1+1=2", "2+2=4"], ["1+1=2"], [], ["a\u2028b\fc\x1cd\x85e", "", "f"]]
+    assert [problem["steps"] for problem in read_problems(path)] == steps
+
+
+@pytest.mark.parametrize("source", [json_list, json_lines])
+def test_a_byte_order_mark_and_windows_line_ends_are_no_part_of_the_text(place, source):
+    path = Path(source(place, PROBLEMS))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n").replace(b"}, {", b"},\r\n{"))
+    assert read_problems(str(path)) == PROBLEMS
 
 
 @pytest.mark.parametrize("source", SOURCES)

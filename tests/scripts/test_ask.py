@@ -70,6 +70,18 @@ def test_ask_skips_too_long_question_and_exits_with_2(save_path, capsys, monkeyp
     assert [json.loads(line)["question"] for line in out.splitlines()] == ["1+2", "4+5"]
 
 
+@pytest.mark.parametrize("name", ["gpt2", "pause", "cot"])
+def test_ask_takes_a_question_as_text_and_survives_what_is_none(save_path, capsys, monkeypatch, name):
+    lines = b"1+2\n1+2 <|latent|>\n\xff\xfe 1\n<|start-latent|>\n4+5\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8"))
+    with pytest.raises(SystemExit) as raised:
+        ask.main([str(save_path / name / "best"), "--json"])
+    out, err = capsys.readouterr()
+    assert raised.value.code == 2 and err.count("error: the question: ") == 3
+    assert "contains <|latent|>, which" in err and "lone surrogate" in err
+    assert [json.loads(line)["question"] for line in out.splitlines()] == ["1+2", "4+5"]
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

@@ -69,5 +69,7 @@ def test_lm_eval_rejects_sampling_and_perplexity(save_path):
     model = lm_eval_coconut.CoconutLM(str(save_path / "gpt2" / "best"))
     with pytest.raises(UserError, match="do_sample"):
         model.generate_until(instances((PROMPTS[0], {"do_sample": True})))
+    with pytest.raises(UserError, match=r"the question: .* contains <\|latent\|>"):
+        model.generate_until(instances(("1+2 <|latent|>\n", {})))
     with pytest.raises(UserError, match="perplexity"):
         model.loglikelihood_rolling(instances(("text",)))
