@@ -72,7 +72,7 @@ test_dataset.py::test_sequences_of_every_method_and_stage
 test_dataset.py::test_removed_tokens_of_icot_at_all_positions_equal_exact_fractions
     curriculum.py: int(round(progress * config.remove_per_epoch, 9)) => int(progress * config.remove_per_epoch)
 test_run.py::test_length_check_leaves_out_stages_that_resume_skips
-    dataset.py: range(config.resume, config.num_epochs) => range(config.num_epochs)
+    curriculum.py: range(config.resume, config.num_epochs) => range(config.num_epochs)
 test_dataset.py::test_uniform_prob_does_not_affect_icot
     dataset.py: steps == "by stage" and configs.uniform_prob and => configs.uniform_prob and
 test_dataset.py::test_collator_aligns_first_latent_tokens
