@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import config_page
 import pytest
 import table1
+import yaml
 
 from components.pretrained import add_tokens
 from components.tokenization import tokenize_problems
-from config import Config
+from config import Config, UserError
 from curriculum import END, LATENT, METHODS, PAUSE, START
 from dataset import get_cot_latent_dataset, get_question_latent_dataset
 from helpers import EOS, REPOSITORY, byte_tokenizer
@@ -69,6 +71,73 @@ def test_sequences_in_methods_page_match_code(row):
 
 def test_config_page_is_up_to_date():
     assert config_page.page() == CONFIG_PAGE, "python scripts/config_page.py > docs/config.md writes it anew"
+
+
+def test_config_schema_is_up_to_date():
+    written = (REPOSITORY / "docs" / "config.schema.json").read_text(encoding="utf-8")
+    assert config_page.schema() == written, "python scripts/config_page.py --schema > docs/config.schema.json"
+
+
+TYPES = {"boolean": bool, "integer": int, "number": (int, float), "string": str, "null": type(None)}
+
+
+def fits(value, schema: dict) -> bool:
+    """Whether a value fits a schema, as far as the config's schema goes."""
+    if "anyOf" in schema:
+        return any(fits(value, form) for form in schema["anyOf"])
+    if not isinstance(value, TYPES.get(schema.get("type"), object)):
+        return False
+    if isinstance(value, bool) and schema.get("type") not in ("boolean", None):  # of Python, True is an int
+        return False
+    return (
+        value in schema.get("enum", [value])
+        and value == schema.get("const", value)
+        and ("pattern" not in schema or re.search(schema["pattern"], value) is not None)
+        and ("minimum" not in schema or value >= schema["minimum"])
+        and ("exclusiveMinimum" not in schema or value > schema["exclusiveMinimum"])
+        and ("maximum" not in schema or value <= schema["maximum"])
+    )
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "args").glob("*.yaml")), ids=lambda path: path.stem)
+def test_yaml_files_name_the_schema_and_fit_it(path):
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("# yaml-language-server: $schema=../docs/config.schema.json\n")
+    keys = json.loads(config_page.schema())["properties"]
+    assert [key for key, value in yaml.safe_load(text).items() if key not in keys or not fits(value, keys[key])] == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "lr: fast",
+        "lr: 0",
+        "lr: True",
+        "num_epochs: 2.5",
+        "num_epochs: True",
+        "bf16: 1",
+        "uniform_prob: 1.5",
+        "method: cto",
+        "logger: None",
+        "reset_optimizer: sometimes",
+        "max_new_tokens: 0",
+        "seed: -1",
+    ],
+)
+def test_schema_and_config_refuse_the_same(text):
+    [(key, value)] = yaml.safe_load(text).items()
+    assert not fits(value, json.loads(config_page.schema())["properties"][key])
+    with pytest.raises(UserError, match=key):
+        Config({key: value})
+
+
+@pytest.mark.parametrize(
+    "text", ["lr: 1e-4", "lr: 1", "max_grad_norm: None", "lora_rank: null", "load_model_path: None", "method: None"]
+)
+def test_schema_and_config_take_the_same(text):
+    [(key, value)] = yaml.safe_load(text).items()
+    assert fits(value, json.loads(config_page.schema())["properties"][key])
+    Config({key: value})
 
 
 def test_paper_results_in_readme_match_table1():
