@@ -128,8 +128,7 @@ def waits(args) -> dict:
     batch = make_batch(given.batch, given.question, 3, given.answer)
     plan = plan_batch(batch["input_ids"], batch["attention_mask"], batch["labels"], LATENT)
     if args.device == "cuda":
-        plan, debug = plan.pin_memory(), torch.cuda.set_sync_debug_mode
-    batch = pinned(batch, args.device)
+        batch, plan, debug = pinned(batch, "cuda"), plan.pin_memory(), torch.cuda.set_sync_debug_mode
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for mode in ("default", "warn"):  # once to warm up
@@ -239,7 +238,8 @@ def peak(args, thoughts: int, way: str) -> dict:
 def cases(args) -> dict[str, dict[str, Callable[[], dict]]]:
     """List what is measured: for each part its cases by name, the most valuable first."""
     steps, compiled = {}, {}
-    for precision, batch in (("bf16", 32), ("bf16", 128), ("bf16 + tf32", 32), ("float32", 32), ("bf16 + tf32", 128)):
+    shapes = [("bf16", 32), ("bf16", 128), ("bf16 + tf32", 32), ("float32", 32), ("bf16 + tf32", 128)]
+    for precision, batch in shapes if args.device == "cuda" else shapes[1:4]:
         for thoughts in (6, 0, 3):
             for data in LENGTHS:
                 name = f"{data}, {thoughts} thoughts, batch {batch}, {precision}"

@@ -250,11 +250,14 @@ class Job:
             batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
             return {**batch, "plan": plan_batch(**batch, latent_token_id=LATENT)}
 
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Run a forward pass, as the Trainer does."""
+        with torch.autocast(self.processes.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            return self.model(**batch).loss
+
     def step(self, batch: dict[str, Tensor]) -> None:
         """Run an optimizer step, as the Trainer does."""
-        with torch.autocast(self.processes.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-            loss = self.model(**batch).loss
-        loss.backward()
+        self.loss(batch).backward()
         parallelize.reshard(self.model)
         self.optimizer.step()
         parallelize.zero_grad(self.model)

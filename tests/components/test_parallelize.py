@@ -16,9 +16,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from torch.distributed import HashStore
+from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks import memory
 from components import activation_checkpointing, distributed, parallelize
 from components.parallelize import choose_strategy
 from config import Config, UserError
@@ -127,6 +129,35 @@ def test_fsdp_with_bf16(setting, single):
     assert {weight.dtype for weight in load_file(run / "last" / "model.safetensors").values()} == {torch.float32}
     assert setting.run("bf16-killed", 2, Fault("kill", "step", 5), bf16=True, parallel="fsdp", batch_size_training=8)
     assert_same(finish(setting, "bf16-killed", 2, bf16=True, parallel="fsdp", batch_size_training=8), run)
+
+
+@slow
+@pytest.mark.parametrize(("per_pass", "passes", "strategy"), [(8, 1, "ddp"), (8, 1, "fsdp"), (2, 4, "fsdp")])
+def test_ranks_and_micro_batches_match_one_large_batch_in_bf16(setting, per_pass, passes, strategy):
+    """As a GPU computes it; gradients are rounded in each pass, so up to bfloat16's rounding."""
+    shape = {"bf16": True, "num_epochs": 3, "max_grad_norm": None}
+    runs = []
+    for name, ranks, options in (
+        ("bf16-alone", 1, {}),
+        (f"bf16-{strategy}-{passes}", 2, {"batch_size_training": per_pass, "gradient_accumulation_steps": passes}),
+    ):
+        outcome = setting.run(
+            name, ranks, GPUAutocast(), **shape, **options, parallel=strategy if ranks > 1 else "auto"
+        )
+        assert outcome.codes == [0] * ranks, outcome.output
+        runs.append([line for line in metrics(setting.directory / name) if "train/loss" in line])
+    for mine, theirs in zip(*runs, strict=True):
+        assert mine["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-3)
+        assert mine["train/grad_norm"] == pytest.approx(theirs["train/grad_norm"], rel=1e-2)
+
+
+class GPUAutocast:
+    """Computes layer norms and losses in float32 under autocast, as a GPU does, with the policy of FSDP for a GPU."""
+
+    def inject(self):
+        for module, name in ((functional, "layer_norm"), (functional, "cross_entropy")):
+            setattr(module, name, memory.in_float32(getattr(module, name)))
+        parallelize.MixedPrecisionPolicy = memory.gpu_policy
 
 
 @pytest.mark.parametrize(("ranks", "strategy"), [(1, "auto"), (2, "ddp"), (2, "fsdp")])
