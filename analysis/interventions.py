@@ -23,7 +23,7 @@ from evaluate import normalize
 # Names of controls, and of what replaces the thoughts.
 CONTROLS = UNTOUCHED, NONE, QUESTION = "own thoughts", "no thoughts (k = 0)", "the question alone"
 ORDER, REPEATED = "own thoughts, reordered", "thought 1, repeated"  # only applied to all thoughts at once
-AS_MANY, OTHER = "another problem's thoughts", "those of one with more or fewer steps"
+AS_MANY, OTHER = "another problem's thoughts", "another problem's, other step count"
 NOISE_OF_NORM = "noise of the same norm"
 WHOLE = ("", "all")  # `places` of controls and of replacements of all thoughts
 

@@ -4,8 +4,8 @@
     python scripts/evaluations.py results/mini/*-seed0.yaml       recorded runs (scripts/record.py)
 
 Reads eval_CHECKPOINT/metrics_TESTSET.yaml in the run directories. If an evaluation was repeated (the same data, method,
-stage, number of thoughts and numeric_answers), the latest counts; others have rows of their own. Two test sets of the
-same name are refused.
+stage, number of thoughts and numeric_answers), the latest counts; others get rows of their own. Two
+different test sets with the same name are refused.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def table(directories: list[Path]) -> str:
             name, digest = setting.test_set, setting.data_digest
             if digest and digests.setdefault(name, (digest, directory))[0] != digest:
                 raise UserError(
-                    f"{directory}: {metrics['val_path']} had another content there than in an evaluation of "
+                    f"{directory}: {metrics['val_path']} differs from the file of that name in the evaluation of "
                     f"{digests[name][1]}; remove the metrics_{name}*.yaml of one of them"
                 )
             values = {key: getattr(setting, key) for key in ("method", "stage", "thoughts", "numeric_answers")}

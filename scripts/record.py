@@ -154,7 +154,7 @@ checkpoint `best`, the best one of the last stage, which is also the one tested.
 
 {listing}
 
-`python run.py {folder}/RUN.yaml` trains one of them again. To compare a run of yours with them:
+`python run.py {folder}/RUN.yaml` retrains one of them. To compare your own run with them:
 
     python scripts/compare.py checkpoints/RUN {folder}
 

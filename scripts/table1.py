@@ -106,8 +106,8 @@ def test_file(config: Config) -> tuple[str, str]:
     digests = [content_digest(path if path.startswith(HUB) else str(ROOT / path)) for path in (test, config.val_path)]
     if digests[0] == digests[1]:
         raise UserError(
-            f"val_path: {config.val_path!r} leads to {test!r}, which has the validation problems, as a test set; "
-            "put the test set into a file named alike, with _test where the validation file has _valid"
+            f"val_path: {config.val_path!r} gives {test!r} as the test set, which has the validation problems; "
+            "name the test file like the validation file, with _test in place of _valid"
         )
     return test, digests[0]
 
@@ -132,7 +132,9 @@ def train_and_test(dataset: str, method: str, seed: int, processes: int, overrid
         evaluation = ["only_eval=True", f"load_model_path={directory}/best", f"val_path={test}", "resume=0"]
         launch(processes, path, [o for o in own_overrides if not o.startswith("load_model_path=")] + evaluation)
     if not (metrics := tests()):
-        raise UserError(f"{directory}: no test of {best.name} on {test} with {expected}; it was trained otherwise")
+        raise UserError(
+            f"{directory}: no test of {best.name} on {test} with {expected}; it was trained with other settings"
+        )
     return {**metrics[-1], "directory": directory}
 
 
@@ -171,7 +173,7 @@ def main() -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print("\nstopped; rerun to resume: the same command goes on from here", flush=True)
+        print("\nstopped; rerun the same command to resume", flush=True)
         sys.exit(130)
     files = ", ".join(sorted({test["val_path"] for tests in results.values() for test in tests}))
     print(f"\n{args.dataset}, {args.seeds} seed(s), test set {files}\n\n{format_table(args.dataset, results)}")

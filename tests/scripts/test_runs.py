@@ -293,7 +293,7 @@ def test_evaluations_with_other_settings_have_rows_of_their_own(tmp_path, capsys
     ]
     write("run/eval_checkpoint_9/metrics_far_4.yaml", **{"thoughts": 6, "eval/acc": 0.4, "data_digest": "cd34"})
     assert evaluations.main([str(tmp_path / "run")]) == 2
-    assert "data/far.json had another content" in capsys.readouterr().err
+    assert "data/far.json differs from the file of that name" in capsys.readouterr().err
 
 
 def test_record_shows_tests_of_best_as_it_was_trained(train, tmp_path):
