@@ -141,5 +141,5 @@ def test_ctrl_c_lets_the_run_save_and_exits_with_130(place, monkeypatch, capsys)
         table_of(monkeypatch, capsys)
     assert raised.value.code == 130
     assert (place / "saved").exists()
-    assert "rerun to resume" in capsys.readouterr().out
+    assert "rerun the same command to resume" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
