@@ -122,6 +122,10 @@ class Config:
         "auto", "replicate (ddp) or shard (fsdp) the model over processes", choices=("auto", "ddp", "fsdp"), free=True
     )
     # validation and checkpoints
+    eval_every_epochs: int = option(1, "validate after every so many epochs, and after the last", low=1, free=True)
+    eval_max_problems: int | None = option(
+        None, "first problems of val_path to validate on (None: all); only_eval takes all", low=1, free=True
+    )
     batch_size_eval: int | None = option(None, "batch size in validation (None: batch_size_training)", low=1, free=True)
     max_new_tokens: int | None = option(
         None, "maximum number of generated tokens (None: 64 where val_path contains gsm, else 128)", low=1, free=True

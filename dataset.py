@@ -47,7 +47,9 @@ def load_data(config: Config, pretrained: Pretrained, processes: Processes) -> t
 
     Raises UserError for a problem whose sequences are longer than the model's positions, and for tokens that it lacks.
     """
-    train_size, valid_size = (DEBUG_TRAIN, DEBUG_VALID) if config.debug else (None, None)
+    train_size, valid_size = None, None if config.only_eval else config.eval_max_problems
+    if config.debug:
+        train_size, valid_size = DEBUG_TRAIN, DEBUG_VALID
     steps = needs_steps(config)
     sources = [] if config.only_eval else [(config.train_path, train_size, steps)]
     sources.append((config.val_path, valid_size, steps))

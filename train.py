@@ -130,7 +130,7 @@ class Trainer:
             self.processes.print("resume is ignored: the run's directory has a checkpoint to resume from")
         state = load_training_state(self.checkpoint, self.model, self.pretrained.lm, self.optimizer, self.processes)
         if self.valid_data_changed():
-            self.processes.print(f"note: {self.config.val_path} has changed, so best starts anew")
+            self.processes.print(f"note: {self.config.val_path} or eval_max_problems has changed, so best starts anew")
             state.best_stage, state.best_accuracy = -1, -1.0
         self.processes.print(f"resuming {self.directory} after epoch {state.epoch}, step {state.step}")
         return state
@@ -138,14 +138,14 @@ class Trainer:
     def describe_data(self) -> dict:
         """Return what a checkpoint remembers of the data: a change between two starts would go unnoticed."""
         digests = {f"{key}_sha256": content_digest(getattr(self.config, key)) for key in ("train_path", "val_path")}
-        return {"train_problems": len(self.data), **digests}
+        return {"train_problems": len(self.data), "val_problems": len(self.validator.problems), **digests}
 
     def valid_data_changed(self) -> bool:
         """Whether the validation problems differ from the checkpoint's. Raises UserError if the training ones do."""
         before = self.processes.run_on_rank0(lambda: read_description(self.checkpoint))
-        train, valid = (
+        train, valid, valid_size = (
             before.get(name, self.data_facts[name]) != self.data_facts[name]  # older checkpoints do not say
-            for name in ("train_path_sha256", "val_path_sha256")
+            for name in ("train_path_sha256", "val_path_sha256", "val_problems")
         )
         if train:
             raise UserError(
@@ -153,7 +153,7 @@ class Trainer:
                 f"{before.get('train_problems')} problems, and has {len(self.data)} with another content now; restore "
                 "it to resume, or choose another name for a new run"
             )
-        return valid
+        return valid or valid_size
 
     # --- epochs -------------------------------------------------------------------------------------------------------
 
@@ -175,7 +175,8 @@ class Trainer:
                 check_shared_filesystem(self.directory / "config.yaml", processes)
             for epoch in range(state.epoch, config.num_epochs):
                 self.train_epoch(epoch)
-                self.end_epoch(epoch, self.validator.validate(state.stage))
+                validated = (epoch + 1) % config.eval_every_epochs == 0 or epoch + 1 == config.num_epochs
+                self.end_epoch(epoch, self.validator.validate(state.stage) if validated else None)
             processes.run_on_rank0(self.log.flush)
             if not config.debug:
                 self.display.finish(state.best_accuracy)
@@ -253,10 +254,22 @@ class Trainer:
         ):
             self.new_optimizer()
 
-    def end_epoch(self, epoch: int, evaluation: Evaluation) -> None:
-        """Record a finished epoch: its metrics, predictions and checkpoint, and the links best and last."""
+    def end_epoch(self, epoch: int, evaluation: Evaluation | None) -> None:
+        """Record a finished epoch: its metrics, predictions and checkpoint, and the links best and last.
+
+        evaluation: None for an epoch that was not validated, which cannot be the best.
+        """
         state = self.state
         state.epoch, state.examples = epoch + 1, 0
+        improved = evaluation is not None and self.record(evaluation)
+        self.save(best=improved)
+        saved = f"checkpoint_{state.epoch}" + (f", best of stage {state.stage}" if improved else "")
+        metrics = evaluation.metrics() if evaluation else {}
+        self.display.end_epoch(state.stage, metrics, "" if self.config.debug else saved)
+
+    def record(self, evaluation: Evaluation) -> bool:
+        """Log a validation and write its predictions; returns whether it is the best of its stage."""
+        state = self.state
         self.log.write({"eval/epoch": state.epoch, "eval/stage": state.stage, **evaluation.metrics()}, state.step)
         self.log.show("eval/predictions", evaluation.predictions[:SHOWN], state.step)
         # Early stages still write steps and score higher, so the best starts anew at every stage.
@@ -266,9 +279,7 @@ class Trainer:
         if not self.config.debug:
             path = self.directory / f"predictions_{state.epoch}.jsonl"
             self.processes.run_on_rank0(lambda: write_predictions(evaluation.predictions, path))
-        self.save(best=improved)
-        saved = f"checkpoint_{state.epoch}" + (f", best of stage {state.stage}" if improved else "")
-        self.display.end_epoch(state.stage, evaluation.metrics(), "" if self.config.debug else saved)
+        return improved
 
     # --- an optimizer step --------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from components.distributed import Processes
 from config import Config
-from curriculum import schedule_table
+from curriculum import METHODS, schedule_table
 
 RECENT = 50  # steps over which the progress line averages
 
@@ -70,13 +70,14 @@ class Display:
         self.line.close()
 
     def end_epoch(self, stage: int, metrics: dict[str, float], saved: str) -> None:
-        """Show a row with an epoch's training loss and the metrics of its validation; saved: the last column."""
+        """Show a row with an epoch's training loss and the metrics of its validation ({}: none); saved: last column."""
         now, (loss, speed, _) = time.monotonic(), averages(self.steps)
         self.after_steps = now - self.steps_ended
         row = {"epoch": f"{self.epoch + 1}", "stage": f"{stage}", "train": f"{loss:.3f}"}
-        row |= {"valid": f"{metrics['eval/loss']:.3f}", "acc": f"{metrics['eval/acc']:.1%}"}
-        if "eval/cot_em" in metrics:
-            row["CoT"] = f"{metrics['eval/cot_em']:.1%}"
+        columns = {"valid": ("eval/loss", ".3f"), "acc": ("eval/acc", ".1%")}
+        if "eval/cot_em" in metrics or (not metrics and METHODS[self.config.method].steps == "written"):
+            columns["CoT"] = ("eval/cot_em", ".1%")
+        row |= {name: format(metrics[key], kind) if key in metrics else "-" for name, (key, kind) in columns.items()}
         row |= {"tok/s": f"{speed / 1000:.1f}k", "time": tqdm.format_interval(now - self.epoch_started)}
         if not sys.stdout.isatty():  # rows of a log stand apart
             return self.processes.print("  ".join(f"{name} {cell}" for name, cell in row.items()), "", saved)

@@ -375,7 +375,8 @@ def test_the_keys_that_a_continued_run_may_change():
     free = "project name save_path only_eval debug verbose samples logger trust_remote_code verify "
     free += "val_path data_cache data_workers "
     free += "num_epochs resume gradient_checkpointing compile parallel batch_size_eval max_new_tokens "
-    free += "save_only_improve save_every_steps keep_checkpoints analyze numeric_answers"
+    free += "save_only_improve save_every_steps keep_checkpoints analyze numeric_answers "
+    free += "eval_every_epochs eval_max_problems"
     assert set(free.split()) == FREE_KEYS
 
 

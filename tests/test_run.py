@@ -47,6 +47,7 @@ from helpers import (
     write_json,
 )
 from helpers.faults import flip
+from helpers.setting import assert_same as assert_same_runs
 from utils import StopRequest, set_seed
 
 STEPS = 5  # optimizer steps per epoch: 17 problems in batches of 4
@@ -795,6 +796,34 @@ def scripted(monkeypatch):
 
 ACCURACIES = [0.5, 0.2, 0.1, 0.3, 0.3, 0.4]  # stages 0 0 1 1 2 2
 BEST = [1, 1, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("only_improve", [False, True])
+def test_epochs_without_validation_are_never_best_and_resume_exactly(world, only_improve):
+    values = {"num_epochs": 5, "eval_every_epochs": 3, "eval_max_problems": 2, "save_only_improve": only_improve}
+    name = f"seldom_{only_improve}"
+    straight = start(world, name=name, **values)
+    validations = metrics(straight, "eval/")
+    assert [line["eval/epoch"] for line in validations] == [3, 5]
+    assert sorted(path.name for path in straight.glob("predictions_*")) == [
+        "predictions_3.jsonl",
+        "predictions_5.jsonl",
+    ]
+    assert len(read_lines(straight / "predictions_3.jsonl")) == 2
+    accuracies = {line["eval/stage"]: line["eval/epoch"] for line in validations}
+    best = validations[-1]["eval/acc"] > validations[0]["eval/acc"] or len(accuracies) == 2
+    assert os.readlink(straight / "best") == f"checkpoint_{5 if best else 3}"
+    # The straight run saves checkpoint_4, which is not validated; only_improve removes it after the next one.
+    assert ("checkpoint_4" in os.listdir(straight)) is not only_improve
+    resumed = start(world, name=f"{name}_resumed", **values | {"num_epochs": 3})
+    start(world, name=f"{name}_resumed", **values)
+    assert_same_runs(resumed, straight)
+    if not only_improve:  # from the epoch without validation
+        shutil.rmtree(resumed / "checkpoint_5")
+        start(world, name=f"{name}_resumed", **values)
+        assert_same_runs(resumed, straight)
+    evaluated = start(world, name=name, only_eval=True, load_model_path=straight / "last", eval_max_problems=2)
+    assert len(read_lines(evaluated / "eval_checkpoint_5" / "predictions_valid.jsonl")) > 2
 
 
 def test_best_and_last_links(world, scripted):

@@ -31,7 +31,7 @@ def shown(steps: int, done: int = 0, epochs: int = 1, rank: int = 0, metrics: di
         for number in range(done + 1, steps + 1):
             view.step(0, float(number), tokens=3000.0, seconds=0.5)
         view.end_steps()
-        view.end_epoch(0, metrics or VALID, f"checkpoint_{epoch + 1}")
+        view.end_epoch(0, VALID if metrics is None else metrics, f"checkpoint_{epoch + 1}")
         done = 0
 
 
@@ -50,6 +50,11 @@ def test_progress_averages_over_recent_steps_and_estimates_the_time_left(capsys)
     assert "200/200  loss 175.500  6.0k tok/s" in first_epoch[-1]  # steps 151 to 200
     assert "about 01:40 left" in first_epoch[-1]  # the second epoch: 200 steps of 0.5 s
     assert "about 03:10 left" in first_epoch[0]
+
+
+def test_row_of_an_epoch_without_validation_has_the_columns_of_one_with(capsys):
+    shown(2, metrics={})
+    assert "train 1.500  valid -  acc -  CoT -  tok/s" in capsys.readouterr().out
 
 
 def test_resumed_epoch_begins_where_it_was(capsys):
