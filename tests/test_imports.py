@@ -88,5 +88,7 @@ def test_stress_mutations_still_find_their_lines_and_tests():
     """tests/stress/mutate.py runs them. Where a line or test has changed, change its row there."""
     for test, file, old, new in mutations():
         path, _, name = test.partition("::")
-        assert old != new and (REPOSITORY / file).read_text(encoding="utf-8").count(old) == 1, (file, old)
+        text = (REPOSITORY / file).read_text(encoding="utf-8")
+        assert old != new and text.count(old) == 1, (file, old)
+        compile(text.replace(old, new), file, "exec")  # a syntax error would fail any test
         assert f"def {name.partition('[')[0]}(" in (REPOSITORY / "tests" / path).read_text(encoding="utf-8"), test

@@ -58,6 +58,7 @@ test_coconut.py::test_loss_and_gradients_match_oracle[scattered-gpt2]
     coconut.py: hidden[-1][:, -1:], len => hidden[-1][:, :1], len
 test_coconut.py::test_generation_stops_at_max_position_embeddings
     coconut.py: (position >= limit) => (position > limit)
+test_coconut.py::test_batched_generation_matches_single_rows_and_oracle[mixed_left_padded-gpt2]
     coconut.py: (columns * attention_mask).argmax(1) => attention_mask.sum(1) - 1
 test_coconut.py::test_finished_rows_are_dropped_from_the_decoding_batch
     coconut.py: 2 * len(unfinished) <= len(rows) => 2 * len(unfinished) < len(rows)
