@@ -21,6 +21,8 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for torch, below: spinning threads stall on a busy machine
+
 try:
     import torch
 except ModuleNotFoundError:
@@ -42,6 +44,8 @@ from dataset import Lengths, load_data
 from evaluate import Validator, evaluate_checkpoint
 from train import Trainer
 from utils import StopRequest, set_seed
+
+ONE_THREAD = 1_000_000  # parameters; for smaller models, threads cost more CPU time than they save
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -116,6 +120,9 @@ def set_up(config: Config, processes: Processes, stop: StopRequest) -> Trainer |
         checkpoint, config = find_checkpoint(config, processes)
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     pretrained = load(config, checkpoint, processes)
+    on_cpu = processes.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ  # which torchrun sets
+    if on_cpu and pretrained.lm.num_parameters() < ONE_THREAD:
+        torch.set_num_threads(1)
     train_data, valid_data = load_data(config, pretrained, processes)
     model = Coconut.wrap(pretrained.lm, pretrained.tokenizer)
     validator = Validator(model, pretrained, valid_data, config, processes, stop)

@@ -323,6 +323,31 @@ def test_resume_key_skips_epochs_of_a_new_run(world):
     assert os.readlink(directory / "last") == "checkpoint_3"
 
 
+@pytest.mark.parametrize(("chosen", "limit", "threads"), [(None, 10**6, 1), ("2", 10**6, 2), (None, 0, 2)])
+def test_small_model_takes_one_thread_unless_the_user_chose(world, monkeypatch, chosen, limit, threads):
+    monkeypatch.setattr(run, "ONE_THREAD", limit)
+    monkeypatch.setenv("OMP_NUM_THREADS", chosen or "")
+    if not chosen:
+        monkeypatch.delenv("OMP_NUM_THREADS")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        start(world, name="threads", debug=True)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("chosen", [None, "ACTIVE"])
+def test_wait_policy_is_set_before_torch_is_imported_unless_the_user_did(tmp_path, chosen):
+    (tmp_path / "torch.py").write_text("import os; raise SystemExit('policy ' + os.environ['OMP_WAIT_POLICY'])")
+    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(REPOSITORY)!r}]; import run"
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_WAIT_POLICY": chosen} if chosen else {}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stderr.strip() == f"policy {chosen or 'PASSIVE'}"
+
+
 def test_debug_writes_no_files_and_limits_data(world, tmp_path, monkeypatch):
     before = snapshot(world)
     monkeypatch.chdir(tmp_path)
