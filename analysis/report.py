@@ -103,7 +103,7 @@ def drawing(figure: Figure, title: str) -> str:
         import matplotlib
         from matplotlib.figure import Figure as Canvas
     except ModuleNotFoundError as error:
-        raise UserError("matplotlib is not installed; pip install -r requirements-extra.txt") from error
+        raise UserError("matplotlib is not installed; pip install -r requirements.txt") from error
     style = STYLE | {"svg.hashsalt": figure.name, "axes.prop_cycle": matplotlib.cycler(color=CATEGORIES)}
     file = io.StringIO()
     with matplotlib.rc_context(style), warnings.catch_warnings():

@@ -7,7 +7,7 @@
 Writes CHECKPOINT/../analysis_CHECKPOINT/: report.html (self-contained), a CSV and an SVG per figure, problems.jsonl,
 thoughts.safetensors. Questions: k_sweep (k thoughts, then language), search (the search tree), lens (thoughts
 projected onto the vocabulary), interventions (thoughts replaced), probes (linear probes of the hidden states),
-operands (GSM8k: do thoughts follow a changed number?). Needs matplotlib (requirements-extra.txt).
+operands (GSM8k: do thoughts follow a changed number?).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             from analysis.study import QUESTIONS, study
         except ModuleNotFoundError as error:
-            raise UserError(f"{error.name} is not installed; pip install -r requirements-extra.txt") from error
+            raise UserError(f"{error.name} is not installed; pip install -r requirements.txt") from error
         if unknown := set(args.questions or []) - set(QUESTIONS):
             raise UserError(f"--questions {', '.join(sorted(unknown))}: unknown; choose from {', '.join(QUESTIONS)}")
         data = args.data or validation_data(args.checkpoint)

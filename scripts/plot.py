@@ -4,8 +4,7 @@
     python scripts/plot.py checkpoints/ring-coconut-seed* --chance 14.3
 
 Runs that differ only in their seed are plotted as their mean with a min-max band. Lines of the same method are labelled
-with the config keys that differ. A line that ends early is continued by a dotted one to its name. Needs matplotlib
-(requirements-extra.txt).
+with the config keys that differ. A line that ends early is continued by a dotted one to its name.
 """
 
 from __future__ import annotations
@@ -130,7 +129,7 @@ def save(groups: list[list[FinishedRun]], path: Path, chance: float | None = Non
     try:
         import matplotlib
     except ModuleNotFoundError as error:
-        raise UserError("matplotlib is not installed; pip install -r requirements-extra.txt") from error
+        raise UserError("matplotlib is not installed; pip install -r requirements.txt") from error
     if path.exists():
         raise UserError(f"--out {path}: already exists; remove it or choose another file")
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": "coconut"}):

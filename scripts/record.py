@@ -5,7 +5,7 @@
 
 Runs that differ only in their seed share a row of the table. The folder contains README.md, curves.svg and, per run,
 RUN.yaml (its config) and RUN.jsonl (mean training loss and validation of each epoch, and the tests). An existing folder
-is never overwritten. Needs matplotlib and scipy (requirements-extra.txt).
+is never overwritten. Needs scipy (requirements-extra.txt).
 """
 
 from __future__ import annotations

@@ -167,6 +167,6 @@ def test_report_with_empty_table_and_no_problems(tmp_path):
 
 def test_report_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UserError, match=r"requirements-extra\.txt"):
+    with pytest.raises(UserError, match=r"requirements\.txt"):
         write(tmp_path / "no", "title", {}, [], FIGURES, [])
     assert not (tmp_path / "no").exists()

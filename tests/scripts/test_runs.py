@@ -167,7 +167,7 @@ def test_plot_never_overwrites_and_rejects_invalid_paths(train, tmp_path, capsys
 def test_plot_without_matplotlib(train, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert plot.main([str(train("seed0")), "--out", str(tmp_path / "no.svg")]) == 2
-    assert "requirements-extra.txt" in capsys.readouterr().err
+    assert "pip install -r requirements.txt" in capsys.readouterr().err
 
 
 @pytest.fixture
