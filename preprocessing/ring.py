@@ -1,7 +1,7 @@
-"""Generate the quickstart's problems: follow arrows around a ring.
+"""Generate problems for tiny models: follow arrows around a ring.
 
     python preprocessing/ring.py          data/ring_{train,valid,test}.json
-    python preprocessing/ring.py --small  data/ring_small_*.json: two arrows, a ring of seven (tests/stress/smoke.py)
+    python preprocessing/ring.py --small  data/ring_small_*.json: two arrows, a ring of seven (quickstart.bash)
     python preprocessing/ring.py --tokenizer FOLDER     its tokenizer (shipped in args/ring_model)
 
 A question states the eight arrows of a ring in random order, and a start: "c>a h>e ... b". The steps are the nodes

@@ -23,6 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+import transformers
 
 from components.display import print_without_errors
 from config import UserError
@@ -97,6 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--show-thoughts", action="store_true", help="print the top tokens of each thought")
     parser.add_argument("--json", action="store_true", help="print one JSON object per question")
     args = parser.parse_args(argv)
+    transformers.logging.disable_progress_bar()
     failed = False
     try:
         checkpoint = open_checkpoint(args.checkpoint, args.thoughts)

@@ -12,10 +12,12 @@ seed, which is trained first.
 from __future__ import annotations
 
 import argparse
+import itertools
 import signal
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import yaml
@@ -154,6 +156,14 @@ def format_table(dataset: str, results: dict[str, list[dict]]) -> str:
     return "\n".join(rows)
 
 
+def expected_time(epochs: int, rates: list[float]) -> str:
+    """Say how long a run of that many epochs takes if it is as fast as the slowest of the earlier ones."""
+    if not rates:
+        return ""
+    seconds = epochs * max(rates)  # not the mean: a run that had finished before took no time
+    return f", about {seconds:.0f} s" if seconds < 60 else f", about {seconds / 60:.0f} min"
+
+
 def main() -> None:
     """Train, test and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -165,11 +175,15 @@ def main() -> None:
     args = parser.parse_args([arg for arg in sys.argv[1:] if arg not in overrides])
     methods = sorted(args.methods, key=list(METHODS).index)  # cot first: other runs may start from it
     results = {method: [] for method in methods}
+    rates = []  # seconds per epoch
+    runs = list(itertools.product(range(args.seeds), methods))
     try:
-        for seed in range(args.seeds):
-            for method in methods:
-                test = train_and_test(args.dataset, method, seed, args.processes, overrides)
-                results[method].append(test)
+        for number, (seed, method) in enumerate(runs, 1):
+            path, started = ROOT / "args" / f"{args.dataset}_{method}.yaml", time.monotonic()
+            epochs = Config(read_yaml(path) | parse_overrides(overrides)[0]).num_epochs
+            print(f"\n[{number}/{len(runs)}] {method}{expected_time(epochs, rates)}", flush=True)
+            results[method].append(train_and_test(args.dataset, method, seed, args.processes, overrides))
+            rates.append((time.monotonic() - started) / epochs)
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

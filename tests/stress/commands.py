@@ -35,7 +35,7 @@ ONLY_CHECKED = {  # pattern: why matching commands are not run
     r"^conda": "alternative environment",
     r"^(torchrun|srun)|table1.py (prosqa|gsm)|checkpoints/prosqa": "needs GPUs, or days",
     r"benchmarks/\w+\.py": "long benchmark",
-    r"_[78]hops|\bmini[._-]|table1.py (ring|mini)|smoke": "takes minutes, or needs a longer run",
+    r"_[78]hops|(?<!models/)\bmini[._-]|table1.py (ring|mini)|ring-c|smoke": "takes minutes, or needs a longer run",
     r"published/": "needs the published files",
     r"tests/stress/(soak|fuzz|mutate|commands)\.py|matrix\.bash|\.ci/run|-m slow": "minutes to hours",
 }
