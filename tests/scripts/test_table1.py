@@ -143,3 +143,9 @@ def test_ctrl_c_lets_the_run_save_and_exits_with_130(place, monkeypatch, capsys)
     assert (place / "saved").exists()
     assert "rerun the same command to resume" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_expected_time_is_that_of_the_slowest_run_so_far():
+    assert table1.expected_time(9, []) == ""
+    assert table1.expected_time(9, [2.0, 0.1]) == ", about 18 s"  # the second had finished before
+    assert table1.expected_time(9, [2.0, 20.0]) == ", about 3 min"
