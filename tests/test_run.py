@@ -643,7 +643,7 @@ def test_directory_is_claimed_before_it_is_read(world, copied, monkeypatch):
 
     def look(config, processes):
         with (copied / "metrics.jsonl").open("ab") as file, pytest.raises(BlockingIOError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # two runs that share the lock would be one too many
         tried.append(config.name)
         return find_checkpoint(config, processes)
 
