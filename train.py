@@ -106,6 +106,7 @@ class Trainer:
         self.directory = config.run_directory
         self.collate = PlanningCollator(pretrained.tokenizer, model.latent_token_id)
         if config.compile:
+            processes.print("compile: the first steps take minutes")
             model.compile()
         if config.gradient_checkpointing:
             model.checkpoint_activations(config.gradient_checkpointing)

@@ -86,7 +86,10 @@ def require_description(folder: str | Path, *keys: str) -> dict:
     description = read_description(folder)
     remedy = "give a checkpoint of a run, such as checkpoints/NAME/best"
     if not description:
-        raise UserError(f"{folder} has no {DESCRIPTION}, so it is not a checkpoint of a run; {remedy}")
+        what = (
+            f"has no {DESCRIPTION}, so it is not a checkpoint of a run" if os.path.exists(folder) else "does not exist"
+        )
+        raise UserError(f"{folder} {what}; {remedy}")
     if missing := [key for key in keys if key not in description]:
         remedy += ", or pass them to Coconut.save_pretrained"
         raise UserError(f"{Path(folder, DESCRIPTION)} has no {', '.join(missing)}; {remedy}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import find_adapter_config_file
+from transformers.utils import cached_file, find_adapter_config_file
 
 from components.distributed import Processes
 from components.export import read_description
@@ -58,6 +59,13 @@ def load_pretrained(config: Config, load_path: str | Path | None) -> Pretrained:
     """
     folder, key, is_checkpoint = model_source(config, load_path)
     with loading(folder, key):
+        if not os.path.isdir(folder):
+            print(
+                f"{key}: loading {folder} from the Hugging Face hub or its cache; without a network it takes half a "
+                "minute until that fails, and no time with HF_HUB_OFFLINE=1",
+                flush=True,
+            )
+            cached_file(folder, "config.json")  # raises at the first file that cannot be had, not after several
         if find_adapter_config_file(folder):
             merge = "with peft: AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)"
             raise UserError(f"{key}: {folder!r} holds LoRA or other adapters, not a whole model; merge them {merge}")
@@ -141,6 +149,8 @@ def loading(folder: str, key: str) -> Iterator[None]:
         reason = str(error).strip().split("\n")[0]
         if "trust_remote_code" in str(error):
             reason = "it has code of its own, which runs only with trust_remote_code: True; read that code first"
+        elif not os.path.isdir(folder):
+            reason += f" Check the name and the network, or set {key} to a folder that holds the model"
         raise UserError(f"{key}: {folder!r} cannot be loaded: {reason}") from error
 
 

@@ -81,7 +81,8 @@ def cached_files(sources: list, tokenizer, folder: Path) -> list[Path]:
     missing = {file: source for file, source in zip(files, sources, strict=True) if not can_be_opened(file)}
     if not missing:
         return files
-    print(f"reading and tokenizing {', '.join(path for path, *_ in missing.values())}", flush=True)
+    names = ", ".join(path for path, *_ in missing.values())
+    print(f"reading and tokenizing {names} (about half a second per MB)", flush=True)
     problems = {file: read_problems(*source) for file, source in missing.items()}  # reports mistakes before any write
     make_private(folder)
     partial = folder / "partial"

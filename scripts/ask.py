@@ -1,7 +1,7 @@
 """Ask a checkpoint questions and print its output, answer and thoughts.
 
     python scripts/ask.py checkpoints/gsm-coconut/best "Ann has 3 boxes of 4 pens. How many pens are there?"
-    python scripts/ask.py checkpoints/gsm-coconut/best                 read one question per line from stdin
+    python scripts/ask.py checkpoints/gsm-coconut/best                 read one question per line from stdin, up to exit
     python scripts/ask.py CHECKPOINT QUESTION --thoughts 3             override the number of thoughts
     python scripts/ask.py CHECKPOINT QUESTION --show-thoughts          print the top tokens of each thought
     python scripts/ask.py CHECKPOINT QUESTION --json                   print one JSON object per question
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -23,10 +24,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-import transformers
 
-from components.display import print_without_errors
+from components.display import print_without_errors, quiet_libraries
 from config import UserError
+from curriculum import METHODS
 from dataset import MyCollator, model_args
 from evaluate import OpenedCheckpoint, open_checkpoint, predict, until_eos
 
@@ -71,14 +72,17 @@ def format_result(result: dict) -> str:
 
 
 def read_questions() -> Iterator[str]:
-    """Yield the non-empty lines of stdin."""
+    """Yield the non-empty lines of stdin, up to one that says exit; in a terminal an empty line ends them too."""
     with suppress(ImportError):  # line editing and history in a terminal, where available
         import readline  # noqa: F401
     with suppress(AttributeError):  # not a file
         sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are not UTF-8 spoil their own question only
     with suppress(EOFError, KeyboardInterrupt):
         while True:
-            if line := input("question: " if sys.stdin.isatty() else "").strip():
+            line = input("question: " if sys.stdin.isatty() else "").strip()
+            if line == "exit" or (not line and sys.stdin.isatty()):
+                return
+            if line:
                 yield line
 
 
@@ -92,16 +96,19 @@ def thought_count(text: str) -> int:
 def main(argv: list[str] | None = None) -> None:
     """Answer the question on the command line, or those on stdin."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="checkpoint folder, such as checkpoints/NAME/best")
+    parser.add_argument("checkpoint", help="checkpoint, such as checkpoints/NAME/best, or a run's folder")
     parser.add_argument("question", nargs="?", help="default: one question per line of stdin")
     parser.add_argument("--thoughts", type=thought_count, help="number of thoughts (or pause tokens)")
     parser.add_argument("--show-thoughts", action="store_true", help="print the top tokens of each thought")
     parser.add_argument("--json", action="store_true", help="print one JSON object per question")
     args = parser.parse_args(argv)
-    transformers.logging.disable_progress_bar()
+    quiet_libraries()
     failed = False
     try:
-        checkpoint = open_checkpoint(args.checkpoint, args.thoughts)
+        best = Path(args.checkpoint, "best")  # of a run's folder
+        checkpoint = open_checkpoint(str(best) if os.path.isdir(best) else args.checkpoint, args.thoughts)
+        if args.show_thoughts and METHODS[checkpoint.config.method].placeholder != "latent":
+            print(f"note: method {checkpoint.config.method} has no thoughts to show", file=sys.stderr)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

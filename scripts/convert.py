@@ -102,11 +102,14 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         if args.command == "to-official":
-            return to_official(args.folder, args.file)
+            to_official(args.folder, args.file)
+            return print(f"wrote {args.file}, which the official code loads as load_model_path")
         keys = ("model_id", "method", "c_thought", "max_latent_stage")
         values = {key: getattr(args, key) for key in keys}
         config = Config(values | {"from_scratch": True})  # all weights are in the file
         from_official(args.file, args.folder, config, args.stage)
+        print(f"wrote {args.folder}: {', '.join(sorted(path.name for path in args.folder.iterdir()))}")
+        print(f'  ask:   python scripts/ask.py {args.folder} "..."')
     except (UserError, SaveError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

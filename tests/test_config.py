@@ -99,7 +99,7 @@ def test_the_config_of_these_tests_runs(place, capsys):
         ("name=a/b", ["name", "a/b", "save_path"]),
         ("name=..", ["name", "..", "save_path"]),
         ("model_id=./missing", ["model_id", "./missing", "does not exist"]),
-        ("model_id=nobody/no-such-model", ["model_id", "nobody/no-such-model"]),
+        ("model_id=nobody/no-such-model", ["model_id", "nobody/no-such-model", "set model_id to a folder"]),
         ("load_model_path=missing/best", ["load_model_path", "missing/best", "does not exist"]),
         ("save_path=YOUR_PATH_TO_SAVE_THE_MODEL", ["save_path", "YOUR_PATH_TO_SAVE_THE_MODEL", "placeholder"]),
         ("load_model_path=YOUR_PATH_TO_COT_CHECKPOINT", ["load_model_path", "YOUR_PATH_TO_COT", "placeholder"]),

@@ -421,7 +421,9 @@ def test_folder_whose_head_differs_from_its_embedding_keeps_both(folders, tmp_pa
 def test_folder_of_adapters_is_refused(folders, runs, tmp_path, capsys, key):
     peft = pytest.importorskip("peft")
     lm = AutoModelForCausalLM.from_pretrained(folders["gpt2"])
-    peft.get_peft_model(lm, peft.LoraConfig(r=2, target_modules=["c_attn"])).save_pretrained(tmp_path / "adapter")
+    peft.get_peft_model(lm, peft.LoraConfig(r=2, fan_in_fan_out=True, target_modules=["c_attn"])).save_pretrained(
+        tmp_path / "adapter"
+    )
     byte_tokenizer().save_pretrained(tmp_path / "adapter")
     values = {"method": "coconut", "name": "new", "save_path": tmp_path / "saved", key: tmp_path / "adapter"}
     assert run.main([str(runs / "config.yaml"), *words(values)]) == 2

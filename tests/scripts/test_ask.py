@@ -61,6 +61,25 @@ def test_ask_reads_questions_from_stdin(save_path, capsys, monkeypatch):
     assert [result["question"] for result in ask_json(capsys, save_path / "cot" / "best")] == ["1+2+3", "4+5"]
 
 
+@pytest.mark.parametrize(("last", "terminal"), [("exit", False), ("exit", True), ("", True)])
+def test_exit_and_in_a_terminal_an_empty_line_end_the_session(save_path, capsys, monkeypatch, last, terminal):
+    monkeypatch.setattr("sys.stdin", stdin := io.StringIO(f"1+2+3\n{last}\n4+5\n"))
+    stdin.isatty = lambda: terminal
+    ask.main([str(save_path / "cot" / "best")])
+    assert capsys.readouterr().out.count("answer: ") == 1
+
+
+def test_ask_takes_best_of_a_run(save_path, capsys):
+    of_run, of_best = (ask_json(capsys, save_path / folder, "1+2+3")[0] for folder in ("gpt2", "gpt2/best"))
+    assert of_run["generated"] == of_best["generated"]
+
+
+@pytest.mark.parametrize("name", ["cot", "pause"])
+def test_show_thoughts_of_a_method_without_them_says_so(save_path, capsys, name):
+    ask.main([str(save_path / name / "best"), "1+2+3", "--show-thoughts"])
+    assert "has no thoughts to show" in capsys.readouterr().err
+
+
 def test_ask_skips_too_long_question_and_exits_with_2(save_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("1+2\n" + "1+" * 80 + "\n4+5\n"))
     with pytest.raises(SystemExit) as raised:
@@ -86,7 +105,7 @@ def test_ask_takes_a_question_as_text_and_survives_what_is_none(save_path, capsy
     ("argv", "message"),
     [
         (["gpt2_model", "1+2"], "coconut.json"),
-        (["nowhere", "1+2"], "nowhere"),
+        (["nowhere", "1+2"], "nowhere does not exist"),
         (["cot/best", "1+2", "--thoughts", "2"], "cot"),
         (["gpt2/best", "1+2", "--thoughts", "-1"], "--thoughts"),
         (["gpt2/best", "1+" * 80], "128"),

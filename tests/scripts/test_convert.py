@@ -40,12 +40,15 @@ def convert_error(capsys, *argv) -> str:
     return capsys.readouterr().err
 
 
-def test_convert_round_trip_of_official_coconut_file(save_path, tmp_path):
+def test_convert_round_trip_of_official_coconut_file(save_path, tmp_path, capsys):
     torch.manual_seed(7)
     lm = tiny_gpt2(V + 3, 128).eval()
     file = save_official(tmp_path / "checkpoint_1", lm)
     folder = from_official(save_path, file, tmp_path / "ours", "--c-thought", "2", "--max-latent-stage", "2")
     convert.main(["to-official", str(folder), str(tmp_path / "back")])
+    printed = capsys.readouterr().out
+    assert f"wrote {folder}: coconut.json, config.json, " in printed and f"wrote {tmp_path}/back, " in printed
+    assert f'python scripts/ask.py {folder} "..."' in printed
     before, after = (torch.load(path, weights_only=True) for path in (file, tmp_path / "back"))
     assert before.keys() == after.keys()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
