@@ -12,6 +12,7 @@ import argparse
 import io
 import json
 import os
+import resource
 import sys
 import tempfile
 import time
@@ -34,6 +35,7 @@ from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from pyarrow import parquet  # noqa: E402
 
+from coconut import Coconut, check_model  # noqa: E402
 from components import checkpoint  # noqa: E402
 from components.checkpoint_manager import drop_optimizer_state, latest_checkpoint  # noqa: E402
 from components.data_sources import read_problems  # noqa: E402
@@ -41,9 +43,10 @@ from components.export import read_description  # noqa: E402
 from components.files import verify_manifest  # noqa: E402
 from components.metrics import MetricLogger  # noqa: E402
 from components.pretrained import load_pretrained  # noqa: E402
-from components.tokenization import tokenize_problems  # noqa: E402
+from components.tokenization import check_tokens, tokenize_problems  # noqa: E402
 from config import Config, UserError, load_config  # noqa: E402
-from curriculum import evaluation_stage  # noqa: E402
+from curriculum import END, LATENT, PAUSE, START, evaluation_stage  # noqa: E402
+from evaluate import OpenedCheckpoint  # noqa: E402
 from helpers import make_problems, save_model, write_json  # noqa: E402
 
 # --- inputs -----------------------------------------------------------------------------------------------------------
@@ -113,6 +116,8 @@ def torch_files(draw, value) -> bytes:
     if kind == "value":
         odd = [torch.zeros(()), torch.zeros(3, 3), torch.zeros(0), torch.tensor([1j]), torch.zeros(2, 2).to_sparse()]
         odd += [torch.full((2,), torch.nan), torch.zeros(1).expand(10**13, 16), torch.zeros(2, device="meta")]
+        prefix = draw(st.sampled_from(["", "", "module.", "_orig_mod.", "base_causallm.", "module.base_causallm."]))
+        value = {prefix + name: tensor for name, tensor in value.items()}
         key = st.sampled_from([*value, "a", 1, "base_causallm.a", "base_causallm.", "module.", None])
         return saved({**value, draw(key): draw(st.sampled_from([*odd, *ODD_VALUES]))})
     buffer = io.BytesIO()
@@ -142,6 +147,32 @@ def tables(draw) -> bytes:
     return sink.getvalue()
 
 
+@st.composite
+def model_folders(draw, names: list[str]) -> dict[str, bytes | None]:
+    """Changes to one to three files of a model's folder: missing, empty, or with the content of another kind."""
+    contents = st.sampled_from([None, None, b"", b"{}", b"[]", b"\xff", b"version https://git-lfs.github.com/spec/v1"])
+    return draw(st.dictionaries(st.sampled_from([*names, "adapter_config.json"]), contents, min_size=1, max_size=3))
+
+
+MARKERS = [
+    START,
+    END,
+    LATENT,
+    PAUSE,
+    "<|",
+    "latent|>",
+    "<|endoftext|>",
+    "<<",
+    "\ud800",
+    "\0",
+    "\n",
+    " ",
+    "1+2",
+    "é" * 99,
+]
+QUESTIONS = st.lists(st.sampled_from(MARKERS) | st.text(max_size=5), max_size=4).map("".join)
+
+
 # --- readers ----------------------------------------------------------------------------------------------------------
 
 
@@ -159,6 +190,7 @@ class Place:
         self.lm_state = transformers.AutoModelForCausalLM.from_pretrained(self.model).state_dict()
         self.checkpoint = folder / "run" / "checkpoint_1"
         self.checkpoint.mkdir(parents=True)
+        self.opened = None
 
     def kinds(self) -> dict[str, tuple[st.SearchStrategy, Callable]]:
         """Return for each kind of input its strategy and the function that reads an example."""
@@ -179,7 +211,10 @@ class Place:
             "manifest.json": (json_files(manifest), self.manifest),
             "official file": (torch_files(self.lm_state), self.official_file),
             "training_state.pt": (torch_files(training), self.training_state),
-            **{name: self.tokenizer_file(name) for name in ("tokenizer.json", "tokenizer_config.json")},
+            **{name: self.model_file(name) for name in ("tokenizer.json", "tokenizer_config.json", "config.json")},
+            "model.safetensors": self.model_file("model.safetensors"),
+            "model folder": (model_folders(os.listdir(self.model)), self.model_folder),
+            "question": (QUESTIONS, self.question),
         }
 
     def command_line(self, words: list[str]) -> None:
@@ -223,18 +258,33 @@ class Place:
         (self.checkpoint / checkpoint.TRAINING_STATE).write_bytes(content)
         must_name("checkpoint_1", checkpoint.read_training_state, self.checkpoint)
 
-    def tokenizer_file(self, name: str) -> tuple[st.SearchStrategy, Callable]:
+    def model_file(self, name: str) -> tuple[st.SearchStrategy, Callable]:
         sound = (self.model / name).read_bytes()
+        strategy = json_files(json.loads(sound)) if name.endswith(".json") else mutated(sound, ODD_JSON)
+        return strategy, lambda content: self.model_folder({name: content})
 
-        def read(content: bytes) -> None:
-            (self.model / name).write_bytes(content)
-            try:
-                pretrained = must_name("model_id", load_pretrained, self.config, None)
-                tokenize_problems(make_problems(2), pretrained.tokenizer)
-            finally:
-                (self.model / name).write_bytes(sound)
+    def model_folder(self, changes: dict[str, bytes | None]) -> None:
+        """Load a copy of the model in which files have other contents, or (None) are missing."""
+        with tempfile.TemporaryDirectory(dir=self.folder) as folder:
+            files = {path.name: path.read_bytes() for path in self.model.iterdir()} | changes
+            for name, content in files.items():
+                if content is not None:
+                    Path(folder, name).write_bytes(content)
+            config = Config(self.config.resolved() | {"model_id": folder})
+            pretrained = must_name("model_id", load_pretrained, config, None)
+            must_name("model_id", check_model, pretrained.lm, pretrained.tokenizer.eos_token_id, "model_id")
+            data, rows = tokenize_problems(make_problems(2), pretrained.tokenizer), len(pretrained.tokenizer)
+            must_name("model_id", check_tokens, data, pretrained.tokenizer, rows, "model_id", "data.json")
 
-        return json_files(json.loads(sound)), read
+    def question(self, text: str) -> None:
+        """Ask a checkpoint, which is opened once; each of its marks is in the prompt as often as the stage says."""
+        if self.opened is None:
+            pretrained = load_pretrained(self.config, None)
+            model = Coconut.wrap(pretrained.lm, pretrained.tokenizer)
+            self.opened = OpenedCheckpoint("checkpoint", pretrained, model, self.config, stage=1)
+        [prompt] = must_name("question", self.opened.prompts, [text])
+        ids = self.opened.pretrained.sequence_tokens("coconut")
+        assert [prompt["input_ids"].count(ids[key]) for key in ("start_id", "latent_id", "end_id")] == [1, 1, 1]
 
 
 def must_name(name: str, read: Callable, *args):
@@ -275,6 +325,7 @@ def main() -> int:
     parser.add_argument("--examples", type=int, default=10_000, help="in total")
     parser.add_argument("--kinds", nargs="+", help="default: all")
     args = parser.parse_args()
+    resource.setrlimit(resource.RLIMIT_AS, (2**34, 2**34))  # a config.json of a huge model is refused, not built
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     transformers.logging.disable_progress_bar()
