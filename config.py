@@ -26,6 +26,11 @@ OFFICIAL_METHODS = ("coconut", "cot", "no_thoughts", "no_cot")  # the official c
 SPLIT_PATHS = ("train_path", "val_path")
 ABOVE_0 = math.ulp(0.0)  # the least value of a key that must be positive
 HUB = "hub:"  # prefix of a path that names a data set of the Hugging Face hub
+HUB_FORM = "hub:OWNER/NAME[:CONFIG][:SPLIT], where SPLIT may be a slice such as test[:10]"
+HUB_PATH = re.compile(
+    r"hub:(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+)(?=:))?(:(?P<split>\w+(?P<slice>\[-?\d*%?:-?\d*%?\])?))?",
+    re.ASCII,
+)
 TYPE_NAMES = {bool: "a bool", int: "an int", float: "a float", str: "a string", types.NoneType: "None"}
 
 
@@ -86,7 +91,7 @@ class Config:
     trust_remote_code: bool = option(False, "allow a hub model to run its own code", free=True)
     verify: bool = option(True, "check a checkpoint against its manifest before loading it: reads it twice", free=True)
     # data
-    train_path: str | None = option(None, "training problems: JSON, JSON lines, Parquet or hub:OWNER/NAME[:SPLIT]")
+    train_path: str | None = option(None, "training problems: JSON (lines), Parquet or hub:OWNER/NAME[:CONFIG][:SPLIT]")
     val_path: str | None = option(None, "validation or test problems, likewise; a hub path needs its SPLIT", free=True)
     data_cache: str | None = option(None, "directory for tokenized data (None: the cache of datasets)", free=True)
     data_workers: int | None = option(
@@ -384,9 +389,10 @@ def path_error(key: str, config: Config) -> str | None:
     if "YOUR_" in value:
         return f"{key}: {value!r} is a placeholder; put your own path there"
     if key in SPLIT_PATHS and value.startswith(HUB):
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+(:\w+)?", value.removeprefix(HUB), re.ASCII):
-            return f"{key}: expected hub:OWNER/NAME[:SPLIT], got {value!r}"
-        if key == "val_path" and value.count(":") == 1:
+        form = HUB_PATH.fullmatch(value)
+        if not form:
+            return f"{key}: expected {HUB_FORM}, got {value!r}"
+        if key == "val_path" and not form["split"]:
             return f"{key}: {value!r} names no split; add one, such as {value}:validation"
         return None
     try:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -11,10 +13,11 @@ from pathlib import Path
 import pyarrow
 from pyarrow import parquet
 
-from config import HUB, UserError, abbreviated, has_lone_surrogate
+from config import HUB, HUB_FORM, HUB_PATH, UserError, abbreviated, has_lone_surrogate
 from curriculum import END, LATENT, PAUSE, START
 
 FIELDS = ("question", "answer", "steps")
+GZIP = b"\x1f\x8b"  # first bytes of such a file
 SHAPE = '{"question": "...", "answer": "...", "steps": ["...", ...]}'
 
 
@@ -22,7 +25,7 @@ def read_problems(path: str, max_size: int | None = None, need_steps: bool = Tru
     """Read the first max_size problems of a source.
 
     Args:
-        path: a file, whose content tells its format, or hub:OWNER/NAME[:SPLIT].
+        path: a file, whose content tells its format, gzipped or not, or a data set of the hub (HUB_FORM).
         max_size: None reads all.
         need_steps: False takes problems without the field too; they get no steps.
 
@@ -54,6 +57,11 @@ def read_source(path: str) -> Iterable:
         content = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot read the data: {error.strerror}") from error
+    if content.startswith(GZIP):
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{path}: not a valid gzip file: {error}") from error
     if content.startswith(b"PAR1"):
         return parquet_rows(content, path)
     try:
@@ -110,12 +118,14 @@ def table_rows(tables: Iterable) -> Iterator[dict]:
 
 
 def hub_dataset(path: str):
-    """Load the datasets.Dataset that hub:OWNER/NAME[:SPLIT] names; SPLIT defaults to train."""
+    """Load the datasets.Dataset of a hub path; SPLIT defaults to train."""
     import datasets  # slow to import
 
-    name, _, split = path.removeprefix(HUB).partition(":")
+    form = HUB_PATH.fullmatch(path)
+    if not form:
+        raise UserError(f"{path}: expected {HUB_FORM}")
     try:
-        return datasets.load_dataset(name, split=split or "train")
+        return datasets.load_dataset(form["name"], form["config"], split=form["split"] or "train")
     except Exception as error:  # the libraries raise all kinds for a data set that is missing or out of reach
         reason = str(error).strip().split("\n")[0]
         raise UserError(
@@ -127,7 +137,8 @@ def hub_dataset(path: str):
 def content_digest(path: str) -> str:
     """Compute the SHA-256 of a source's content. Raises UserError if it cannot be read."""
     files = [file["filename"] for file in hub_dataset(path).cache_files] if path.startswith(HUB) else [path]
-    digest = hashlib.sha256()
+    form = HUB_PATH.fullmatch(path)
+    digest = hashlib.sha256(((form and form["slice"]) or "").encode())  # the files are those of the whole split
     for name in files:
         try:
             with open(name, "rb") as file:

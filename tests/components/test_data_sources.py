@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 from pathlib import Path
@@ -72,6 +73,27 @@ def test_steps_may_be_missing_where_nothing_needs_them(place, source):
     assert read_problems(path, need_steps=False) == [problem | {"steps": []} for problem in PROBLEMS]
     with pytest.raises(UserError, match='problem 0: has no "steps"'):
         read_problems(path)
+
+
+@pytest.mark.parametrize("source", [json_list, json_lines, parquet_file])
+def test_files_may_be_gzipped(place, source):
+    content = gzip.compress(Path(source(place, PROBLEMS)).read_bytes())
+    (place / "data.gz").write_bytes(content)
+    assert read_problems("data.gz") == PROBLEMS
+    for damaged in (content[:40], content[:20] + b"?" + content[21:]):
+        (place / "data.gz").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"data\.gz: not a valid gzip file"):
+            read_problems("data.gz")
+
+
+def test_a_config_and_a_slice_of_the_hub(place):
+    path = hub(place, PROBLEMS)
+    assert read_problems(f"{path}:default:test[1:3]") == PROBLEMS[::-1][1:3]
+    assert read_problems(f"{path}:test[:50%]") == PROBLEMS[::-1][:3]
+    slices = [content_digest(f"{path}:{split}") for split in ("test", "test[:2]", "test[2:]", "default:test[2:]")]
+    assert len(set(slices)) == 3 and slices[2] == slices[3]
+    with pytest.raises(UserError, match="hub:owner/gsm8k-aug:other:test: cannot be loaded"):
+        read_problems(f"{path}:other:test")
 
 
 def test_one_json_line_is_a_file_too(place):
@@ -153,6 +175,11 @@ def test_what_the_hub_does_not_give_is_a_clear_error(place, path, reason):
         ("train_path", "hub:owner/name", None),
         ("val_path", "hub:owner/name:test", None),
         ("val_path", "hub:owner/name", "add one, such as hub:owner/name:validation"),
+        ("val_path", "hub:owner/name:main:test", None),
+        ("val_path", "hub:owner/name:test[:10]", None),
+        ("train_path", "hub:owner/name:main:train[10%:-5]", None),
+        ("val_path", "hub:owner/name:test[10]", "hub:OWNER/NAME"),
+        ("val_path", "hub:owner/name:a:b:c", "hub:OWNER/NAME"),
         ("train_path", "hub:name", "hub:OWNER/NAME"),
         ("train_path", "hub:owner/name:", "hub:OWNER/NAME"),
         ("train_path", "hub:YOUR_NAME/data", "placeholder"),
