@@ -1,6 +1,6 @@
 """Mutate single lines of the core, and check that a test notices each.
 
-    python tests/stress/mutate.py               all, on one core: minutes
+    python tests/stress/mutate.py               all, on one core: 5 minutes of its time
     python tests/stress/mutate.py train.py run  those whose file or text contains one of these words
 
 Each mutation is made in a temporary copy of the tree, where its test runs in a process that is forked after the slow
