@@ -85,7 +85,9 @@ class Config:
     # model
     model_id: str = option("openai-community/gpt2", "hub name or directory of the base model")
     from_scratch: bool = option(False, "random weights for the architecture in model_id's config.json")
-    load_model_path: str | None = option(None, "checkpoint (directory or official file) to evaluate or to start from")
+    load_model_path: str | None = option(
+        None, "checkpoint to evaluate or start from: directory, run, official file, hub name"
+    )
     new_token_init: str = option("<<", "token whose embedding initializes new tokens (mean embedding if not one token)")
     lora_rank: int | None = option(None, "rank of LoRA adapters (None: train all weights); needs peft", low=1)
     trust_remote_code: bool = option(False, "allow a hub model to run its own code", free=True)
@@ -156,7 +158,8 @@ class Config:
                 errors.append(f"{key}: unknown key; {advice}")
                 continue
             try:
-                setattr(self, key, convert(value, hints[key], options[key]))
+                value = convert(value, hints[key], options[key])
+                setattr(self, key, expand(value) if key in PATH_KEYS and value else value)
             except ValueError as error:
                 errors.append(f"{key}: {error}")
         named = [name for name in OFFICIAL_METHODS if getattr(self, name)]
@@ -222,6 +225,11 @@ def describe_keys() -> str:
         text = textwrap.wrap(meaning(key), 80)
         lines += [f"  {f'{key.name}={key.default}':<35} {text[0]}", *(f"{'':38}{line}" for line in text[1:])]
     return "\n".join(lines).strip()
+
+
+def expand(path: str) -> str:
+    """Replace a leading ~ and the $VARIABLES of a path, as a shell does; unknown ones stay."""
+    return os.path.expandvars(os.path.expanduser(path))
 
 
 def convert(value, hint: type | types.UnionType, option: Mapping):
@@ -295,7 +303,8 @@ def read_yaml(path: str | Path, chain: tuple[Path, ...] = ()) -> dict:
         text = path.read_text(encoding="utf-8")
         values = parse_yaml(text)
     except OSError as error:
-        raise UserError(f"{path}: cannot read the config: {error.strerror}; ready-made ones are in args/") from error
+        by = f", which base in {chain[-1]} names" if chain else ""
+        raise UserError(f"{path}: cannot read the config{by}: {error.strerror}; args/ has ready-made ones") from error
     except ValueError as error:
         raise UserError(f"{path}: the config is not valid YAML in UTF-8: {error}") from error
     if not isinstance(values, dict):
@@ -310,7 +319,7 @@ def read_yaml(path: str | Path, chain: tuple[Path, ...] = ()) -> dict:
         return values
     if not isinstance(base, str) or "\0" in base or has_lone_surrogate(base):
         raise UserError(f"{path}: base: expected the path of a YAML file from this one, got {abbreviated(base)}")
-    return read_yaml(path.parent / base, (*chain, path)) | values
+    return read_yaml(path.parent / expand(base), (*chain, path)) | values
 
 
 def parse_yaml(text: str):
@@ -400,11 +409,20 @@ def path_error(key: str, config: Config) -> str | None:
     except (FileNotFoundError, NotADirectoryError):
         if key in SUPERSEDED and has_own_checkpoint(config):
             return None  # needed only if no such checkpoint is complete, which shows when they are read
-        is_hub_name = key == "model_id" and not value.startswith((".", "/", "~"))
-        return f"{key}: {value!r} does not exist; {REMEDIES[key]}" if key in REMEDIES and not is_hub_name else None
+        if "$" in value:
+            return f"{key}: {value!r} does not exist, and names a variable that is not set"
+        on_hub = (key == "model_id" and value[0] not in "./") or (key == "load_model_path" and is_hub_name(value))
+        where = "" if os.path.isabs(value) else f" in {os.getcwd()}"
+        return f"{key}: {value!r} does not exist{where}; {REMEDIES[key]}" if key in REMEDIES and not on_hub else None
     except OSError as error:  # a name that is too long, a directory without permission
         return f"{key}: {abbreviated(value)} cannot be used: {error.strerror}; choose another path"
     return None
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether a path that does not exist can be meant as OWNER/NAME on the Hugging Face hub."""
+    named = re.fullmatch(r"([\w-][\w.-]*)/(?!best$|last$)[\w-][\w.-]*", path, re.ASCII)
+    return named is not None and not os.path.exists(named[1])
 
 
 def has_own_checkpoint(config: Config) -> bool:

@@ -26,6 +26,7 @@ from components.export import require_description
 from components.files import make_private, saving, write_atomic
 from components.parallelize import unsharded
 from components.pretrained import Pretrained, load_pretrained
+from components.run_directory import locate
 from components.tokenization import ANSWER_PREFIX, TEXTS, TOKENS, tokenize_chunk
 from config import Config, UserError
 from curriculum import ALL_STEPS, METHODS, apply_curriculum, evaluation_stage, num_placeholders, scheduled_stages
@@ -328,7 +329,7 @@ def evaluate_checkpoint(validator: Validator) -> None:
     if config.numeric_answers:
         result["numeric_answers"] = True
     if not config.debug:
-        directory = config.run_directory / f"eval_{checkpoint.resolve().name}"
+        directory = config.run_directory / f"eval_{locate(checkpoint).resolve().name}"
         processes.run_on_rank0(lambda: write_evaluation(evaluation.predictions, result, directory))
         processes.print(f"predictions and metrics: {directory}")
 
@@ -407,6 +408,7 @@ class OpenedCheckpoint:
 
 def open_checkpoint(path: str, thoughts: int | None = None) -> OpenedCheckpoint:
     """Open a checkpoint for questions; thoughts: how many its prompts hold (None: as many as it was trained with)."""
+    path = str(locate(path))
     description = require_description(path, "method", "c_thought", "max_latent_stage", "stage")
     # A question does not tell its number of steps, so pad_latent_to_max keeps its default, True.
     values = {key: description[key] for key in ("method", "c_thought", "max_latent_stage")}

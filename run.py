@@ -37,7 +37,7 @@ from components.errors import exit_code, message
 from components.lora import add_lora
 from components.parallelize import replicate
 from components.pretrained import Pretrained, load_on_rank0, model_source
-from components.run_directory import Claim, check_directory, check_writable
+from components.run_directory import Claim, check_directory, check_writable, follow, locate
 from config import Config, describe_keys, load_config
 from curriculum import METHODS, stage_of
 from dataset import Lengths, load_data
@@ -139,7 +139,9 @@ def load(config: Config, checkpoint: Path | None, processes: Processes) -> Pretr
     With LoRA a checkpoint has only the trained weights, and the frozen ones come from where they came at first.
     """
     set_seed(config.seed)  # random weights come from rank 0
-    path = (None if config.lora_rank else checkpoint) or config.load_model_path
+    path = None if config.lora_rank else checkpoint
+    if path is None and config.load_model_path:
+        path = processes.run_on_each_node(lambda: locate(config.load_model_path))
     if path is None or path != checkpoint:  # find_checkpoint has verified its own
         processes.run_on_rank0(lambda: check_intact(config, path))
     pretrained = load_on_rank0(config, path, processes)
@@ -158,7 +160,7 @@ def load(config: Config, checkpoint: Path | None, processes: Processes) -> Pretr
 def analyze(config: Config) -> int:
     """Analyze the best checkpoint of a finished run in a process of its own; returns its exit code."""
     best = config.run_directory / "best"
-    if (config.run_directory / f"analysis_{best.resolve().name}" / "report.html").exists():
+    if (config.run_directory / f"analysis_{follow(best).resolve().name}" / "report.html").exists():
         return 0
     script, batch = (
         Path(__file__).parent / "scripts" / "analyze.py",

@@ -17,6 +17,7 @@ from analysis.report import refuse_existing, write
 from analysis.thoughts import Subject, open_subject
 from components.data_sources import read_problems, read_source
 from components.files import make_private
+from components.run_directory import locate
 from config import UserError
 from train import git_commit
 
@@ -75,7 +76,7 @@ def study(
 
 def folder_of(checkpoint: str) -> Path:
     """Return the output folder for a checkpoint."""
-    place = Path(checkpoint).resolve()
+    place = locate(checkpoint).resolve()
     return place.parent / f"analysis_{place.name}"
 
 

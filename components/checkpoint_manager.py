@@ -8,8 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from components.export import read_description
-from components.files import fsync, read_manifest, verify_manifest, write_manifest
-from components.run_directory import CHECKPOINT, set_aside
+from components.files import fsync, read_manifest, say_once, verify_manifest, write_atomic, write_manifest
+from components.run_directory import CHECKPOINT, follow, set_aside
 from config import Config, UserError
 
 OPTIMIZER_STATE = "optimizer.safetensors"  # tensors PARAMETER.KEY, such as ...weight.exp_avg
@@ -48,7 +48,7 @@ def prune(newest: Path, keep: int | None, only_improved: bool) -> None:
     and, with only_improved, those that did not improve accuracy. Of the rest only the newest two keep their optimizer
     state. Damaged checkpoints newer than `newest` do not count.
     """
-    linked, retained = {newest.with_name(name).resolve() for name in ("best", "last")}, []
+    linked, retained = {follow(newest.with_name(name)).resolve() for name in ("best", "last")}, []
     checkpoints = list_checkpoints(newest.parent)
     for age, path in enumerate(checkpoints[checkpoints.index(newest) :]):
         expired = (keep is not None and age >= keep) or (age >= 2 and "_step_" in path.name)
@@ -86,10 +86,10 @@ def improved(checkpoint: Path) -> bool:
 def set_links(last: Path, best_epoch: int) -> None:
     """Point `last` to a checkpoint, and `best` to that of the best epoch if it exists.
 
-    Folders of these names, which a copy has that followed the links, are set aside.
+    What else has these names, such as the folders of a copy that followed the links, is set aside.
     """
     paths = [last.with_name(name) for name in ("best", "last")]
-    if names := [path.name for path in paths if path.exists() and not path.is_symlink()]:
+    if names := [path.name for path in paths if path.exists() and not path.is_symlink() and follow(path) == path]:
         set_aside(last.parent, names)
     set_link("last", last)
     best = last.with_name(f"checkpoint_{best_epoch}")
@@ -98,13 +98,17 @@ def set_links(last: Path, best_epoch: int) -> None:
 
 
 def set_link(name: str, checkpoint: Path) -> None:
-    """Point the relative link `name` beside a checkpoint to it, atomically."""
+    """Point the relative link `name` beside a checkpoint to it, atomically; without links, a file has its name."""
     link = checkpoint.with_name(name)
-    if link.resolve() == checkpoint.resolve():
+    if follow(link).resolve() == checkpoint.resolve():
         return
     partial = checkpoint.with_name(name + ".partial")
     partial.unlink(missing_ok=True)
-    partial.symlink_to(checkpoint.name)
+    try:
+        partial.symlink_to(checkpoint.name)
+    except OSError:  # many kinds, of cloud mounts and network shares
+        write_atomic(partial, checkpoint.name + "\n")
+        say_once("note: this file system has no links, so best and last are files with the name of a checkpoint")
     os.replace(partial, link)
 
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from components.distributed import Processes
+from components.run_directory import follow
 from config import Config
 from curriculum import METHODS, schedule_table
 
@@ -89,7 +90,7 @@ class Display:
     def finish(self, accuracy: float) -> None:
         """Show how long the run took, the accuracy of its best checkpoint, and what to do with it."""
         took, best = tqdm.format_interval(time.monotonic() - self.started), self.config.run_directory / "best"
-        self.processes.print(f"done in {took} · {accuracy:.1%} valid ({best.resolve().name})")
+        self.processes.print(f"done in {took} · {accuracy:.1%} valid ({follow(best).resolve().name})")
         self.processes.print(f'  ask:   python scripts/ask.py {best} "..."')
         self.processes.print(f"  look:  python scripts/analyze.py {best}")
 

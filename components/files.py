@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -114,9 +116,19 @@ def file_digest(path: Path) -> dict:
 
 
 def fsync(path: Path) -> None:
-    """Wait until a file or directory is on the disk."""
+    """Wait until a file or directory is on the disk; a file system that cannot sync directories is used as it is."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.ENOSYS):
+            raise
+        say_once("note: this file system cannot sync directories, so a power failure may cost the newest checkpoint")
     finally:
         os.close(descriptor)
+
+
+@cache
+def say_once(text: str) -> None:
+    """Print a note that is the same each time, once."""
+    print(text, flush=True)

@@ -9,8 +9,9 @@ import shutil
 from itertools import count
 from pathlib import Path
 
-from components.files import make_private, saving
-from config import UserError
+from components.errors import reason
+from components.files import make_private, saving, say_once
+from config import UserError, is_hub_name
 
 CHECKPOINT = re.compile(r"checkpoint_(\d+)(?:_step_(\d+))?")  # finished epochs; within an epoch, steps of the run
 METRICS, CONFIG = "metrics.jsonl", "config.yaml"
@@ -98,6 +99,34 @@ def check_types(run_directory: Path) -> None:
         if expected and not expected():
             kind = "file" if expected == path.is_file else "folder"
             raise UserError(f"name: {path} should be a {kind}, but is not; move it, or choose another name")
+
+
+def follow(path: Path) -> Path:
+    """Return the checkpoint that a file named best or last names on a file system without links; else the path."""
+    if path.is_file() and path.stat().st_size < 100:
+        name = path.read_text("utf-8", "replace").strip()
+        return path.with_name(name) if CHECKPOINT.fullmatch(name) else path
+    return path
+
+
+def locate(given: str | Path) -> Path:
+    """Return the folder or file of the checkpoint that a user names: by its path, its run's directory or a hub name.
+
+    Raises UserError if a hub name cannot be loaded. Other paths that do not exist are returned as they are.
+    """
+    path = Path(given).expanduser()
+    if (path / METRICS).exists() and os.path.lexists(path / "best"):
+        say_once(f"note: {path} is a run's directory, so its best checkpoint is taken")
+        path = path / "best"
+    if not path.exists() and is_hub_name(str(given)):
+        from huggingface_hub import snapshot_download
+
+        try:
+            return Path(snapshot_download(str(given), ignore_patterns=["*.h5", "*.msgpack", "*.onnx", "*.ot"]))
+        except Exception as error:  # the hub's own errors, and those of the network
+            where = f"is neither in {os.getcwd()} nor can it be loaded from the hub"
+            raise UserError(f"load_model_path: {str(given)!r} {where}: {reason(error)}") from error
+    return follow(path)
 
 
 def set_aside(directory: Path, names: list[str]) -> None:

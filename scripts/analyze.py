@@ -21,12 +21,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import transformers
 
 from components.display import print_without_errors
+from components.run_directory import locate
 from config import UserError, read_yaml
 
 
 def validation_data(checkpoint: str) -> str:
     """Return the val_path of the run that a checkpoint belongs to."""
-    config = Path(checkpoint).resolve().parent / "config.yaml"
+    config = locate(checkpoint).resolve().parent / "config.yaml"
     if not config.exists():
         raise UserError(f"--data: missing, and there is no {config} to take val_path from; pass a data file")
     return read_yaml(config)["val_path"]

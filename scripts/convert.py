@@ -22,6 +22,7 @@ from components.errors import SaveError
 from components.export import describe, export, require_description
 from components.files import atomic_directory, saving
 from components.pretrained import PREFIX, load_pretrained, load_state_file
+from components.run_directory import locate
 from config import Config, UserError
 from curriculum import END, LATENT, METHODS, PAUSE, START, last_stage
 
@@ -51,6 +52,7 @@ def to_official(folder: Path, file: Path) -> None:
     vocabulary layout).
     """
     check_free(file)
+    folder = locate(folder)
     description = require_description(folder, "method")
     method = METHODS[description["method"]]
     if PAUSE in method.tokens:

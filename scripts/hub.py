@@ -30,6 +30,7 @@ from runs import FinishedRun, UserError, display_value, read_file, read_run
 from components.checkpoint_manager import OPTIMIZER_STATE
 from components.export import require_description
 from components.files import MANIFEST
+from components.run_directory import locate
 from curriculum import METHODS
 
 NOT_UPLOADED = ("training_state.pt", OPTIMIZER_STATE, MANIFEST)  # needed only to resume the run
@@ -116,6 +117,7 @@ def example(run: FinishedRun) -> tuple[str, str]:
 
 def prepare(checkpoint: Path, folder: Path, repository: str, license: str | None) -> None:
     """Write the files to upload into a new folder."""
+    checkpoint = locate(checkpoint)
     run = read_run(checkpoint.resolve().parent)
     description = require_description(checkpoint, "epoch", "stage", "thoughts")
     shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(*NOT_UPLOADED))

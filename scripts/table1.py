@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 from components.data_sources import content_digest  # noqa: E402
 from components.display import print_without_errors  # noqa: E402
 from components.export import read_description  # noqa: E402
+from components.run_directory import follow  # noqa: E402
 from config import HUB, Config, UserError, parse_overrides, read_yaml  # noqa: E402
 from curriculum import METHODS  # noqa: E402
 
@@ -120,7 +121,7 @@ def train_and_test(dataset: str, method: str, seed: int, processes: int, overrid
     test, digest = test_file(Config(read_yaml(path) | parse_overrides(overrides)[0]))
     config, own_overrides = train(path, seed, processes, overrides)
     directory = Path(config.save_path) / f"{config.name}-seed{seed}"
-    best = (ROOT / directory / "best").resolve()
+    best = follow(ROOT / directory / "best").resolve()
     trained = read_description(best)
     expected = {"data_digest": digest} | {key: trained.get(key) for key in ("method", "stage", "thoughts")}
 

@@ -92,7 +92,9 @@ def test_the_config_of_these_tests_runs(place, capsys):
         ("reset_optimizer=sometimes", ["reset_optimizer", "'sometimes'", "every_epoch"]),
         ("only_eval=True", ["load_model_path", "only_eval"]),
         ("resume=1", ["resume", "num_epochs"]),
-        ("train_path=missing.json", ["train_path", "missing.json", "does not exist"]),
+        ("train_path=missing.json", ["train_path", "missing.json", "does not exist in /"]),
+        ("train_path=$NOWHERE/x.json", ["train_path", "$NOWHERE/x.json", "a variable that is not set"]),
+        ("save_path=${NOWHERE}/x", ["save_path", "${NOWHERE}/x", "a variable that is not set"]),
         ("val_path=missing.json", ["val_path", "missing.json", "does not exist"]),
         ("train_path=null", ["train_path", "missing"]),
         ("name=null", ["name", "missing"]),
@@ -227,7 +229,7 @@ def test_a_tokenizer_without_eos_is_refused(place, capsys, tmp_path_factory):
         (b"lr: 1\nseed: 2\n\n'lr': 3\n", ["bad.yaml", "'lr' is given twice, in lines 1 and 4"]),
         (b"name: [", ["bad.yaml", "not valid YAML"]),
         (b"name: \xe9", ["bad.yaml", "UTF-8"]),
-        (b"base: nowhere.yaml", ["nowhere.yaml", "cannot read"]),
+        (b"base: nowhere.yaml", ["nowhere.yaml", "cannot read", "which base in "]),
         (b"base: bad.yaml", ["bad.yaml", "base"]),
     ],
 )
@@ -347,6 +349,17 @@ def test_a_false_boolean_never_conflicts_and_a_true_one_names_the_method(place):
         assert load_config("config.yaml", words({**false, "method": None, name: True})).method == name
         with pytest.raises(UserError, match="two methods"):
             load_config("config.yaml", words({**false, "method": "no_curriculum", name: True}))
+
+
+def test_home_and_variables_in_paths_are_expanded_as_by_a_shell(place, monkeypatch):
+    monkeypatch.setenv("HOME", str(place))
+    monkeypatch.setenv("DATA", str(place))
+    (place / "child.yaml").write_text("base: ~/config.yaml\nsave_path: ~/runs\ntrain_path: $DATA/train.json\n")
+    words = ["val_path=${DATA}/valid.json", "data_cache=~/cache", "project=~/p"]
+    config = load_config("child.yaml", words)
+    assert config.save_path == f"{place}/runs" and config.data_cache == f"{place}/cache"
+    assert (config.train_path, config.val_path) == (f"{place}/train.json", f"{place}/valid.json")
+    assert config.project == "~/p"  # no path
 
 
 def test_words_win_over_the_file_and_the_file_over_its_base(place):

@@ -6,6 +6,7 @@ torchrun, as a user would.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import itertools
 import json
@@ -90,6 +91,31 @@ def test_resume_after_repeated_sigkill_is_bit_identical(setting, name):
         assert setting.run(name, fault=Fault("kill", "backward", step)).codes == [-9]
     assert setting.run(name).codes == [0]
     assert_same(setting.directory / name, setting.reference())
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("kill", "renamed", 12, lacking=errno.EOPNOTSUPP),
+        slow(Fault("kill", "state", 12, lacking=errno.EPERM)),
+        slow(Fault("kill", "slim", 8, lacking=errno.EINVAL)),
+        slow(Fault("sigterm", "step", 6, lacking=errno.EPERM)),
+    ],
+    ids=show,
+)
+def test_file_system_without_links_and_sync_of_directories_resumes_bit_identically(setting, name, fault):
+    assert setting.run(name, fault=fault).codes == [CODES.get(fault.action, -9)]
+    again = setting.run(name, fault=Fault("none", lacking=fault.lacking))
+    assert again.codes == [0], again.output
+    run = setting.directory / name
+    assert_same(run, setting.reference())
+    assert not (run / "best").is_symlink() and not list(run.glob("earlier_*"))
+    for note in ("has no links", "cannot sync directories"):
+        assert again.output.count(note) == 1
+    evaluated = setting.run(f"{name}_eval", only_eval=True, load_model_path=run / "best")
+    assert evaluated.codes == [0], evaluated.output
+    best = os.readlink(setting.reference() / "best")
+    assert (setting.directory / f"{name}_eval" / f"eval_{best}").is_dir()
 
 
 DEATHS = [

@@ -17,6 +17,7 @@ import os
 import resource
 import signal
 import socket
+import stat
 import sys
 import tempfile
 import time
@@ -34,9 +35,9 @@ sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tests")) if path not in
 class Fault:
     """A fault that strikes once in a run.
 
-    action: kill (SIGKILL), sigterm, sigint, sigusr1, sighup, impatient (SIGTERM twice), wait (until a signal arrives),
-            raise (an exception), full (ENOSPC), limit (from then on no file may grow beyond `limit` bytes, as on a full
-            disk),
+    action: none, kill (SIGKILL), sigterm, sigint, sigusr1, sighup, impatient (SIGTERM twice), wait (until a signal
+            arrives), raise (an exception), full (ENOSPC), limit (from then on no file may grow beyond `limit` bytes, as
+            on a full disk),
             nan (the loss), inf (all gradients of this rank), oom (GPU out of memory), hang (for `limit` seconds; the
             timeout of collectives is 4 s), unseen (this rank sees no file of the run for `limit` seconds; it waits 3 s)
     place:  step (an optimizer step begins), backward (its gradients are computed), optimizer (before optimizer.step),
@@ -45,6 +46,7 @@ class Fault:
             rename (before a checkpoint is renamed to its final name), renamed (after that), slim (before the optimizer
             state of an older checkpoint is deleted), log (before metrics are flushed to disk), forward (for nan)
     step:   the number of the optimizer step; for places in saves and validation, the last finished one
+    lacking: an error number: from the start, symbolic links and fsync of directories fail with it
     once:   a file that is created when the fault strikes, so that a restarted process is spared
     """
 
@@ -53,6 +55,7 @@ class Fault:
     step: int = 1
     rank: int = 0
     limit: int = 0
+    lacking: int = 0
     once: str | None = None
 
     def inject(self) -> None:
@@ -67,6 +70,8 @@ class Fault:
         if int(os.environ.get("RANK", 0)) != self.rank or (self.once and Path(self.once).exists()):
             return
         self.watch_trainer(train.Trainer)
+        if self.lacking:
+            self.take_away_links()
         if self.action == "unseen":
             return self.hide(time.monotonic())
         {
@@ -92,6 +97,15 @@ class Fault:
                 raise FileNotFoundError(path)
 
         wrap(Path, "read_text", before)
+
+    def take_away_links(self) -> None:
+        """Behaves like a cloud mount or network share that has no symbolic links and cannot sync directories."""
+
+        def fail(*_):
+            raise OSError(self.lacking, os.strerror(self.lacking))
+
+        wrap(os, "symlink", fail)
+        wrap(os, "fsync", lambda descriptor: stat.S_ISDIR(os.fstat(descriptor).st_mode) and fail())
 
     def watch_trainer(self, trainer_class) -> None:
         """Keeps a reference to the trainer, which counts the steps."""

@@ -2,10 +2,16 @@
 
 import io
 import json
+import shutil
+from pathlib import Path
 
+import analyze
 import ask
+import convert
+import hub
 import pytest
 import torch
+from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from coconut import Coconut
@@ -54,6 +60,35 @@ def test_ask_show_thoughts_prints_top_tokens(save_path, capsys):
     assert probability == pytest.approx(expected.values.item(), rel=1e-4)
     ask.main([str(folder), "1+2+3", "--show-thoughts"])
     assert "thought 4: " in capsys.readouterr().out
+
+
+def test_checkpoint_is_found_by_file_in_place_of_the_link_by_run_and_by_hub_name(
+    save_path, tmp_path, capsys, monkeypatch
+):
+    [expected] = ask_json(capsys, save_path / "gpt2" / "best", "1+2+3")
+    run = shutil.copytree(save_path / "gpt2", tmp_path / "run", symlinks=True)
+    name = (run / "best").readlink().name
+    (run / "best").unlink()
+    (run / "best").write_text(name + "\n")  # as a run writes it on a file system without links
+    cached, revision = tmp_path / "cache" / "models--owner--name", "0123456789" * 4  # as huggingface_hub stores it
+    hub.prepare(run / "best", tmp_path / "pushed", "owner/name", None)
+    shutil.copytree(tmp_path / "pushed", cached / "snapshots" / revision)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(revision)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cached.parent))
+    for checkpoint in (run / "best", run, "owner/name"):
+        assert ask_main(capsys, checkpoint) == expected["generated"], checkpoint
+        convert.main(["to-official", str(checkpoint), str(tmp_path / f"file_of_{Path(checkpoint).name}")])
+    assert analyze.validation_data(str(run)) == analyze.validation_data(str(save_path / "gpt2" / "best"))
+    with pytest.raises(SystemExit) as raised:
+        ask.main(["owner/none", "1+2"])
+    assert raised.value.code == 2 and "'owner/none' is neither in" in capsys.readouterr().err
+
+
+def ask_main(capsys, checkpoint) -> str:
+    """Run ask.py --json on one question; return what is generated; notes may precede it."""
+    ask.main([str(checkpoint), "1+2+3", "--json"])
+    return json.loads(capsys.readouterr().out.splitlines()[-1])["generated"]
 
 
 def test_ask_reads_questions_from_stdin(save_path, capsys, monkeypatch):
