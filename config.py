@@ -10,12 +10,11 @@ import re
 import reprlib
 import shutil
 import sys
-import textwrap
 import types
 import typing
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import yaml
@@ -198,33 +197,7 @@ class Config:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in OFFICIAL_METHODS}
 
 
-GROUPS = {  # the first key of each group
-    "project": "General",
-    "method": "Method",
-    "c_thought": "Curriculum",
-    "remove_per_epoch": "Curriculum of icot (Deng et al. 2024)",
-    "model_id": "Model",
-    "train_path": "Data",
-    "seed": "Training",
-    "batch_size_eval": "Validation and checkpoints",
-}
 FREE_KEYS = {f.name for f in fields(Config) if f.metadata["free"]}  # those that a resumed run may change
-
-
-def meaning(option: Field) -> str:
-    """Return what a key means, with its valid values if they are a few."""
-    choices = ", ".join(str(choice) for choice in option.metadata["choices"] if choice is not None)
-    return option.metadata["doc"] + (f" ({choices})" if choices else "")
-
-
-def describe_keys() -> str:
-    """Describe all keys with their defaults, group by group."""
-    lines = []
-    for key in fields(Config):
-        lines += ["", GROUPS[key.name]] if key.name in GROUPS else []
-        text = textwrap.wrap(meaning(key), 80)
-        lines += [f"  {f'{key.name}={key.default}':<35} {text[0]}", *(f"{'':38}{line}" for line in text[1:])]
-    return "\n".join(lines).strip()
 
 
 def expand(path: str) -> str:

@@ -31,14 +31,14 @@ except ModuleNotFoundError:
 
 from coconut import Coconut, check_model
 from components.checkpoint import check_intact, check_saving, find_checkpoint
-from components.display import print_without_errors, quiet_libraries
+from components.display import describe_keys, print_without_errors, quiet_libraries
 from components.distributed import Processes, destroy_distributed, init_distributed
 from components.errors import exit_code, message
 from components.lora import add_lora
 from components.parallelize import replicate
 from components.pretrained import Pretrained, load_on_rank0, model_source
 from components.run_directory import Claim, check_directory, check_writable, follow, locate
-from config import Config, describe_keys, load_config
+from config import Config, load_config
 from curriculum import METHODS, stage_of
 from dataset import Lengths, load_data
 from evaluate import Validator, evaluate_checkpoint

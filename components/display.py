@@ -1,4 +1,4 @@
-"""What a run shows on rank 0: its size, a progress line, a row of a table per epoch, and how to go on."""
+"""What run.py shows: help on every key; on rank 0 its size, a progress line, a row per epoch, and how to go on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import os
 import platform
 import resource
 import sys
+import textwrap
 import time
+from dataclasses import Field, fields
 
 import huggingface_hub
 import torch
@@ -21,6 +23,16 @@ from config import Config
 from curriculum import METHODS, schedule_table
 
 RECENT = 50  # steps over which the progress line averages
+GROUPS = {  # the first key of each group
+    "project": "General",
+    "method": "Method",
+    "c_thought": "Curriculum",
+    "remove_per_epoch": "Curriculum of icot (Deng et al. 2024)",
+    "model_id": "Model",
+    "train_path": "Data",
+    "seed": "Training",
+    "batch_size_eval": "Validation and checkpoints",
+}
 
 
 class Display:
@@ -148,3 +160,19 @@ def peak_memory(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def meaning(option: Field) -> str:
+    """Return what a key means, with its valid values if they are a few."""
+    choices = ", ".join(str(choice) for choice in option.metadata["choices"] if choice is not None)
+    return option.metadata["doc"] + (f" ({choices})" if choices else "")
+
+
+def describe_keys() -> str:
+    """Describe all keys with their defaults, group by group."""
+    lines = []
+    for key in fields(Config):
+        lines += ["", GROUPS[key.name]] if key.name in GROUPS else []
+        text = textwrap.wrap(meaning(key), 80)
+        lines += [f"  {f'{key.name}={key.default}':<35} {text[0]}", *(f"{'':38}{line}" for line in text[1:])]
+    return "\n".join(lines).strip()

@@ -15,7 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from config import ABOVE_0, OFFICIAL_METHODS, Config, meaning
+from components.display import meaning
+from config import ABOVE_0, OFFICIAL_METHODS, Config
 
 TOP = """\
 # Config

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 import run
-from config import FREE_KEYS, GROUPS, Config, UserError, load_config, missing_packages, read_yaml
+from components.display import GROUPS
+from config import FREE_KEYS, Config, UserError, load_config, missing_packages, read_yaml
 from helpers import REPOSITORY, byte_tokenizer, make_problems, run_script, save_model, snapshot, words, write_json
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------
