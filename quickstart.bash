@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # The first ten minutes: set up .venv, ask a model that is part of the repository, train CoT, no-CoT and Coconut on small
 # problems with a tiny GPT-2, print a table, and ask and analyze the new model. No GPU, no account; downloads only Python
-# packages. Ctrl-C stops it, and the same command goes on from there. Arguments are passed to scripts/table1.py.
+# packages. Ctrl-C stops it; rerun it to resume. Arguments are passed to scripts/table1.py.
 cd "$(dirname "${BASH_SOURCE[0]}")"
-trap 'echo; echo "to go on from here: bash quickstart.bash"; exit 130' INT  # once the child has ended
+trap 'echo; echo "stopped; rerun to resume: bash quickstart.bash"; exit 130' INT  # once the child has ended
 source setup.bash requirements.txt
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # the models are tiny
 

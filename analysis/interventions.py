@@ -56,7 +56,7 @@ def analyze(subject: Subject, baselines: list[Subject]) -> Findings:
         for mode in modes(chosen)
         if places == "all" or name not in (ORDER, REPEATED)
     ]
-    for name, places, mode in tqdm(cells, desc=f"{subject.name}: interventions", leave=False):
+    for name, places, mode in tqdm(cells, desc=f"{subject.name}: interventions", leave=False, disable=None):
         values, forced = options[name].values, subsets(subject.thoughts)[places]
         if mode == "frozen":
             replaced = torch.tensor(forced)[:, None]  # (thoughts, 1)

@@ -42,7 +42,7 @@ def analyze(subject: Subject, baselines: list[Subject]) -> Findings:
     for model in (model for model in [subject, *baselines] if model.thoughts):
         states = hidden_states(model)  # (problems, layers, thoughts, hidden)
         places = list(product(range(states.shape[1]), range(states.shape[2])))
-        for layer, thought in tqdm(places, desc=f"{model.name}: probes", leave=False):
+        for layer, thought in tqdm(places, desc=f"{model.name}: probes", leave=False, disable=None):
             right = cross_validate(states[:, layer, thought], tasks)  # for each task
             for step, (own, by_control) in enumerate(zip(right[: len(nodes)], right[len(nodes) :], strict=True)):
                 place = {"model": model.name, "step": step + 1, "layer": layer, "thought": thought + 1}

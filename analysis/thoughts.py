@@ -136,7 +136,7 @@ class Subject:
         collate = MyCollator(self.checkpoint.pretrained.tokenizer, self.model.latent_token_id)
         order = sorted(range(len(items)), key=lambda index: len(items[index]["input_ids"]))
         parts = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
-        for part in tqdm(parts, desc=f"{self.name}: {title}", leave=False, disable=len(parts) < 2):
+        for part in tqdm(parts, desc=f"{self.name}: {title}", leave=False, disable=len(parts) < 2 or None):
             yield part, collate([items[index] for index in part])
 
 
