@@ -16,12 +16,16 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for torch, below: spinning threads stall on a busy machine
+
+if __name__ == "__main__":  # until main takes over: no traceback of whatever import a Ctrl-C falls into
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 try:
     import torch

@@ -5,14 +5,17 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
 import zlib
 from collections.abc import Iterable, Iterator
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
 import pyarrow
 from pyarrow import parquet
 
+from components.errors import reason
 from config import HUB, HUB_FORM, HUB_PATH, UserError, abbreviated, has_lone_surrogate
 from curriculum import END, LATENT, PAUSE, START
 
@@ -93,8 +96,8 @@ def json_lines(text: str, path: str) -> Iterator:
         try:
             yield json.loads(line)
         except (ValueError, RecursionError) as error:
-            reason = f"{error.msg} at column {error.colno}" if hasattr(error, "msg") else error
-            raise UserError(f"{path}: problem {index} (line {number}): not valid JSON: {reason}") from error
+            why = f"{error.msg} at column {error.colno}" if hasattr(error, "msg") else error
+            raise UserError(f"{path}: problem {index} (line {number}): not valid JSON: {why}") from error
 
 
 def parquet_rows(content: bytes, path: str) -> Iterator[dict]:
@@ -127,9 +130,8 @@ def hub_dataset(path: str):
     try:
         return datasets.load_dataset(form["name"], form["config"], split=form["split"] or "train")
     except Exception as error:  # the libraries raise all kinds for a data set that is missing or out of reach
-        reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"{path}: cannot be loaded from the hub: {reason}; check the name, the split and the network "
+            f"{path}: cannot be loaded from the hub: {reason(error)}; check the name, the split and the network "
             "(HF_HUB_OFFLINE allows only what was downloaded before), or give a file"
         ) from error
 
@@ -141,11 +143,18 @@ def content_digest(path: str) -> str:
     digest = hashlib.sha256(((form and form["slice"]) or "").encode())  # the files are those of the whole split
     for name in files:
         try:
-            with open(name, "rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+            status = os.stat(name)
+            digest.update(file_sha256(name, status.st_ino, status.st_size, status.st_ctime_ns))
         except OSError as error:
             raise UserError(f"{path}: cannot read the data: {error.strerror}") from error
     return digest.hexdigest()
+
+
+@cache
+def file_sha256(name: str, *_status: int) -> bytes:
+    """Hash a file, once in a process as long as its status stays the same."""
+    with open(name, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def problem_error(problem) -> str | None:

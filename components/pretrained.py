@@ -20,6 +20,7 @@ from transformers import (
 from transformers.utils import cached_file, find_adapter_config_file
 
 from components.distributed import Processes
+from components.errors import reason
 from components.export import read_description
 from components.tokenization import NO_ROW
 from config import Config, UserError
@@ -58,6 +59,7 @@ def load_pretrained(config: Config, load_path: str | Path | None) -> Pretrained:
     Raises UserError for whatever cannot be loaded.
     """
     folder, key, is_checkpoint = model_source(config, load_path)
+    check_not_sharded(Path(load_path or folder), "load_model_path" if load_path else key)
     with loading(folder, key):
         if not os.path.isdir(folder):
             print(
@@ -146,12 +148,25 @@ def loading(folder: str, key: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # the libraries raise all kinds for a missing, damaged or unreachable model
-        reason = str(error).strip().split("\n")[0]
+        why = reason(error)
         if "trust_remote_code" in str(error):
-            reason = "it has code of its own, which runs only with trust_remote_code: True; read that code first"
+            why = "it has code of its own, which runs only with trust_remote_code: True; read that code first"
         elif not os.path.isdir(folder):
-            reason += f" Check the name and the network, or set {key} to a folder that holds the model"
-        raise UserError(f"{key}: {folder!r} cannot be loaded: {reason}") from error
+            why += f" Check the name and the network, or set {key} to a folder that holds the model"
+        elif lacking := [name for name in ("config.json", "tokenizer_config.json") if not Path(folder, name).exists()]:
+            why += f" The folder has no {' and no '.join(lacking)}"
+        raise UserError(f"{key}: {folder!r} cannot be loaded: {why}") from error
+
+
+def check_not_sharded(path: Path, key: str) -> None:
+    """Raise UserError for a checkpoint of torch.distributed.checkpoint (DCP), or one of its files."""
+    if any(part.suffix == ".distcp" for part in (path, *path.glob("*"))):
+        folder = path.parent if path.is_file() else path
+        command = f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} FILE"
+        raise UserError(
+            f"{key}: {str(path)!r} is a sharded checkpoint of torch.distributed.checkpoint; convert it with {command}, "
+            "and set load_model_path to a file of the model's state dict alone"
+        )
 
 
 def load_tokenizer(folder: str, config: Config) -> PreTrainedTokenizerBase:
@@ -239,10 +254,10 @@ def read_tensors(path: Path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises all kinds for a file that is damaged or not a pickle
-        reason = str(error).strip().split("\n")[0]
+        cause = error.__context__ or error  # torch wraps the unpickler's in advice to execute the code
         raise ValueError(
             f"{str(path)!r} is damaged or not a file of plain weights (a torch state dict); other pickles are refused, "
-            f"since they can execute code. {reason:.200}"
+            f"since they can execute code. {reason(cause)}"
         ) from error
 
 

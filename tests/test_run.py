@@ -416,6 +416,13 @@ def at_step(monkeypatch):
     monkeypatch.setattr(train.Trainer, "backward", backward)
 
 
+def test_ctrl_c_during_the_imports_leaves_no_traceback(tmp_path):
+    """A shell reports a process that SIGINT ends as 130."""
+    (tmp_path / "torch.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
+    ended = run_script("any.yaml", env={"PYTHONPATH": str(tmp_path)})
+    assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "")
+
+
 @pytest.mark.parametrize("step", [3, STEPS, STEPS + 1, 2 * STEPS + 2])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_resume_after_sigterm_or_sigint_is_bit_identical(world, whole, at_step, monkeypatch, number, code, step):

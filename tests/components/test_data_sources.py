@@ -5,13 +5,15 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import time
 from pathlib import Path
 
+import datasets
 import pyarrow
 import pytest
 from pyarrow import parquet
 
-from components.data_sources import content_digest, read_problems
+from components.data_sources import content_digest, file_sha256, read_problems
 from config import Config, UserError, path_error
 from helpers import make_problems, write_json
 
@@ -169,6 +171,15 @@ def test_what_the_hub_does_not_give_is_a_clear_error(place, path, reason):
             read(path)
 
 
+def test_the_reason_of_the_hub_is_shown_whole_and_without_colours(monkeypatch):
+    def fail(*_, **__):
+        raise ValueError("\x1b[1mBuilderConfig 'x' not found.\x1b[0m\nAvailable: ['main', 'socratic']")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(UserError, match=r"hub: BuilderConfig 'x' not found\. Available: \['main', 'socratic'\]; check"):
+        content_digest("hub:owner/name:x:train")
+
+
 @pytest.mark.parametrize(
     ("key", "value", "complaint"),
     [
@@ -200,3 +211,15 @@ def test_the_digest_is_that_of_the_content_alone(place):
     assert content_digest("other.json") != before
     with pytest.raises(UserError, match=r"list.json: cannot read the data: No such file"):
         content_digest(path)
+
+
+def test_a_file_is_hashed_once_until_it_changes(place):
+    path = json_list(place, PROBLEMS)
+    before, hashed = content_digest(path), file_sha256.cache_info().misses
+    assert content_digest(path) == before and file_sha256.cache_info().misses == hashed
+    os.utime(path, (0, 0))
+    time.sleep(0.05)  # longer than a tick of the file system's clock
+    text = Path(path).read_text(encoding="utf-8")
+    Path(path).write_text(text.replace("1,000", "2,000"), encoding="utf-8")
+    os.utime(path, (0, 0))  # so neither its size nor its time tells
+    assert content_digest(path) != before

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,14 @@ import transformers
 import yaml
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint import format_utils
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 from transformers.utils import hub
 
 import run
 from coconut import check_model
-from components.pretrained import load_pretrained
+from components.pretrained import load_pretrained, read_tensors
 from config import Config, UserError
 from curriculum import END, LATENT, PAUSE, START
 from helpers import byte_tokenizer, make_problems, save_model, tiny_gpt2, tiny_llama, words, write_json
@@ -329,6 +332,52 @@ def test_checkpoint_file_without_state_dict_is_refused(folders, tmp_path, value)
         load(folders["gpt2"], tmp_path / "file")
 
 
+@pytest.mark.parametrize("key", ["model_id", "load_model_path"])
+@pytest.mark.parametrize("place", ["step.6", "step.6/__0_0.distcp"])
+def test_sharded_checkpoint_is_refused_with_the_command_that_converts_it(folders, tmp_path, capsys, place, key):
+    state = random_state(tiny_gpt2(V, 128))
+    checkpoint.save({"model": state}, checkpoint_id=tmp_path / "step.6")
+    given = str(tmp_path / place)
+    with pytest.raises(UserError) as refusal:
+        load(given) if key == "model_id" else load(folders["gpt2"], given)
+    source, target = str(tmp_path / "step.6"), str(tmp_path / "file")
+    assert str(refusal.value).startswith(f"{key}: {given!r} is a sharded checkpoint")
+    assert f"format_utils dcp_to_torch {source} FILE, and set load_model_path" in str(refusal.value)
+    format_utils.dcp_to_torch_save(source, target)  # what the command calls
+    torch.save(torch.load(target)["model"], target)
+    assert torch.equal(load(folders["gpt2"], Path(target), "cot").lm.lm_head.weight, state["lm_head.weight"])
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_class_in_a_refused_pickle_is_named(tmp_path, legacy):
+    torch.save({"args": Namespace()}, tmp_path / "file", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(
+        ValueError, match=r"since they can execute code\. Unsupported global: GLOBAL argparse\.Namespace"
+    ):
+        read_tensors(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("gone", "lacking"),
+    [("config.json", "config.json"), ("tokenizer*.json", "tokenizer_config.json")],
+)
+def test_file_that_a_folder_lacks_is_named(folders, tmp_path, gone, lacking):
+    folder = shutil.copytree(folders["llama"], tmp_path / "copy")
+    for path in folder.glob(gone):
+        path.unlink()
+    with pytest.raises(UserError, match=rf"model_id: '{folder}' cannot be loaded: .* The folder has no {lacking}$"):
+        load(str(folder))
+
+
+def test_reason_of_a_library_is_shown_whole_and_without_colours(folders, monkeypatch):
+    def fail(*_, **__):
+        raise ValueError("\x1b[1mFailed\x1b[0m:\n\tno tiktoken")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", fail)
+    with pytest.raises(UserError, match=r"cannot be loaded: Failed: no tiktoken$"):
+        load(folders["gpt2"])
+
+
 # --- checkpoint directories -------------------------------------------------------------------------------------------
 
 
@@ -389,7 +438,8 @@ def test_cot_checkpoint_with_spare_rows_initializes_coconut_from_folder_or_hub(f
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(hub, "TRANSFORMERS_CACHE", str(tmp_path), raising=False)  # its name in transformers 4
     for model_id in (str(folder), "owner/spare"):
-        loaded = load(model_id)
+        trust = model_id == "owner/spare" and transformers.__version__ < "5"  # where it is needed to load, not to think
+        loaded = load(model_id, trust_remote_code=trust)
         arrows = loaded.tokenizer.convert_tokens_to_ids("<<")
         for table in tables(loaded.lm):
             assert torch.equal(table[V : V + 3], table[arrows].expand(3, -1)), model_id
