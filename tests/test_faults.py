@@ -313,7 +313,7 @@ def test_damaged_checkpoint_is_skipped_on_resume(setting, name, harm, file):
     harm(newest / file)
     again = setting.run(name)
     assert again.codes == [0], again.output
-    [warning] = re.findall(r"warning: .*", again.output)
+    [warning] = re.findall(r"warning: (?!max_new_tokens).*", again.output)
     assert str(newest) in warning and file in warning
     assert ", step 9" in again.output
     assert_same(run, setting.reference())

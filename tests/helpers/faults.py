@@ -117,8 +117,8 @@ class Fault:
             self.strike(self.step - 1)
 
     def at_validation(self) -> None:
-        """Strikes after the first prediction of a validation."""
-        wrap(__import__("evaluate"), "predict", lambda *_: self.strike(self.step))
+        """Strikes before the first prediction of a validation is made."""
+        wrap(__import__("evaluate"), "until_eos", lambda *_: self.strike(self.step))
 
     def at_state(self) -> None:
         """Strikes where a save writes the training state: earlier files are complete, this one is torn."""
