@@ -23,6 +23,7 @@ from curriculum import METHODS
 
 OFFICIAL_METHODS = ("coconut", "cot", "no_thoughts", "no_cot")  # the official code selects a method by four booleans
 SPLIT_PATHS = ("train_path", "val_path")
+FIELDS = ("question", "answer", "steps")  # of a problem
 ABOVE_0 = math.ulp(0.0)  # the least value of a key that must be positive
 HUB = "hub:"  # prefix of a path that names a data set of the Hugging Face hub
 HUB_FORM = "hub:OWNER/NAME[:CONFIG][:SPLIT], where SPLIT may be a slice such as test[:10]"
@@ -31,6 +32,7 @@ HUB_PATH = re.compile(
     re.ASCII,
 )
 TYPE_NAMES = {bool: "a bool", int: "an int", float: "a float", str: "a string", types.NoneType: "None"}
+TYPE_NAMES |= {list[str]: "a list of strings", dict[str, str]: "a mapping of strings"}
 
 
 class UserError(ValueError):
@@ -92,8 +94,15 @@ class Config:
     trust_remote_code: bool = option(False, "allow a hub model to run its own code", free=True)
     verify: bool = option(True, "check a checkpoint against its manifest before loading it: reads it twice", free=True)
     # data
-    train_path: str | None = option(None, "training problems: JSON (lines), Parquet or hub:OWNER/NAME[:CONFIG][:SPLIT]")
-    val_path: str | None = option(None, "validation or test problems, likewise; a hub path needs its SPLIT", free=True)
+    train_path: str | list[str] | None = option(  # noqa: RUF009
+        None, "training problems: JSON (lines), Parquet or hub:OWNER/NAME[:CONFIG][:SPLIT], or a list of them"
+    )
+    val_path: str | list[str] | None = option(  # noqa: RUF009
+        None, "validation or test problems, likewise; a hub path needs its SPLIT", free=True
+    )
+    columns: dict[str, str] | None = option(  # noqa: RUF009
+        None, "names of fields in the data where they differ, such as {question: problem}", choices=(None, *FIELDS)
+    )
     data_cache: str | None = option(None, "directory for tokenized data (None: the cache of datasets)", free=True)
     data_workers: int | None = option(
         None, "processes that make batches (None: 1 for one GPU, else 0)", low=0, free=True
@@ -174,7 +183,7 @@ class Config:
     @property
     def answer_limit(self) -> int:
         """Maximum number of generated tokens."""
-        return self.max_new_tokens or (64 if "gsm" in (self.val_path or "") else 128)
+        return self.max_new_tokens or (64 if "gsm" in str(self.val_path) else 128)
 
     def accumulation_steps(self, world_size: int) -> int:
         """Number of forward passes per optimizer step. Raises UserError if global_batch_size cannot be split evenly."""
@@ -200,8 +209,15 @@ class Config:
 FREE_KEYS = {f.name for f in fields(Config) if f.metadata["free"]}  # those that a resumed run may change
 
 
-def expand(path: str) -> str:
-    """Replace a leading ~ and the $VARIABLES of a path, as a shell does; unknown ones stay."""
+def listed(paths: str | list[str]) -> list[str]:
+    """Return the sources of a data set, which may be a single one."""
+    return paths if isinstance(paths, list) else [paths]
+
+
+def expand(path: str | list[str]) -> str | list[str]:
+    """Replace a leading ~ and the $VARIABLES of a path, or of several, as a shell does; unknown ones stay."""
+    if isinstance(path, list):
+        return [expand(part) for part in path]
     return os.path.expandvars(os.path.expanduser(path))
 
 
@@ -214,8 +230,13 @@ def convert(value, hint: type | types.UnionType, option: Mapping):
     if float in kinds and isinstance(value, int | str) and not isinstance(value, bool):
         with suppress(ValueError):
             value = float(str(value))  # YAML 1.1 reads 1e-4 as a string; float(10**400) would overflow
-    if type(value) not in kinds:
+    if type(value) not in [typing.get_origin(kind) or kind for kind in kinds]:
         raise ValueError(f"expected {' or '.join(map(TYPE_NAMES.get, kinds))}, got {abbreviated(value)} ({doc})")
+    if isinstance(value, list):
+        return [convert(item, str, option) for item in value]
+    if isinstance(value, dict):  # the choices are those of its keys
+        free = option | {"choices": ()}
+        return {convert(name, str, option): convert(item, str, free) for name, item in value.items()}
     if isinstance(value, str) and ("\0" in value or has_lone_surrogate(value)):
         raise ValueError(f"{abbreviated(value)} contains a null byte or a lone surrogate; remove it ({doc})")
     if choices and value not in choices:
@@ -330,13 +351,19 @@ def find_errors(config: Config, given: dict) -> list[str]:
     if config.compile and not config.only_eval and not shutil.which(compiler):
         errors.append(f"compile: no C++ compiler {compiler}; install it, set CXX to another, or set compile: False")
     needed = ("name", "val_path") if config.only_eval else ("name", *SPLIT_PATHS)
-    errors += [f"{key}: missing; every run needs it" for key in needed if given.get(key) in (None, "", "None")]
+    nothing = (None, "", "None")
+    errors += [
+        f"{key}: missing; every run needs it"
+        for key in needed
+        if any(value in nothing for value in listed(given.get(key)) or nothing)
+    ]
     name = config.name
     if name and (Path(name).name != name or name == ".." or len(name.encode()) > 255):
         rule = "expected a plain directory name of at most 255 bytes"
         errors.append(f"name: {rule}, got {abbreviated(name)}; directories belong in save_path")
     errors += missing_packages(config)
-    return errors + [error for key in PATH_KEYS if (error := path_error(key, config))]
+    paths = [(key, path) for key in PATH_KEYS for path in listed(getattr(config, key))]
+    return errors + [error for key, path in paths if (error := path_error(key, path, config))]
 
 
 def missing_packages(config: Config) -> list[str]:
@@ -363,9 +390,8 @@ SUPERSEDED = ("load_model_path", "model_id")  # by the run's own checkpoint, unl
 PATH_KEYS = ("save_path", "data_cache", *REMEDIES)
 
 
-def path_error(key: str, config: Config) -> str | None:
-    """Return an error message if a path key holds a placeholder, a malformed hub path or a missing file, or None."""
-    value = getattr(config, key)
+def path_error(key: str, value: str | None, config: Config) -> str | None:
+    """Return an error message if a path of a key is a placeholder, a malformed hub path or a missing file, or None."""
     if not value or (key == "train_path" and config.only_eval):
         return None
     if "YOUR_" in value:

@@ -13,6 +13,7 @@ import torch
 from pyarrow import compute
 
 from coconut import plan_batch
+from components.data_sources import locate_problem
 from components.distributed import Processes
 from components.prefetch import prefetch
 from components.pretrained import Pretrained, model_source
@@ -36,7 +37,7 @@ GROUPED_STEPS = 16  # optimizer steps whose problems group_by_length sorts toget
 DEBUG_TRAIN, DEBUG_VALID = 5000, 32  # problems in a debug run
 
 
-def get_dataset(path: str, tokenizer, max_size: int | None = None) -> Dataset:
+def get_dataset(path: str | list[str], tokenizer, max_size: int | None = None) -> Dataset:
     """Load the first max_size problems of a source as token ids; see `read_problems` and `tokenize_chunk`."""
     [examples] = load_tokenized([(path, max_size, True)], tokenizer, default_cache(), Processes())
     return examples.select_columns(TOKENS)
@@ -51,8 +52,8 @@ def load_data(config: Config, pretrained: Pretrained, processes: Processes) -> t
     if config.debug:
         train_size, valid_size = DEBUG_TRAIN, DEBUG_VALID
     steps = needs_steps(config)
-    sources = [] if config.only_eval else [(config.train_path, train_size, steps)]
-    sources.append((config.val_path, valid_size, steps))
+    sources = [] if config.only_eval else [(config.train_path, train_size, steps, config.columns)]
+    sources.append((config.val_path, valid_size, steps, config.columns))
     folder = None if config.debug else config.data_cache or default_cache()
     data = load_tokenized(sources, pretrained.tokenizer, folder, processes)
     processes.run_on_rank0(lambda: check_data(data, [path for path, *_ in sources], config, pretrained))
@@ -60,7 +61,7 @@ def load_data(config: Config, pretrained: Pretrained, processes: Processes) -> t
     return (train[0].select_columns(TOKENS) if train else None), valid
 
 
-def check_data(data: list[Dataset], paths: list[str], config: Config, pretrained: Pretrained) -> None:
+def check_data(data: list[Dataset], paths: list, config: Config, pretrained: Pretrained) -> None:
     """Hold validation data, or training and validation data, against the model and each other; warn, or UserError."""
     lm, stages = pretrained.lm, scheduled_stages(config, pretrained.description)
     folder, key, _ = model_source(config, config.load_model_path)
@@ -315,7 +316,9 @@ def list_lengths(lists) -> np.ndarray:
     return compute.list_value_length(lists).to_numpy().astype(np.int64)
 
 
-def check_lengths(examples: Dataset, stages: set[int], configs, limit: int, path: str, mix_stages: bool = True) -> None:
+def check_lengths(
+    examples: Dataset, stages: set[int], configs, limit: int, path: str | list[str], mix_stages: bool = True
+) -> None:
     """Raise UserError for the first problem with a sequence longer than the model's `limit` positions at a stage.
 
     With mix_stages (training), the stages that configs.uniform_prob may draw count too.
@@ -333,8 +336,8 @@ def check_lengths(examples: Dataset, stages: set[int], configs, limit: int, path
     if found:
         index, stage, length = min(found)
         raise UserError(
-            f"{path}: problem {index} makes a sequence of {length} tokens at stage {stage}, but the "
-            f"model has {limit} positions; shorten or remove it, or choose a model with more positions"
+            f"{locate_problem(path, index, configs.columns)} makes a sequence of {length} tokens at stage {stage}, but "
+            f"the model has {limit} positions; shorten or remove it, or choose a model with more positions"
         )
 
 

@@ -18,7 +18,7 @@ import yaml
 from torch import Tensor
 
 from coconut import Coconut, check_model
-from components.data_sources import content_digest, problem_error
+from components.data_sources import content_digest, data_name, problem_error
 from components.display import progress_bar
 from components.distributed import Processes
 from components.errors import VALIDATION_MEMORY_ADVICE
@@ -338,7 +338,7 @@ def write_evaluation(predictions: list[dict], result: dict, directory: Path) -> 
     """Write predictions_DATA.jsonl and metrics_DATA.yaml; existing files are kept, new names get _2, _3, ..."""
     with saving(directory):
         make_private(directory)
-        path = reserve(directory / f"predictions_{Path(result['val_path']).stem}.jsonl")
+        path = reserve(directory / f"predictions_{data_name(result['val_path'])}.jsonl")
         try:
             write_predictions(predictions, path)
         except BaseException:

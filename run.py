@@ -42,7 +42,7 @@ from components.lora import add_lora
 from components.parallelize import replicate
 from components.pretrained import Pretrained, load_on_rank0, model_source
 from components.run_directory import Claim, check_directory, check_writable, follow, locate
-from config import Config, load_config
+from config import Config, listed, load_config
 from curriculum import METHODS, stage_of
 from dataset import Lengths, load_data
 from evaluate import Validator, evaluate_checkpoint
@@ -170,7 +170,8 @@ def analyze(config: Config) -> int:
         Path(__file__).parent / "scripts" / "analyze.py",
         config.batch_size_eval or config.batch_size_training,
     )
-    command = [sys.executable, str(script), str(best), "--data", config.val_path, "--batch", str(batch)]
+    command = [sys.executable, str(script), str(best), "--batch", str(batch)]
+    command += [word for path in listed(config.val_path) for word in ("--data", path)]
     code = subprocess.run(command, check=False).returncode
     if code:
         print("error: analyze failed; the run itself is done", file=sys.stderr)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from analysis.thoughts import Subject, open_subject
 from components.data_sources import read_problems, read_source
 from components.files import make_private
 from components.run_directory import locate
-from config import UserError
+from config import UserError, listed
 from train import git_commit
 
 QUESTIONS = {
@@ -33,12 +33,13 @@ QUESTIONS = {
 
 def study(
     checkpoint: str,
-    data: str,
+    data: str | list[str],
     questions: list[str] | None = None,
     baselines: list[str] = (),
     limit: int = 500,
     batch_size: int = 64,
     chosen: int = 0,
+    columns: dict[str, str] | None = None,
 ) -> Path:
     """Analyze a checkpoint on the first `limit` problems of a data set.
 
@@ -46,6 +47,7 @@ def study(
         questions: None for all that apply to the checkpoint.
         baselines: checkpoints evaluated on the same problems for comparison.
         chosen: index of the problem whose search tree and tokens are drawn.
+        columns: as in the config of the run.
 
     Returns: the folder written, CHECKPOINT/../analysis_CHECKPOINT.
 
@@ -53,7 +55,7 @@ def study(
     """
     folder = folder_of(checkpoint)
     refuse_existing(folder)
-    started, problems = time.time(), load_problems(data, limit)
+    started, problems = time.time(), load_problems(data, limit, columns)
     if not 0 <= chosen < len(problems):
         raise UserError(f"--problem {chosen}: out of range; {data} has problems 0 to {len(problems) - 1} (--limit)")
     subject = open_subject(checkpoint, problems, batch_size)
@@ -65,7 +67,7 @@ def study(
     selected = questions or [question for question in QUESTIONS if question not in reasons]
     findings = [QUESTIONS[question](subject, others, chosen) for question in selected]
     facts = {"checkpoint": checkpoint, "method": subject.checkpoint.config.method}
-    facts |= {"problems": f"{len(problems)} of {data}"}
+    facts |= {"problems": f"{len(problems)} of {', '.join(listed(data))}"}
     facts |= {"baselines": ", ".join(baselines) or "none", "seconds": round(time.time() - started)}
     facts |= {"device": device_name(), "torch": torch.__version__, "transformers": transformers.__version__}
     facts |= {"commit": git_commit()}
@@ -80,10 +82,11 @@ def folder_of(checkpoint: str) -> Path:
     return place.parent / f"analysis_{place.name}"
 
 
-def load_problems(data: str, limit: int) -> list[dict]:
+def load_problems(data: str | list[str], limit: int, columns: dict[str, str] | None) -> list[dict]:
     """Load the first problems with all their fields, validated as for training."""
-    checked = read_problems(data, limit)
-    return [whole | problem for whole, problem in zip(islice(read_source(data), limit), checked, strict=True)]
+    checked = read_problems(data, limit, columns=columns)
+    rows = islice(chain.from_iterable(read_source(path, columns) for path in listed(data)), limit)
+    return [whole | problem for whole, problem in zip(rows, checked, strict=True)]
 
 
 def with_own_names(others: list[Subject], subject: Subject) -> list[Subject]:

@@ -9,28 +9,30 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator
 from functools import cache
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import pyarrow
 from pyarrow import parquet
 
 from components.errors import reason
-from config import HUB, HUB_FORM, HUB_PATH, UserError, abbreviated, has_lone_surrogate
+from config import FIELDS, HUB, HUB_FORM, HUB_PATH, UserError, abbreviated, has_lone_surrogate, listed
 from curriculum import END, LATENT, PAUSE, START
 
-FIELDS = ("question", "answer", "steps")
 GZIP = b"\x1f\x8b"  # first bytes of such a file
-SHAPE = '{"question": "...", "answer": "...", "steps": ["...", ...]}'
+SHAPE = '{{"{question}": "...", "{answer}": "...", "{steps}": ["...", ...]}}'
 
 
-def read_problems(path: str, max_size: int | None = None, need_steps: bool = True) -> list[dict]:
-    """Read the first max_size problems of a source.
+def read_problems(
+    paths: str | list[str], max_size: int | None = None, need_steps: bool = True, columns: dict[str, str] | None = None
+) -> list[dict]:
+    """Read the first max_size problems of one or several sources.
 
     Args:
-        path: a file, whose content tells its format, gzipped or not, or a data set of the hub (HUB_FORM).
+        paths: files, whose content tells their format, gzipped or not, or data sets of the hub (HUB_FORM).
         max_size: None reads all.
         need_steps: False takes problems without the field too; they get no steps.
+        columns: the names of FIELDS in the sources where they differ.
 
     Returns:
         Dicts with question (str), answer (str) and steps (list of str); other fields are dropped.
@@ -38,24 +40,43 @@ def read_problems(path: str, max_size: int | None = None, need_steps: bool = Tru
     Raises:
         UserError: names the source, the problem's index (from 0) and the field.
     """
-    problems = []
-    for index, problem in enumerate(islice(read_source(path), max_size)):
-        if not need_steps and isinstance(problem, dict):
-            problem = {"steps": []} | problem
+    return list(islice(chain.from_iterable(checked(path, need_steps, columns) for path in listed(paths)), max_size))
+
+
+def checked(path: str, need_steps: bool, columns: dict[str, str] | None) -> Iterator[dict]:
+    """Yield the problems of one source; see `read_problems`."""
+    names, default, index = name_fields(columns), {} if need_steps else {"steps": []}, -1
+    for index, problem in enumerate(read_source(path, columns)):
+        if isinstance(problem, dict):
+            problem = default | {field: problem[name] for field, name in names.items() if name in problem}
         if error := problem_error(problem):
-            raise UserError(f"{path}: problem {index}: {error}; a problem is {SHAPE}")
-        problems.append({name: problem[name] for name in FIELDS})
-    if not problems:
-        raise UserError(f"{path}: expected a list of problems {SHAPE}, got an empty list")
-    return problems
+            raise UserError(f"{path}: problem {index}: {error}; a problem is {SHAPE.format(**names)}")
+        yield problem
+    if index < 0:
+        raise UserError(f"{path}: expected a list of problems {SHAPE.format(**names)}, got an empty list")
 
 
-def read_source(path: str) -> Iterable:
-    """Read the problems of a source without checking them."""
+def name_fields(columns: dict[str, str] | None) -> dict[str, str]:
+    """Return the name in the data of each of FIELDS."""
+    return {field: field for field in FIELDS} | (columns or {})
+
+
+def locate_problem(paths: str | list[str], index: int, columns: dict[str, str] | None) -> str:
+    """Name the file, and the index in it, of a problem of one or several sources."""
+    for path in listed(paths)[:-1]:
+        if index < (size := sum(1 for _ in read_source(path, columns))):
+            return f"{path}: problem {index}"
+        index -= size
+    return f"{listed(paths)[-1]}: problem {index}"
+
+
+def read_source(path: str, columns: dict[str, str] | None = None) -> Iterable:
+    """Read the problems of a source without checking them or renaming their fields."""
+    names = name_fields(columns)
     if path.startswith(HUB):
         table = hub_dataset(path).with_format("arrow")
-        columns = [name for name in FIELDS if name in table.column_names]
-        return table_rows(table.select_columns(columns).iter(batch_size=1000))
+        found = [name for name in names.values() if name in table.column_names]
+        return table_rows(table.select_columns(found).iter(batch_size=1000), names)
     try:
         content = Path(path).read_bytes()
     except OSError as error:
@@ -66,26 +87,26 @@ def read_source(path: str) -> Iterable:
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"{path}: not a valid gzip file: {error}") from error
     if content.startswith(b"PAR1"):
-        return parquet_rows(content, path)
+        return parquet_rows(content, path, names)
     try:
-        return json_rows(content.decode("utf-8-sig"), path)
+        return json_rows(content.decode("utf-8-sig"), path, names)
     except UnicodeDecodeError as error:
         kind = "UTF-16 text" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else f"other (byte {error.start})"
         raise UserError(f"{path}: not UTF-8 but {kind}; save the file as UTF-8") from error
 
 
-def json_rows(text: str, path: str) -> Iterable:
+def json_rows(text: str, path: str, names: dict[str, str]) -> Iterable:
     """Parse the problems of a JSON list, or of JSON lines."""
     try:
         problems = json.loads(text)
     except (ValueError, RecursionError) as error:
         if getattr(error, "msg", None) == "Extra data" and text.lstrip().startswith("{"):
             return json_lines(text, path)
-        raise UserError(f"{path}: not valid JSON: {error}; expected a list of {SHAPE}") from error
-    if isinstance(problems, dict) and "question" in problems:  # a single JSON line
+        raise UserError(f"{path}: not valid JSON: {error}; expected a list of {SHAPE.format(**names)}") from error
+    if isinstance(problems, dict) and names["question"] in problems:  # a single JSON line
         return [problems]
     if not isinstance(problems, list):
-        raise UserError(f"{path}: expected a list of problems {SHAPE}, got {type(problems).__name__}")
+        raise UserError(f"{path}: expected a list of problems {SHAPE.format(**names)}, got {type(problems).__name__}")
     return problems
 
 
@@ -100,23 +121,24 @@ def json_lines(text: str, path: str) -> Iterator:
             raise UserError(f"{path}: problem {index} (line {number}): not valid JSON: {why}") from error
 
 
-def parquet_rows(content: bytes, path: str) -> Iterator[dict]:
+def parquet_rows(content: bytes, path: str, names: dict[str, str]) -> Iterator[dict]:
     """Read the problems of a Parquet file."""
     try:
         file = parquet.ParquetFile(pyarrow.BufferReader(content))
-        columns = [name for name in FIELDS if name in file.schema_arrow.names]
-        yield from table_rows(file.iter_batches(columns=columns))
+        found = [name for name in names.values() if name in file.schema_arrow.names]
+        yield from table_rows(file.iter_batches(columns=found), names)
     except (OSError, pyarrow.ArrowException, ValueError, ArithmeticError) as error:  # also texts that are not UTF-8
         raise UserError(f"{path}: not a valid Parquet file: {error}") from error
 
 
-def table_rows(tables: Iterable) -> Iterator[dict]:
-    """Convert Arrow tables to dicts, one per row; where the column `steps` holds a string, its lines are the steps."""
+def table_rows(tables: Iterable, names: dict[str, str]) -> Iterator[dict]:
+    """Convert Arrow tables to dicts, one per row; where the column of steps holds a string, its lines are the steps."""
+    steps = names["steps"]
     for table in tables:
         for row in table.to_pylist():
-            if isinstance(row.get("steps"), str):
-                lines = row["steps"].replace("\r\n", "\n").removesuffix("\n")
-                row["steps"] = lines.split("\n") if row["steps"] else []
+            if isinstance(row.get(steps), str):
+                lines = row[steps].replace("\r\n", "\n").removesuffix("\n")
+                row[steps] = lines.split("\n") if row[steps] else []
             yield row
 
 
@@ -136,8 +158,17 @@ def hub_dataset(path: str):
         ) from error
 
 
-def content_digest(path: str) -> str:
-    """Compute the SHA-256 of a source's content. Raises UserError if it cannot be read."""
+def data_name(paths: str | list[str]) -> str:
+    """Return the name of a data set in file names: the first file's without its ending, +N for N more files."""
+    first, *more = listed(paths)
+    return Path(first).stem + (f"+{len(more)}" if more else "")
+
+
+def content_digest(path: str | list[str]) -> str:
+    """Compute the SHA-256 of the content of one or several sources. Raises UserError if one cannot be read."""
+    path, *more = listed(path)
+    if more:
+        return hashlib.sha256("".join(map(content_digest, (path, *more))).encode()).hexdigest()
     files = [file["filename"] for file in hub_dataset(path).cache_files] if path.startswith(HUB) else [path]
     form = HUB_PATH.fullmatch(path)
     digest = hashlib.sha256(((form and form["slice"]) or "").encode())  # the files are those of the whole split

@@ -21,7 +21,7 @@ from pyarrow import compute
 from components.data_sources import content_digest, read_problems
 from components.distributed import Processes
 from components.files import fsync, make_private
-from config import UserError
+from config import UserError, listed
 
 if TYPE_CHECKING:  # slow to import
     from datasets import Dataset
@@ -34,9 +34,7 @@ TEXTS = ["question", "answer", "steps"]
 TOKENS = ["question_tokenized", "steps_tokenized", "answer_tokenized", "idx"]
 
 
-def load_tokenized(
-    sources: list[tuple[str, int | None, bool]], tokenizer, folder: str | None, processes: Processes
-) -> list[Dataset]:
+def load_tokenized(sources: list[tuple], tokenizer, folder: str | None, processes: Processes) -> list[Dataset]:
     """Open the tokenized data of each source, the arguments of `read_problems`, as memory maps.
 
     Every process calls this. The first one of each node tokenizes what the cache `folder` lacks (None: all of it, into
@@ -77,11 +75,11 @@ def find_or_tokenize(sources: list, tokenizer, folder: str | None, temporary: Ex
 
 def cached_files(sources: list, tokenizer, folder: Path) -> list[Path]:
     """Return the Arrow file of each source in a folder, and makes those that are missing or damaged."""
-    files = [folder / f"{fingerprint(*source, tokenizer)}.arrow" for source in sources]
+    files = [folder / f"{fingerprint(source, tokenizer)}.arrow" for source in sources]
     missing = {file: source for file, source in zip(files, sources, strict=True) if not can_be_opened(file)}
     if not missing:
         return files
-    names = ", ".join(path for path, *_ in missing.values())
+    names = ", ".join(path for paths, *_ in missing.values() for path in listed(paths))
     print(f"reading and tokenizing {names} (about half a second per MB)", flush=True)
     problems = {file: read_problems(*source) for file, source in missing.items()}  # reports mistakes before any write
     make_private(folder)
@@ -101,10 +99,11 @@ def cached_files(sources: list, tokenizer, folder: Path) -> list[Path]:
     return files
 
 
-def fingerprint(path: str, max_size: int | None, need_steps: bool, tokenizer) -> str:
+def fingerprint(source: tuple, tokenizer) -> str:
     """Return a name that changes with the content of a source, how it is read, the tokenizer and RULES."""
     backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else None
-    parts = [RULES, content_digest(path), max_size, need_steps, tokenizer.eos_token_id, backend]
+    paths, *how = source
+    parts = [RULES, content_digest(paths), *how, tokenizer.eos_token_id, backend]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 

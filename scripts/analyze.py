@@ -25,12 +25,13 @@ from components.run_directory import locate
 from config import UserError, read_yaml
 
 
-def validation_data(checkpoint: str) -> str:
-    """Return the val_path of the run that a checkpoint belongs to."""
-    config = locate(checkpoint).resolve().parent / "config.yaml"
-    if not config.exists():
-        raise UserError(f"--data: missing, and there is no {config} to take val_path from; pass a data file")
-    return read_yaml(config)["val_path"]
+def run_data(checkpoint: str, data: list[str] | None) -> tuple[str | list[str], dict | None]:
+    """Return data, by default the val_path of the run that a checkpoint belongs to, and the run's columns."""
+    path = locate(checkpoint).resolve().parent / "config.yaml"
+    if not data and not path.exists():
+        raise UserError(f"--data: missing, and there is no {path} to take val_path from; pass a data file")
+    config = read_yaml(path) if path.exists() else {}
+    return data or config["val_path"], config.get("columns")
 
 
 def positive_int(text: str) -> int:
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     """Analyze the checkpoint given on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="checkpoint folder, such as checkpoints/NAME/best")
-    parser.add_argument("--data", help="data file (default: the run's val_path)")
+    parser.add_argument("--data", action="append", help="data file; may be repeated (default: the run's val_path)")
     parser.add_argument("--questions", nargs="+", metavar="QUESTION", help="default: all that apply")
     parser.add_argument("--beside", nargs="+", default=[], metavar="CHECKPOINT", help="models for comparison")
     parser.add_argument("--limit", type=positive_int, default=500, help="number of problems (500)")
@@ -59,8 +60,8 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"{error.name} is not installed; pip install -r requirements.txt") from error
         if unknown := set(args.questions or []) - set(QUESTIONS):
             raise UserError(f"--questions {', '.join(sorted(unknown))}: unknown; choose from {', '.join(QUESTIONS)}")
-        data = args.data or validation_data(args.checkpoint)
-        sizes = {"limit": args.limit, "batch_size": args.batch, "chosen": args.problem}
+        data, columns = run_data(args.checkpoint, args.data)
+        sizes = {"columns": columns, "limit": args.limit, "batch_size": args.batch, "chosen": args.problem}
         study(args.checkpoint, data, args.questions, args.beside, **sizes)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

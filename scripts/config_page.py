@@ -54,14 +54,24 @@ JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", t
 NUMBER = {"type": "string", "pattern": r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"}  # YAML 1.1 reads 1e-4 as a string
 
 
+def form_of(kind, names: tuple) -> dict:
+    """Return the JSON schema of a type; names: the keys of a mapping."""
+    if kind == list[str]:
+        return {"type": "array", "items": {"type": "string"}, "minItems": 1}
+    if kind == dict[str, str]:
+        texts = {name: {"type": "string"} for name in names if name}
+        return {"type": "object", "properties": texts, "additionalProperties": False}
+    return {"type": JSON_TYPES[kind]}
+
+
 def key_schema(option: Field, hint) -> dict:
     """Return the JSON schema of a key's values, as config.convert takes them."""
     kinds, data = typing.get_args(hint) or (hint,), option.metadata
     shown = {"description": meaning(option), "default": option.default}
-    if data["choices"]:
+    if data["choices"] and dict[str, str] not in kinds:
         none = ["None"] if None in data["choices"] else []  # as official YAML files spell it
         return {**shown, "enum": [*data["choices"], *none]}
-    forms = [{"type": JSON_TYPES[kind]} for kind in kinds]
+    forms = [form_of(kind, data["choices"]) for kind in kinds]
     for form in forms:
         if form["type"] in ("integer", "number"):
             low = {"exclusiveMinimum": 0} if data["low"] == ABOVE_0 else {"minimum": data["low"]}

@@ -20,13 +20,14 @@ import yaml
 from runs import UserError, read_file
 
 from analysis.statistics import wilson
+from components.data_sources import data_name
 
 
 @dataclass(frozen=True)
 class Setting:
     """What an evaluation measured; None where a file of an earlier version does not say.
 
-    test_set: the name of the data file without its ending; data_digest: that of its content.
+    test_set: the `data_name`; data_digest: that of its content.
     """
 
     checkpoint: str
@@ -41,7 +42,7 @@ class Setting:
     def of(cls, metrics: dict, checkpoint: str) -> Setting:
         """Read the setting in the metrics of an evaluation of a checkpoint."""
         keys = ("data_digest", "method", "stage", "thoughts", "numeric_answers")
-        return cls(checkpoint, Path(metrics["val_path"]).stem, *map(metrics.get, keys))
+        return cls(checkpoint, data_name(metrics["val_path"]), *map(metrics.get, keys))
 
 
 def read_evaluations(directory: Path) -> dict[Setting, dict]:

@@ -63,8 +63,10 @@ def config_text(run: FinishedRun) -> str:
     return "".join(comments) + yaml.safe_dump(run.config | paths, sort_keys=False)
 
 
-def project_relative(path: str | None) -> str | None:
-    """Make a path inside the project relative to its root; return others unchanged."""
+def project_relative(path: str | list[str] | None) -> str | list[str] | None:
+    """Make a path inside the project, or each of several, relative to its root; return others unchanged."""
+    if isinstance(path, list):
+        return [project_relative(part) for part in path]
     return str(Path(path).relative_to(ROOT)) if path and Path(path).is_relative_to(ROOT) else path
 
 

@@ -15,7 +15,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from config import FREE_KEYS, Config, UserError  # noqa: E402
+from config import FREE_KEYS, Config, UserError, listed  # noqa: E402
 
 CURVES = {"accuracy": "eval/acc", "validation loss": "eval/loss"}  # of each epoch's validation
 DATA_KEYS = ("train_path", "val_path")
@@ -118,4 +118,4 @@ def differences(one: FinishedRun, other: FinishedRun) -> dict[str, tuple]:
 def display_value(key: str, value):
     """Return a config value for comparison; paths are reduced to their last part."""
     paths = (*DATA_KEYS, "model_id", "load_model_path")
-    return Path(value).name if key in paths and value is not None else value
+    return ", ".join(Path(path).name for path in listed(value)) if key in paths and value is not None else value

@@ -29,7 +29,7 @@ from components.data_sources import content_digest  # noqa: E402
 from components.display import print_without_errors  # noqa: E402
 from components.export import read_description  # noqa: E402
 from components.run_directory import follow  # noqa: E402
-from config import HUB, Config, UserError, parse_overrides, read_yaml  # noqa: E402
+from config import HUB, Config, UserError, listed, parse_overrides, read_yaml  # noqa: E402
 from curriculum import METHODS  # noqa: E402
 
 # Table 1 of the paper, GPT-2: accuracy in % ± standard deviation (generated tokens).
@@ -98,15 +98,20 @@ def train(path: Path, seed: int, processes: int, overrides: list[str]) -> tuple[
     return config, own_overrides
 
 
-def test_file(config: Config) -> tuple[str, str]:
+def test_file(config: Config) -> tuple[str | list[str], str]:
     """Return the test file that belongs to a config's validation file, and the digest of its content.
 
     Raises UserError if it is the validation file itself, or if no checkpoint would be left to test.
     """
     if config.debug:
         raise UserError("debug: True writes no checkpoint that could be tested; leave it out")
-    test = config.val_path.replace("_valid", "_test")
-    digests = [content_digest(path if path.startswith(HUB) else str(ROOT / path)) for path in (test, config.val_path)]
+    test = [path.replace("_valid", "_test") for path in listed(config.val_path)]
+    test = test if isinstance(config.val_path, list) else test[0]
+    places = [
+        [path if path.startswith(HUB) else str(ROOT / path) for path in listed(paths)]
+        for paths in (test, config.val_path)
+    ]
+    digests = [content_digest(paths) for paths in places]
     if digests[0] == digests[1]:
         raise UserError(
             f"val_path: {config.val_path!r} gives {test!r} as the test set, which has the validation problems; "
@@ -190,7 +195,7 @@ def main() -> None:
     except KeyboardInterrupt:
         print("\nstopped; rerun the same command to resume", flush=True)
         sys.exit(130)
-    files = ", ".join(sorted({test["val_path"] for tests in results.values() for test in tests}))
+    files = ", ".join(sorted({str(test["val_path"]) for tests in results.values() for test in tests}))
     print(f"\n{args.dataset}, {args.seeds} seed(s), test set {files}\n\n{format_table(args.dataset, results)}")
     directories = [str(test["directory"]) for tests in results.values() for test in tests]
     print("\nCheckpoints, metrics and predictions:\n" + "\n".join(directories))

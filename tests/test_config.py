@@ -64,7 +64,13 @@ def test_the_config_of_these_tests_runs(place, capsys):
         ("bf16=1", ["bf16", "1", "bool"]),
         ("bf16=maybe", ["bf16", "maybe", "bool"]),
         ("name=7", ["name", "7", "str"]),
-        ("train_path=[a]", ["train_path", "['a']", "str"]),
+        ("train_path=[a]", ["train_path: 'a' does not exist"]),
+        ("train_path=[train.json, 5]", ["train_path", "expected a string, got 5"]),
+        ("train_path={train.json: 1}", ["train_path", "a string or a list of strings or None, got {"]),
+        ("val_path=[]", ["val_path", "missing"]),
+        ("columns={quest: problem}", ["columns", "unknown value 'quest'", "question"]),
+        ("columns={question: 7}", ["columns", "expected a string, got 7"]),
+        ("columns=question", ["columns", "a mapping of strings or None, got 'question'"]),
         ("lr=nan", ["lr", "nan", "finite"]),
         ("lr=.inf", ["lr", "inf", "finite"]),
         ("lr=-1e-4", ["lr", "-0.0001", "above 0"]),
@@ -210,6 +216,15 @@ def test_a_sequence_longer_than_the_models_positions_is_refused(place, capsys, k
     message = refusal(capsys, place, f"{key}=bad.json")
     parts = ["bad.json", "problem 1", "133 tokens", "128 positions", "shorten"]
     assert [part for part in parts if part not in message] == []
+
+
+def test_a_problem_of_several_files_is_named_by_its_file_and_its_index_there(place, capsys):
+    write_json(place / "long.json", [GOOD, {**GOOD, "question": "1" * 120}])
+    assert "long.json: problem 1 makes a sequence" in refusal(capsys, place, "train_path=[train.json,long.json]")
+    write_json(place / "bad.json", [GOOD, {**GOOD, "answer": 2}])
+    assert 'bad.json: problem 1: "answer"' in refusal(capsys, place, "val_path=[valid.json,bad.json]")
+    message = refusal(capsys, place, "val_path=[valid.json,missing.json,'hub:owner/name']")
+    assert "val_path: 'missing.json' does not exist" in message and "'hub:owner/name' names no split" in message
 
 
 def test_a_tokenizer_without_eos_is_refused(place, capsys, tmp_path_factory):
@@ -361,6 +376,8 @@ def test_home_and_variables_in_paths_are_expanded_as_by_a_shell(place, monkeypat
     assert config.save_path == f"{place}/runs" and config.data_cache == f"{place}/cache"
     assert (config.train_path, config.val_path) == (f"{place}/train.json", f"{place}/valid.json")
     assert config.project == "~/p"  # no path
+    several = load_config("child.yaml", [*words, "train_path=[~/train.json, $DATA/valid.json]"])
+    assert several.train_path == [f"{place}/train.json", f"{place}/valid.json"]
 
 
 def test_words_win_over_the_file_and_the_file_over_its_base(place):
@@ -380,7 +397,8 @@ def test_config_takes_any_subset_and_refuses_the_rest():
 
 def test_config_yaml_loads_again_as_the_same_config(place):
     changes = words({"lr": 3e-5, "logger": "tensorboard", "max_new_tokens": None, "max_grad_norm": 1})
-    config = load_config("config.yaml", [*changes, "reset_optimizer=every_epoch"])
+    data = ["val_path=[valid.json, train.json]", "columns={question: problem}"]
+    config = load_config("config.yaml", [*changes, "reset_optimizer=every_epoch", *data])
     (place / "again.yaml").write_text(yaml.safe_dump(config.resolved()))
     assert load_config("again.yaml") == config
 

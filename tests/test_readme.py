@@ -79,6 +79,7 @@ def test_config_schema_is_up_to_date():
 
 
 TYPES = {"boolean": bool, "integer": int, "number": (int, float), "string": str, "null": type(None)}
+TYPES |= {"array": list, "object": dict}
 
 
 def fits(value, schema: dict) -> bool:
@@ -96,6 +97,11 @@ def fits(value, schema: dict) -> bool:
         and ("minimum" not in schema or value >= schema["minimum"])
         and ("exclusiveMinimum" not in schema or value > schema["exclusiveMinimum"])
         and ("maximum" not in schema or value <= schema["maximum"])
+        and ("items" not in schema or (value != [] and all(fits(item, schema["items"]) for item in value)))
+        and (
+            "properties" not in schema
+            or all(fits(value[key], schema["properties"].get(key, {"enum": []})) for key in value)
+        )
     )
 
 
@@ -122,6 +128,11 @@ def test_yaml_files_name_the_schema_and_fit_it(path):
         "reset_optimizer: sometimes",
         "max_new_tokens: 0",
         "seed: -1",
+        "train_path: 5",
+        "train_path: [a.json, 5]",
+        "columns: problem",
+        "columns: {quest: problem}",
+        "columns: {question: 5}",
     ],
 )
 def test_schema_and_config_refuse_the_same(text):
@@ -132,7 +143,11 @@ def test_schema_and_config_refuse_the_same(text):
 
 
 @pytest.mark.parametrize(
-    "text", ["lr: 1e-4", "lr: 1", "max_grad_norm: None", "lora_rank: null", "load_model_path: None", "method: None"]
+    "text",
+    [
+        *("lr: 1e-4", "lr: 1", "max_grad_norm: None", "lora_rank: null", "load_model_path: None", "method: None"),
+        *("val_path: [a.json, b.json.gz]", "columns: {question: problem}", "columns: None", "columns: {}"),
+    ],
 )
 def test_schema_and_config_take_the_same(text):
     [(key, value)] = yaml.safe_load(text).items()

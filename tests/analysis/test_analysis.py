@@ -343,10 +343,12 @@ def test_analyze_gsm_problems_without_graph(save_path, capsys):
     tokenizer = byte_tokenizer()
     problem = {"question": "Ann has 2 boxes of 3 pens.", "steps": ["<<2*3=6>>"], "answer": "6"}
     other = {"question": "Bob has 5 bags of 7 nuts and 2 more", "steps": ["<<5*7=35>>", "<<35+2=37>>"], "answer": "37"}
-    data = write_json(save_path / "gsm.json", [problem, other] * 3)
+    names = {"question": "problem", "steps": "rationale", "answer": "solution"}
+    problem, other = ({names[field]: text for field, text in each.items()} for each in (problem, other))
+    data = [write_json(save_path / f"gsm{i}.json", [problem, other] * n) for i, n in enumerate((1, 2))]
     model = save_model(save_path / "bytes", tiny_gpt2(len(tokenizer), 128), tokenizer)
     values = {"name": "gsm", "method": "coconut", "model_id": model, "train_path": data, "val_path": data}
-    values["c_thought"] = 1
+    values |= {"c_thought": 1, "columns": names}
     assert run.main([str(save_path / "config.yaml"), *words(values)]) == 0
     assert analyze.main([str(save_path / "gsm" / "best")]) == 0
     [folder] = (save_path / "gsm").glob("analysis_*")

@@ -13,7 +13,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from components.data_sources import content_digest, file_sha256, read_problems
+from components.data_sources import content_digest, data_name, file_sha256, locate_problem, read_problems
 from config import Config, UserError, path_error
 from helpers import make_problems, write_json
 
@@ -98,8 +98,57 @@ def test_a_config_and_a_slice_of_the_hub(place):
         read_problems(f"{path}:other:test")
 
 
+@pytest.mark.parametrize("source", SOURCES)
+def test_several_sources_are_read_one_after_the_other(place, source):
+    paths = [source(place, PROBLEMS), write_json(place / "more.json", PROBLEMS[:2]), write_json(place / "bad.json", [])]
+    assert read_problems(paths[:2]) == [*PROBLEMS, *PROBLEMS[:2]]
+    assert read_problems(paths, max_size=len(PROBLEMS) + 1) == [*PROBLEMS, PROBLEMS[0]]
+    assert locate_problem(paths, len(PROBLEMS) - 1, None) == f"{paths[0]}: problem {len(PROBLEMS) - 1}"
+    assert locate_problem(paths, len(PROBLEMS) + 1, None) == f"{paths[1]}: problem 1"
+    with pytest.raises(UserError, match=r"bad.json: expected a list of problems .* got an empty list"):
+        read_problems(paths)
+    write_json(place / "bad.json", [PROBLEMS[0], {**PROBLEMS[0], "answer": 4}])
+    with pytest.raises(UserError, match=r'bad.json: problem 1: "answer": expected a string'):
+        read_problems(paths)
+
+
+def test_the_digest_and_the_name_of_several_sources(place):
+    one, other = (write_json(place / name, problems) for name, problems in (("a.json", PROBLEMS), ("b", PROBLEMS[:2])))
+    digests = [content_digest(paths) for paths in (one, other, [one, other], [other, one], [one, one])]
+    assert len({*digests}) == 5 and content_digest([one]) == digests[0]
+    write_json(place / "b", PROBLEMS[:3])
+    assert content_digest([one, other]) != digests[2]
+    with pytest.raises(UserError, match=r"none.json: cannot read the data"):
+        content_digest([one, "none.json"])
+    assert [data_name(paths) for paths in (one, [one], [one, other])] == ["a", "a", "a+1"]
+
+
+COLUMNS = {"question": "problem", "answer": "solution", "steps": "rationale"}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_fields_may_have_other_names(place, source):
+    problems = [{COLUMNS[field]: problem[field] for field in problem} for problem in PROBLEMS]
+    path = source(place, [problem | {"answer": "another"} for problem in problems])
+    assert read_problems(path, columns=COLUMNS) == PROBLEMS
+    assert read_problems([path, path], columns=COLUMNS) == [*PROBLEMS, *PROBLEMS]
+    columns = COLUMNS | {"steps": "thoughts"}
+    assert read_problems(path, need_steps=False, columns=columns) == [{**p, "steps": []} for p in PROBLEMS]
+    with pytest.raises(UserError, match=r'problem 0: has no "steps"; a problem is {"problem": .*"thoughts": '):
+        read_problems(path, columns=columns)
+    with pytest.raises(UserError, match='has no "question"'):
+        read_problems(path)
+
+
+def test_in_a_table_steps_of_another_name_may_be_a_string_of_lines(place):
+    path = parquet_file(place, [{"question": "?", "answer": "4", "rationale": "1+1=2\n2+2=4"}])
+    assert read_problems(path, columns={"steps": "rationale"})[0]["steps"] == ["1+1=2", "2+2=4"]
+
+
 def test_one_json_line_is_a_file_too(place):
     assert read_problems(json_lines(place, PROBLEMS[:1])) == PROBLEMS[:1]
+    renamed = [{"problem": PROBLEMS[0]["question"], "answer": PROBLEMS[0]["answer"], "steps": PROBLEMS[0]["steps"]}]
+    assert read_problems(json_lines(place, renamed), columns={"question": "problem"}) == PROBLEMS[:1]
 
 
 @pytest.mark.parametrize("source", [parquet_file, hub])
@@ -197,7 +246,7 @@ def test_the_reason_of_the_hub_is_shown_whole_and_without_colours(monkeypatch):
     ],
 )
 def test_the_form_of_a_hub_path(key, value, complaint):
-    error = path_error(key, Config({key: value}))
+    error = path_error(key, value, Config())
     assert error is None if complaint is None else complaint in error
 
 

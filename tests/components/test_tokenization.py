@@ -118,6 +118,22 @@ def test_the_cache_is_keyed_by_content_and_a_hit_does_not_read_the_source(
     assert tokenized == [5] and snapshot(cache) == before
 
 
+def test_the_cache_is_keyed_by_all_files_and_the_names_of_fields(cache, tokenized, tmp_path):
+    problems = [{"question": "q?", "prompt": "p?", "answer": "7", "steps": []}]
+    one, other = write_json(tmp_path / "one.json", problems), write_json(tmp_path / "other.json", problems * 2)
+
+    def questions(paths, columns=None):
+        [data] = load_tokenized([(paths, None, True, columns)], byte_tokenizer(), str(cache), Processes())
+        assert data["idx"][:] == list(range(len(data)))
+        return data["question"][:]
+
+    for _ in range(2):  # made, then found
+        assert questions(one) == ["q?"]
+        assert questions([one, other]) == ["q?"] * 3
+        assert questions([one, other], {"question": "prompt"}) == ["p?"] * 3
+    assert tokenized == [1, 3, 3]
+
+
 def test_a_hit_needs_neither_a_lock_nor_a_writable_cache(source, cache, tokenized, monkeypatch, capsys):
     first = load(source, cache)
     monkeypatch.setattr(tokenization, "locked", None)
@@ -149,7 +165,7 @@ def test_a_tokenizer_saved_in_a_checkpoint_has_the_same_fingerprint(tmp_path, so
     tokenizer(["a", "bcd"], padding=True)
     tokenizer.save_pretrained(tmp_path / "checkpoint")
     again = type(tokenizer).from_pretrained(tmp_path / "checkpoint")
-    assert fingerprint(source, None, True, again) == fingerprint(source, None, True, tokenizer)
+    assert fingerprint((source, None, True), again) == fingerprint((source, None, True), tokenizer)
 
 
 def test_invalid_data_is_reported_before_anything_is_written(source, cache, tmp_path):

@@ -11,11 +11,13 @@ import plot
 import pytest
 import record
 import yaml
+from runs import display_value
 
 import run
 from analysis import style
 from curriculum import METHODS
-from helpers import make_problems, save_model, words, write_json
+from evaluate import write_evaluation
+from helpers import REPOSITORY, make_problems, save_model, words, write_json
 
 
 @pytest.fixture(scope="module")
@@ -272,6 +274,17 @@ def test_evaluations_table_with_wilson_intervals(tmp_path, capsys):
     row = capsys.readouterr().out.splitlines()[-1]
     assert row == "| run | checkpoint_9 | 100.0 (96.3 to 100.0) | 50.0 (40.4 to 59.6) |"
     assert evaluations.main([str(tmp_path)]) == 2
+
+
+def test_data_of_several_files_are_shown_and_recorded_file_by_file(tmp_path, capsys):
+    paths = ["data/far.json", "elsewhere/near.json"]
+    assert display_value("val_path", paths) == "far.json, near.json"
+    assert record.project_relative([str(REPOSITORY / paths[0]), *paths[1:]]) == paths
+    folder = tmp_path / "run" / "eval_checkpoint_9"
+    write_evaluation([], {"val_path": paths, "problems": 100, "data_digest": "ab12", "eval/acc": 0.1}, folder)
+    assert (folder / "predictions_far+1.jsonl").exists()
+    assert evaluations.main([str(tmp_path / "run")]) == 0
+    assert "| far+1 % |" in capsys.readouterr().out
 
 
 def test_evaluations_with_other_settings_have_rows_of_their_own(tmp_path, capsys):

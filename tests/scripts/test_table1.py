@@ -10,7 +10,7 @@ import table1
 import yaml
 
 from components.data_sources import content_digest
-from config import UserError
+from config import Config, UserError
 from helpers import REPOSITORY, make_problems, write_json
 
 ARGS = REPOSITORY / "args"
@@ -115,6 +115,14 @@ def test_table1_refuses_the_validation_file_as_test_set(place, monkeypatch, caps
     with pytest.raises(SystemExit, match="has the validation problems"):
         table_of(monkeypatch, capsys, override)
     assert not (place / "runs").exists()
+
+
+def test_the_test_set_of_several_validation_files_has_as_many(place):
+    write_json(place / "more_valid.json", make_problems(2))
+    write_json(place / "more_test.json", make_problems(2, seed=5))
+    test, digest = table1.test_file(Config({"val_path": ["tiny_valid.json", "more_valid.json"]}))
+    assert test == ["tiny_test.json", "more_test.json"]
+    assert digest == content_digest([str(place / name) for name in test])
 
 
 def test_table1_refuses_a_copy_of_the_validation_file_and_debug(place, monkeypatch, capsys):

@@ -118,7 +118,7 @@ components/test_parallelize.py::test_number_of_collectives_per_step[fsdp]
 test_run.py::test_directory_is_claimed_before_it_is_read
     components/run_directory.py: fcntl.LOCK_EX | fcntl.LOCK_NB => fcntl.LOCK_SH | fcntl.LOCK_NB
 components/test_tokenization.py::test_other_content_tokenizer_size_or_rules_miss_the_cache
-    components/tokenization.py: need_steps, tokenizer.eos_token_id, backend => need_steps, backend
+    components/tokenization.py: *how, tokenizer.eos_token_id, backend => *how, backend
 components/test_tokenization.py::test_temporary_files_stay_until_every_process_has_opened_them
     components/tokenization.py: processes.all_gather_object(None) => None
 """
