@@ -10,7 +10,7 @@ import time
 import torch
 
 from components.distributed import Processes
-from components.errors import Interrupted
+from components.errors import STOP_SIGNALS, Interrupted
 from config import Config
 
 __all__ = ["Config", "StopRequest", "set_seed"]
@@ -31,7 +31,6 @@ class StopRequest:
     and by torchrun. A SIGHUP that nohup has disabled stays so. A context manager, which restores the previous handlers.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
     SAME_REQUEST = 2.0  # seconds
 
     def __init__(self):
@@ -39,7 +38,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
-        self.before = {number: signal.signal(number, self.receive) for number in self.SIGNALS if number not in ignored}
+        self.before = {number: signal.signal(number, self.receive) for number in STOP_SIGNALS if number not in ignored}
         return self
 
     def __exit__(self, *_) -> None:

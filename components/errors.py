@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import textwrap
 import traceback
@@ -14,6 +15,7 @@ import torch.distributed as dist
 
 from config import UserError
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # after which a run saves and stops
 PROJECT = Path(__file__).parents[1]
 TRAINING_MEMORY_ADVICE = (
     "halve batch_size_training and double gradient_accumulation_steps, which makes the same steps, or set "

@@ -13,6 +13,8 @@ from multiprocessing.reduction import ForkingPickler
 import torch
 from torch.utils.data import DataLoader
 
+from components.errors import STOP_SIGNALS
+
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent dies
 
 
@@ -27,7 +29,7 @@ def prefetch(make: Callable, items: Sequence, workers: int, pin: bool = False) -
     if workers:
         options |= {"num_workers": workers, "multiprocessing_context": "fork", "worker_init_fn": init_worker}
     # Workers inherit the blocked signals: the parent finishes its step after a signal to the whole process group.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         iterator = iter(DataLoader(items, **options))
     finally:

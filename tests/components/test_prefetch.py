@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from components.errors import STOP_SIGNALS
 from components.prefetch import prefetch
 from helpers import REPOSITORY
 from helpers.faults import Fault
@@ -143,7 +143,7 @@ def ended(pids: set[int]) -> bool:
     return False
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_workers_ignore_a_signal_to_the_process_group(number):
     with start("go on") as process:
         workers = {int(process.stdout.readline()) for _ in range(4)}
