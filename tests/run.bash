@@ -4,4 +4,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source setup.bash tests/requirements.txt
 words=("$@")
 [ $# -gt 0 ] || words=(-m "not slow")
-python -m pytest -n 2 --dist loadfile "${words[@]}"
+python -m pytest -n 2 --dist loadfile --durations 5 "${words[@]}"

@@ -1117,7 +1117,7 @@ def test_group_by_length_refuses_another_effective_batch_within_an_epoch(world):
     ("parallel", "per_pass", "passes"),
     [
         ("ddp", 4, 1),
-        ("ddp", 2, 2),
+        pytest.param("ddp", 2, 2, marks=pytest.mark.slow),
         ("fsdp", 2, 2),
         pytest.param("fsdp", 4, 1, marks=pytest.mark.slow),
         pytest.param("ddp", 1, 4, marks=pytest.mark.slow),
@@ -1153,6 +1153,7 @@ def test_each_rank_has_its_own_random_stream():
 # --- loggers ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_wandb_without_account_logs_offline(world, tmp_path):
     place = {"HOME": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path), "WANDB_CONFIG_DIR": str(tmp_path / "config")}
     for epochs in (1, 2):

@@ -37,6 +37,7 @@ def test_simulation_matches_real_step(model, thoughts=2):
     assert simulated.total == pytest.approx(tracker.footprint().total, rel=0.01)
 
 
+@pytest.mark.slow
 def test_sharding_checkpointing_and_bf16_reduce_simulated_peak():
     def peak(*options: str) -> int:
         return memory.simulate(CONFIGS["llama"], arguments("--gpus", "4", *options), thoughts=3).total

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+from transformers.utils import hub
 
 from coconut import Coconut
-from components import custom_generate, export
+from components import export
 from components.files import verify_manifest
 from components.pretrained import load_pretrained
 from config import Config
@@ -130,23 +132,21 @@ def test_save_pretrained_of_user_model_generates_with_thoughts(make, tmp_path):
     assert actual.tolist() == expected.tolist()
 
 
-def test_coconut_json_is_read_in_the_revision_of_the_model(save_path, monkeypatch):
-    """transformers 4 records the commit of a hub model in its config."""
-    folder, revisions = save_path / "gpt2" / "best", []
-    lm, _, batch = load(folder)
-
-    def cached_file(name, file, revision):
-        revisions.append(revision)
-        return folder / file
-
-    for module in (custom_generate, export):
-        monkeypatch.setattr(module, "cached_file", cached_file)
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: lm)
-    for commit in ("0123abcd", None):
-        lm.config._commit_hash = commit
-        custom_generate.generate(**batch, model=lm)
-        Coconut.from_pretrained("owner/name", revision=commit)
-    assert revisions == ["0123abcd", "0123abcd", "main", "main"]
+def test_coconut_json_is_read_in_the_revision_of_the_model(save_path, tmp_path, monkeypatch):
+    cached, new = tmp_path / "models--owner--name", "9876543210" * 4  # as huggingface_hub stores downloads
+    for commit, thoughts in {(old := "0123456789" * 4): 1, new: 4}.items():
+        folder = shutil.copytree(save_path / "gpt2" / "best", cached / "snapshots" / commit)
+        description = json.loads((folder / "coconut.json").read_text()) | {"thoughts": thoughts}
+        (folder / "coconut.json").write_text(json.dumps(description))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(new)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub, "TRANSFORMERS_CACHE", str(tmp_path), raising=False)  # its name in transformers 4
+    assert Coconut.from_pretrained("owner/name", revision=old, trust_remote_code=True).description["thoughts"] == 1
+    for options, commit in (({"revision": old}, old), ({}, new)):
+        lm = AutoModelForCausalLM.from_pretrained("owner/name", trust_remote_code=True, **options)
+        local, _, batch = load(cached / "snapshots" / commit)
+        assert lm.generate(**batch).tolist() == local.generate(**batch).tolist()
 
 
 def test_from_pretrained_rejects_folder_without_coconut_json(tmp_path):

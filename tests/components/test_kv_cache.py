@@ -54,6 +54,7 @@ def passes(model: Coconut, batch: dict) -> list[tuple[int, int]]:
     return list(pairwise([0, *plan.pass_starts, batch["input_ids"].shape[1]]))
 
 
+@pytest.mark.slow
 def test_activation_checkpointing_reduces_peak_memory(monkeypatch):
     """4 layers of width 512, 256 + 6 + 48 tokens, batch 16: the peak without weights and gradients."""
     rows = [[*[5] * 254, START, *[LATENT] * 6, END, *[7] * 48]] * 16

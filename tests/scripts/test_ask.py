@@ -79,7 +79,7 @@ def test_checkpoint_is_found_by_file_in_place_of_the_link_by_run_and_by_hub_name
     for checkpoint in (run / "best", run, "owner/name"):
         assert ask_main(capsys, checkpoint) == expected["generated"], checkpoint
         convert.main(["to-official", str(checkpoint), str(tmp_path / f"file_of_{Path(checkpoint).name}")])
-    assert analyze.validation_data(str(run)) == analyze.validation_data(str(save_path / "gpt2" / "best"))
+    assert analyze.run_data(str(run), None) == analyze.run_data(str(save_path / "gpt2" / "best"), None)
     with pytest.raises(SystemExit) as raised:
         ask.main(["owner/none", "1+2"])
     assert raised.value.code == 2 and "'owner/none' is neither in" in capsys.readouterr().err
