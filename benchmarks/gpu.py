@@ -174,6 +174,7 @@ def agreement(args, kind: str, bf16: bool) -> dict:
     batch = make_batch(8, 40, 6, 16)
 
     def outcome(device: str, bf16: bool) -> tuple:
+        """Return the loss, the flat gradient (parameters,) and the generated tokens (8, columns), on the CPU."""
         model = Coconut(small(kind), LATENT, START, END, EOS).to(device).train()
         with torch.autocast(device, dtype=torch.bfloat16, enabled=bf16):
             loss = model(**batch).loss

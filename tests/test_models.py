@@ -22,6 +22,8 @@ def test_shipped_model_is_as_accurate_as_recorded(name):
     page = (MODELS / "README.md").read_text(encoding="utf-8")
     [row] = [line for line in page.splitlines() if line.startswith(f"| {name} |")]
     assert verify_manifest(MODELS / name) is None
+    code = (MODELS / name / "custom_generate" / "generate.py").read_text(encoding="utf-8")
+    assert code == (REPOSITORY / "components" / "custom_generate.py").read_text(encoding="utf-8")  # as export writes it
     checkpoint = open_checkpoint(str(MODELS / name))
     model, tokenizer = checkpoint.model.cpu(), checkpoint.pretrained.tokenizer
     prompts = checkpoint.prompts([problem["question"] for problem in PROBLEMS])

@@ -4,6 +4,7 @@ transformers copies only this file and calls its `generate` instead of the model
 """
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -28,13 +29,16 @@ def generate(inputs=None, *args, model, input_ids=None, attention_mask=None, tho
     if input_ids is None or options.get("inputs_embeds") is not None:
         raise ValueError("a checkpoint that thinks generates from input_ids, not from inputs_embeds")
     attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    revision = getattr(model.config, "_commit_hash", None) or "main"  # of a hub model: the one that was opened
+    commit = Path(__file__).parents[1].name  # transformers puts the code of a hub model into a folder of this name
+    revision = commit if re.fullmatch("[0-9a-f]{40}", commit) else "main"
     path = cached_file(model.name_or_path, "coconut.json", revision=revision)
     description = json.loads(Path(path).read_text(encoding="utf-8"))
     thoughts = description["thoughts"] if thoughts is None else thoughts
     ids = description["token_ids"]
     middle = []
     if ids:
+        if torch.isin(input_ids, input_ids.new_tensor(list(ids.values()))).any():
+            raise ValueError(f"a prompt contains one of {', '.join(ids)}, which only this function may insert")
         start, end, placeholder = ids.values()
         middle = [start, *[placeholder] * thoughts, end]
     input_ids, attention_mask = append(input_ids.to(model.device), attention_mask.to(model.device), middle)
