@@ -127,9 +127,9 @@ class Validator:
                 flush=True,
             )
         wrong = []
-        for idx, (problem, example) in enumerate(zip(self.problems, self.examples, strict=True)):
+        for problem, example in zip(self.problems, self.examples, strict=True):
             _, written = apply_curriculum(last, example["steps_tokenized"], config, training=True)
-            prediction = predict(problem, idx, written + example["answer_tokenized"], 0, tokenizer, config)
+            prediction = score(problem, example, written + example["answer_tokenized"], 0, tokenizer, config)
             if not prediction["correct"]:
                 wrong.append(prediction)
         if wrong:
@@ -195,8 +195,8 @@ class Validator:
             new = output[:, batch["input_ids"].shape[1] :].tolist()
             for idx, tokens, count in zip(batch["idx"].tolist(), new, thoughts, strict=True):
                 tokens = until_eos(tokens, self.model.eos_token_id, limit)
-                tokenizer, problem = self.pretrained.tokenizer, self.problems[idx]
-                predictions.append(predict(problem, idx, tokens, count, tokenizer, self.config))
+                tokenizer, problem, example = self.pretrained.tokenizer, self.problems[idx], self.examples[idx]
+                predictions.append(score(problem, example, tokens, count, tokenizer, self.config))
         gathered = self.processes.all_gather_object(predictions)
         self.stop.raise_on_all_ranks(self.processes)
         return sorted((prediction for part in gathered for prediction in part), key=lambda p: p["idx"])
@@ -235,13 +235,18 @@ def until_eos(tokens: list[int], eos: int, limit: int) -> list[int]:
 
 
 def predict(problem: dict, idx: int, new: list[int], thoughts: int, tokenizer, config: Config) -> dict:
-    """Make a line of the predictions file from generated token ids (eos included).
+    """Tokenize a problem and `score` its generated token ids."""
+    columns = tokenize_chunk({name: [problem[name]] for name in TEXTS}, [idx], tokenizer)
+    return score(problem, {name: value for name, [value] in columns.items()}, new, thoughts, tokenizer, config)
+
+
+def score(problem: dict, example: dict, new: list[int], thoughts: int, tokenizer, config: Config) -> dict:
+    """Make a line of the predictions file from a problem, its `tokenize_chunk`, and generated ids (eos included).
 
     The expected texts take the same way as the generated one: encoded as in training, cut at the first eos, decoded. So
     the output that a problem is trained on is right with any tokenizer, also one that does not return texts unchanged.
     """
-    columns = tokenize_chunk({name: [problem[name]] for name in TEXTS}, [idx], tokenizer)
-    [answer_ids], [step_ids], eos = columns["answer_tokenized"], columns["steps_tokenized"], tokenizer.eos_token_id
+    answer_ids, step_ids, eos = example["answer_tokenized"], example["steps_tokenized"], tokenizer.eos_token_id
     own_special = {*answer_ids, *chain(*step_ids)} & {*tokenizer.all_special_ids} - {eos}
 
     def decode(ids: Iterable[int]) -> str:
@@ -251,7 +256,7 @@ def predict(problem: dict, idx: int, new: list[int], thoughts: int, tokenizer, c
     text = decode(new)
     answer, correct = judge(text, decode(answer_ids), config.numeric_answers)
     prediction = {
-        "idx": idx,
+        "idx": example["idx"],
         "question": problem["question"],
         "expected": problem["answer"],
         "generated": f"[{thoughts} thought{'s' * (thoughts > 1)}]{text}" if thoughts else text,
