@@ -95,7 +95,7 @@ def dry_run(config: Config, processes: Processes, stop: StopRequest) -> None:
     if not config.debug:
         processes.run_on_rank0(lambda: check_directory(config.run_directory))
     with TemporaryDirectory() as folder:
-        config.data_cache = folder
+        config = Config(config.resolved() | {"data_cache": folder})
         job = set_up(config, processes, stop)
     if config.only_eval:
         what = f"{config.load_model_path} would be tested on {len(job.problems):,} problems of {config.val_path}"
