@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from components.activation_checkpointing import checkpoint_activations
 from components.activations import fuse_gelu
+from components.errors import reason
 from components.export import DESCRIPTION, export, read_description
 from components.kv_cache import BufferedLayer, causal_mask
 from config import UserError
@@ -398,8 +399,7 @@ def check_model(lm: nn.Module, eos_token_id: int, key: str) -> None:
         expected = lm(input_ids=input_ids, use_cache=False).logits  # (1, 6, vocabulary)
         found = model(padded, attention_mask, plan=plan).logits[attention_mask == 1]  # (12, vocabulary)
     except Exception as error:  # a model's code may fail on a mask or a cache that it was not written for
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise UserError(f"{complaint}: {reason}") from error
+        raise UserError(f"{complaint}: {reason(error)}") from error
     expected = expected.expand(2, -1, -1).flatten(0, 1)  # (12, vocabulary)
     if not torch.allclose(found, expected, rtol=0, atol=1e-3 * expected.abs().max().item()):
         head = "its logits are not its head of the last hidden state"

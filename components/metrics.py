@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from components.errors import reason
 from components.files import saving
 from config import Config
 
@@ -80,9 +81,8 @@ class MetricLogger:
             function()
         except Exception as error:  # whatever a service, its network or its disk may raise
             self.backend = None
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
             print(
-                f"warning: {self.name} failed ({reason}); the run continues, and {self.path} has all metrics",
+                f"warning: {self.name} failed ({reason(error)}); the run continues, and {self.path} has all metrics",
                 flush=True,
             )
 

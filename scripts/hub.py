@@ -28,6 +28,7 @@ from record import tests_of
 from runs import FinishedRun, UserError, display_value, read_file, read_run
 
 from components.checkpoint_manager import OPTIMIZER_STATE
+from components.errors import reason
 from components.export import require_description
 from components.files import MANIFEST
 from components.run_directory import locate
@@ -134,8 +135,7 @@ def push(folder: Path, repository: str, private: bool) -> str:
         api.create_repo(repository, private=private, exist_ok=True)
         return str(api.upload_folder(folder_path=folder, repo_id=repository))
     except Exception as error:  # account, network, permissions: raised by several libraries
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise UserError(f"{repository}: upload failed or incomplete: {reason}") from error
+        raise UserError(f"{repository}: upload failed or incomplete: {reason(error)}") from error
 
 
 def main(argv: list[str] | None = None) -> int:
