@@ -62,6 +62,7 @@ class Claim:
             self.file = open(directory / METRICS, "ab")  # noqa: SIM115 (closed by __exit__)
         except OSError as error:
             raise UserError(f"name: {error.filename} cannot be written: {error.strerror}; {REMEDY}") from error
+        os.register_at_fork(after_in_child=self.file.close)  # a worker may outlive a killed run by a moment
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -76,7 +76,8 @@ print(list(prefetch(lambda text: tokenizer([text, text])["input_ids"] != [], ["a
 # --- signals and ends, in an interpreter of its own -------------------------------------------------------------------
 
 PROGRAM = """
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # even if the tests are run by nohup
 sys.path.insert(0, sys.argv[1])
 from utils import StopRequest
 from components.prefetch import prefetch
