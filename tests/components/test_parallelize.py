@@ -338,7 +338,7 @@ def test_resume_on_another_number_of_ranks(setting, before, after, strategy):
         outcome = setting.run(run, before, Fault("sigterm", "step", 3), parallel="fsdp", **shape)
         assert outcome.codes == [143] * before
     outcome = setting.run(name, after, parallel=strategy, **shape)
-    assert outcome.codes == [0] * after
+    assert outcome.codes == [0] * after, outcome.output
     assert f"saved by {before} processes, so the random streams are seeded anew" in outcome.output
     alone = setting.directory / f"{name}-alone"
     config = yaml.safe_load((alone / "config.yaml").read_text()) | {"batch_size_training": 4 * after}

@@ -11,6 +11,7 @@ done, so that a run of a tiny model takes a second.
 from __future__ import annotations
 
 import errno
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -305,6 +306,7 @@ def work(words: list[str], fault: Fault | None, environment: dict[str, str], out
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    faulthandler.enable()  # to stderr, which is the file now
     os.environ.update(environment)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # even if the tests are run by nohup
     sys.exit(drive(words, fault))
