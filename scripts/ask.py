@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -105,8 +104,8 @@ def main(argv: list[str] | None = None) -> None:
     quiet_libraries()
     failed = False
     try:
-        best = Path(args.checkpoint, "best")  # of a run's folder
-        checkpoint = open_checkpoint(str(best) if os.path.isdir(best) else args.checkpoint, args.thoughts)
+        with redirect_stdout(sys.stderr):  # notes; stdout has the answers alone
+            checkpoint = open_checkpoint(args.checkpoint, args.thoughts)
         if args.show_thoughts and METHODS[checkpoint.config.method].placeholder != "latent":
             print(f"note: method {checkpoint.config.method} has no thoughts to show", file=sys.stderr)
     except UserError as error:

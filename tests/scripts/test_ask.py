@@ -77,18 +77,14 @@ def test_checkpoint_is_found_by_file_in_place_of_the_link_by_run_and_by_hub_name
     (cached / "refs" / "main").write_text(revision)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cached.parent))
     for checkpoint in (run / "best", run, "owner/name"):
-        assert ask_main(capsys, checkpoint) == expected["generated"], checkpoint
+        [result] = ask_json(capsys, checkpoint, "1+2+3")  # a note on stdout would not be JSON
+        assert result["generated"] == expected["generated"], checkpoint
         convert.main(["to-official", str(checkpoint), str(tmp_path / f"file_of_{Path(checkpoint).name}")])
+        capsys.readouterr()
     assert analyze.run_data(str(run), None) == analyze.run_data(str(save_path / "gpt2" / "best"), None)
     with pytest.raises(SystemExit) as raised:
         ask.main(["owner/none", "1+2"])
     assert raised.value.code == 2 and "'owner/none' is neither in" in capsys.readouterr().err
-
-
-def ask_main(capsys, checkpoint) -> str:
-    """Run ask.py --json on one question; return what is generated; notes may precede it."""
-    ask.main([str(checkpoint), "1+2+3", "--json"])
-    return json.loads(capsys.readouterr().out.splitlines()[-1])["generated"]
 
 
 def test_ask_reads_questions_from_stdin(save_path, capsys, monkeypatch):
