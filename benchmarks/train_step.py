@@ -4,6 +4,7 @@
     python benchmarks/train_step.py --layers 4 --width 256 --batch 32 --question 360 --answer 48
     python benchmarks/train_step.py --device cuda --bf16 --sweep             thoughts 0 to 16, batch 1 to 64
     python benchmarks/train_step.py --launches                               count operations of a GPU, on any machine
+    python benchmarks/train_step.py --launches --variants compiled           the same of compiled passes; takes minutes
 
 Variants, forward and backward, all with the same weights and the same batch (on the CPU):
   floor      the plain model, with transformers' own activation functions, over the padded batch, with thoughts as
@@ -28,6 +29,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from functools import cache, partial
@@ -37,8 +39,12 @@ from unittest.mock import patch
 import torch
 import transformers
 from torch import Tensor, nn
+from torch._C import DispatchKey
+from torch._inductor import config as inductor_config
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.profiler_util import FunctionEvent
 from torch.nn import functional as F
+from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -273,20 +279,25 @@ def show(rows: list[dict], title: str) -> None:
         )
 
 
-class Launches(TorchDispatchMode):
-    """Count the operations that launch a kernel: all but views, and tensors that are created without being filled."""
+FREE = ("device", "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "_unsafe_view")
 
-    free = ("device", "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "_unsafe_view")
+
+def launches(schema: torch.FunctionSchema) -> bool:
+    """Return whether an operation launches a kernel: all do but views, and those that create a tensor unfilled."""
+    aliases = [argument.alias_info for argument in schema.arguments]
+    is_view = any(alias is not None and not alias.is_write for alias in aliases)
+    return not is_view and schema.name.removeprefix("aten::") not in FREE
+
+
+class Launches(TorchDispatchMode):
+    """Count by name the operations that launch a kernel."""
 
     def __init__(self):
         super().__init__()
         self.counts = Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        aliases = [argument.alias_info for argument in function._schema.arguments]
-        is_view = any(alias is not None and not alias.is_write for alias in aliases)
-        if not is_view and function._opname not in self.free:
-            self.counts[function._opname] += 1
+        self.counts[function._opname] += launches(function._schema)
         return function(*args, **(kwargs or {}))
 
 
@@ -311,6 +322,55 @@ def show_launches() -> None:
         counts = count_launches(thoughts)
         products = counts["mm"] + counts["addmm"]
         print(f"| {thoughts} | {counts.total()} | {counts['add']} | {counts['_to_copy']} | {products} |", flush=True)
+
+
+def count_compiled_launches(layers: int, thoughts: Sequence[int]) -> list[Counter]:
+    """Count what a forward and backward pass of a narrow compiled GPT-2 in bf16 launches, for numbers of thoughts.
+
+    Inductor's kernels for the CPU, which torch's profiler sees, stand for those for a GPU. No dropout in attention, so
+    that it is one operation, as a GPU's kernels make it.
+    """
+    config = GPT2Config(vocab_size=VOCABULARY, n_layer=layers, n_embd=64, n_head=1, attn_pdrop=0)
+    lm = GPT2LMHeadModel(config).train()
+    args, counts = argparse.Namespace(device="cpu", bf16=True), []
+    for number in thoughts:
+        step = partial(run_step, compiled, lm, make_batch(4, 32, number, 16), args)
+        with inductor_config.patch({"cpp.enable_kernel_profile": True}):
+            step(), step()  # compiles
+        counts.append(profile_launches(step))
+    return counts
+
+
+def profile_launches(function: Callable) -> Counter:
+    """Count by name what a call launches, compiled or not, from a profile of it on the CPU."""
+    with profile() as profiler:
+        function()
+    events = (event for event in profiler.events() if event.cpu_parent is None)
+    return Counter(name for event in events for name in launched(event))
+
+
+def launched(event: FunctionEvent) -> Iterator[str]:
+    """Yield the operations in a profiler's event that launch a kernel, without those that they are made of."""
+    if "cpp_fused" in event.name:
+        yield "fused"
+        return
+    operation = getattr(torch.ops.aten, event.name.removeprefix("aten::")) if event.name.startswith("aten::") else None
+    overload = operation and getattr(operation, operation.overloads()[0])
+    composite = overload is None or overload.has_kernel_for_dispatch_key(DispatchKey.CompositeImplicitAutograd)
+    if composite or any(child.name == event.name for child in event.cpu_children):  # autocast calls it again
+        for child in event.cpu_children:
+            yield from launched(child)
+    elif launches(overload._schema):
+        yield event.name.removeprefix("aten::")
+
+
+def show_compiled_launches(thoughts: Sequence[int] = (0, 1, 6)) -> None:
+    """Print the counts of one and two layers, and the line through them at GPT-2's twelve, as a Markdown table."""
+    one, two = (count_compiled_launches(layers, thoughts) for layers in (1, 2))
+    print("| thoughts | 1 layer | 2 layers | 12 layers, by the line | of these fused kernels |\n|---|---|---|---|---|")
+    for number, *counts in zip(thoughts, one, two, strict=True):
+        (a, b), (fused_a, fused_b) = [c.total() for c in counts], [c["fused"] for c in counts]
+        print(f"| {number} | {a} | {b} | {a + 11 * (b - a)} | {fused_a + 11 * (fused_b - fused_a)} |", flush=True)
 
 
 def environment(device: str) -> dict:
@@ -347,7 +407,7 @@ def main() -> None:
     """Measure and print the tables."""
     args = parse()
     if args.launches:
-        return show_launches()
+        return show_compiled_launches() if args.variants == ["compiled"] else show_launches()
     torch.set_num_threads(args.threads)
     lm = make_model(args).to(args.device).train()
     shapes = [(args.batch, args.thoughts)]
