@@ -280,7 +280,13 @@ def test_no_method_at_all_is_refused(place, capsys):
     assert "no_thoughts" in message
 
 
-@pytest.mark.parametrize("command", [["num_epoch=3"], ["train_path=bad.json"]], ids=["config", "data"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(["num_epoch=3"], id="config"),
+        pytest.param(["train_path=bad.json"], id="data", marks=pytest.mark.slow),
+    ],
+)
 def test_a_mistake_ends_the_real_program_with_code_2(place, command):
     (place / "bad.json").write_text("[")
     before = snapshot(place)
@@ -291,6 +297,7 @@ def test_a_mistake_ends_the_real_program_with_code_2(place, command):
     assert snapshot(place) == before
 
 
+@pytest.mark.slow
 def test_torchrun_shows_a_mistake_once(place):
     finished = run_script("config.yaml", "num_epoch=3", processes=2, cwd=place, timeout=120)
     assert finished.returncode != 0

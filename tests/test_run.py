@@ -390,6 +390,7 @@ def test_restarting_a_finished_run_changes_nothing(world, whole, capsys):
     assert "raise num_epochs" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_resume_with_raised_num_epochs_is_bit_identical(world, whole):
     """In separate processes, with dropout."""
     for epochs in (1, 3):
@@ -1116,7 +1117,7 @@ def test_group_by_length_refuses_another_effective_batch_within_an_epoch(world):
 @pytest.mark.parametrize(
     ("parallel", "per_pass", "passes"),
     [
-        ("ddp", 4, 1),
+        pytest.param("ddp", 4, 1, marks=pytest.mark.slow),
         pytest.param("ddp", 2, 2, marks=pytest.mark.slow),
         ("fsdp", 2, 2),
         pytest.param("fsdp", 4, 1, marks=pytest.mark.slow),
