@@ -379,8 +379,8 @@ def cast_weights(module: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def check_model(lm: nn.Module, eos_token_id: int, key: str) -> None:
-    """Raise UserError for a language model that Coconut would not compute correctly; key: the config key that names it.
+def check_model(lm: nn.Module, eos_token_id: int, source: str) -> None:
+    """Raise UserError for a language model that Coconut would not compute correctly; source: names it in messages.
 
     Padded and in several passes with a cache it must give the same logits as alone and at once. That rules out
     recurrent models, positions that count padding, and logits that are more than the head of the last hidden state
@@ -394,7 +394,7 @@ def check_model(lm: nn.Module, eos_token_id: int, key: str) -> None:
     padded = torch.full_like(attention_mask, eos_token_id)  # (2, 8)
     padded[attention_mask == 1] = input_ids.repeat(1, 2)[0]
     plan = replace(plan_batch(padded, attention_mask, None, -1), pass_starts=[5, 6, 7])
-    complaint = f"{key}: {type(lm).__name__} cannot be trained with thoughts"
+    complaint = f"{source}: {type(lm).__name__} cannot be trained with thoughts"
     try:
         expected = lm(input_ids=input_ids, use_cache=False).logits  # (1, 6, vocabulary)
         found = model(padded, attention_mask, plan=plan).logits[attention_mask == 1]  # (12, vocabulary)

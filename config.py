@@ -23,6 +23,7 @@ from curriculum import METHODS
 
 OFFICIAL_METHODS = ("coconut", "cot", "no_thoughts", "no_cot")  # the official code selects a method by four booleans
 SPLIT_PATHS = ("train_path", "val_path")
+BATCH_KEYS = ("batch_size_training", "gradient_accumulation_steps", "global_batch_size")
 FIELDS = ("question", "answer", "steps")  # of a problem
 ABOVE_0 = math.ulp(0.0)  # the least value of a key that must be positive
 HUB = "hub:"  # prefix of a path that names a data set of the Hugging Face hub
@@ -74,7 +75,7 @@ class Config:
     # curriculum
     c_thought: int = option(1, "continuous thoughts per removed step", low=0)
     epochs_per_stage: int = option(1, "epochs per stage", low=1)
-    max_latent_stage: int = option(0, "stages after the initial one; a last one without any steps follows", low=0)
+    max_latent_stage: int = option(0, "stages that each remove one more step; a last one without steps follows", low=0)
     pad_latent_to_max: bool = option(True, "problems with fewer steps than max_latent_stage get as many thoughts")
     uniform_prob: float = option(0.0, "probability that a training example takes a random stage", low=0, high=1)
     # curriculum of icot (Deng et al. 2024)
@@ -91,7 +92,7 @@ class Config:
     )
     new_token_init: str = option("<<", "token whose embedding initializes new tokens (mean embedding if not one token)")
     lora_rank: int | None = option(None, "rank of LoRA adapters (None: train all weights); needs peft", low=1)
-    trust_remote_code: bool = option(False, "allow a hub model to run its own code", free=True)
+    trust_remote_code: bool = option(False, "allow a model to run its own code", free=True)
     verify: bool = option(True, "check a checkpoint against its manifest before loading it: reads it twice", free=True)
     # data
     train_path: str | list[str] | None = option(  # noqa: RUF009
@@ -109,8 +110,8 @@ class Config:
     )
     # training
     seed: int = option(0, "random seed of new weights, data order, dropout and stage mixing", low=0, high=2**63 - 1)
-    num_epochs: int = option(1, "number of epochs", low=1, high=10**6, free=True)
-    resume: int = option(0, "finished epochs to skip; with only_eval, the epoch that sets the stage", low=0, free=True)
+    num_epochs: int = option(1, "number of epochs, with those that resume skips", low=1, high=10**6, free=True)
+    resume: int = option(0, "finished epochs to skip; only_eval tests the stage that follows them", low=0, free=True)
     batch_size_training: int = option(32, "problems per process and forward pass", low=1)
     gradient_accumulation_steps: int = option(1, "forward passes per optimizer step", low=1)
     global_batch_size: int | None = option(
@@ -149,7 +150,7 @@ class Config:
     save_only_improve: bool = option(False, "keep only checkpoints that improve accuracy, and the newest", free=True)
     save_every_steps: int | None = option(None, "also save every so many optimizer steps", low=1, free=True)
     keep_checkpoints: int | None = option(None, "newest checkpoints to keep besides best (None: all)", low=1, free=True)
-    analyze: bool = option(False, "finally run scripts/analyze.py on best and val_path; needs matplotlib", free=True)
+    analyze: bool = option(False, "run scripts/analyze.py on best and val_path at the end", free=True)
 
     def __init__(self, values: dict | None = None):
         if errors := self.update(values or {}):
@@ -338,8 +339,6 @@ def find_errors(config: Config, given: dict) -> list[str]:
         errors.append(f"method: two methods at once ({', '.join(methods)}); choose one")
     elif not methods and given.get("method") in (None, "None"):
         errors.append(f"method: none chosen; choose one of {', '.join(METHODS)}")
-    if config.only_eval and not config.load_model_path:
-        errors.append("load_model_path: missing; only_eval needs a checkpoint; set it, or only_eval: False")
     if not config.only_eval and config.resume >= config.num_epochs:
         errors.append(f"resume: {config.resume} leaves nothing of num_epochs {config.num_epochs}; raise num_epochs")
     for key in ("lora_rank", "compile"):
@@ -350,11 +349,11 @@ def find_errors(config: Config, given: dict) -> list[str]:
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # as torch chooses it
     if config.compile and not config.only_eval and not shutil.which(compiler):
         errors.append(f"compile: no C++ compiler {compiler}; install it, set CXX to another, or set compile: False")
-    needed = ("name", "val_path") if config.only_eval else ("name", *SPLIT_PATHS)
+    kind, other = ("run with only_eval", "load_model_path") if config.only_eval else ("run", "train_path")
     nothing = (None, "", "None")
     errors += [
-        f"{key}: missing; every run needs it"
-        for key in needed
+        f"{key}: missing; every {kind} needs it"
+        for key in ("name", "val_path", other)
         if any(value in nothing for value in listed(given.get(key)) or nothing)
     ]
     name = config.name

@@ -172,6 +172,5 @@ def idle_curriculum(config) -> list[str]:
         return []
     what = "inserts a thought or pause" if method.placeholder else "removes a step"
     keys = "remove_per_epoch" if method.steps == "by token" else "epochs_per_stage, max_latent_stage and c_thought"
-    return [
-        f"warning: method {config.method} never {what} in these {config.num_epochs} epochs; check num_epochs, {keys}"
-    ]
+    epochs = f"{config.num_epochs} epoch{'s' * (config.num_epochs > 1)}"
+    return [f"warning: method {config.method} never {what} in {epochs}; check num_epochs, {keys}"]

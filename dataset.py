@@ -16,7 +16,7 @@ from coconut import plan_batch
 from components.data_sources import locate_problem
 from components.distributed import Processes
 from components.prefetch import prefetch
-from components.pretrained import Pretrained, model_source
+from components.pretrained import Pretrained
 from components.tokenization import TOKENS, check_tokens, default_cache, load_tokenized
 from config import Config, UserError
 from curriculum import (
@@ -62,12 +62,11 @@ def load_data(config: Config, pretrained: Pretrained, processes: Processes) -> t
 
 
 def check_data(data: list[Dataset], paths: list, config: Config, pretrained: Pretrained) -> None:
-    """Hold validation data, or training and validation data, against the model and each other; warn, or UserError."""
+    """Check data against the model, and validation against training data; warn, or raise UserError."""
     lm, stages = pretrained.lm, scheduled_stages(config, pretrained.description)
-    folder, key, _ = model_source(config, config.load_model_path)
     for examples, path in zip(data, paths, strict=True):
         rows = len(lm.get_input_embeddings().weight)
-        check_tokens(examples, pretrained.tokenizer, rows, f"{key}: {folder!r}", path)
+        check_tokens(examples, pretrained.tokenizer, rows, pretrained.source, path)
         if limit := getattr(lm.config, "max_position_embeddings", None):
             check_lengths(examples, stages, config, limit, path, mix_stages=examples is not data[-1])
     if config.only_eval:

@@ -112,7 +112,7 @@ class Validator:
         self.collate = PlanningCollator(pretrained.tokenizer, model.latent_token_id)
 
     def check_references(self) -> None:
-        """Hold the outputs that training asks for against what can be generated and counts as right.
+        """Check that the outputs that training asks for can be generated and count as right.
 
         Warns of problems that are wrong by construction. Raises UserError if all answers are.
         """
@@ -334,7 +334,8 @@ def evaluate_checkpoint(validator: Validator) -> None:
     if config.numeric_answers:
         result["numeric_answers"] = True
     if not config.debug:
-        directory = config.run_directory / f"eval_{locate(checkpoint).resolve().name}"
+        name = processes.run_on_rank0(lambda: locate(checkpoint).resolve().name)
+        directory = config.run_directory / f"eval_{name}"
         processes.run_on_rank0(lambda: write_evaluation(evaluation.predictions, result, directory))
         processes.print(f"predictions and metrics: {directory}")
 
@@ -419,7 +420,7 @@ def open_checkpoint(path: str, thoughts: int | None = None) -> OpenedCheckpoint:
     values = {key: description[key] for key in ("method", "c_thought", "max_latent_stage")}
     config = Config(values | {"max_new_tokens": description.get("max_new_tokens")})
     pretrained = load_pretrained(config, path)
-    check_model(pretrained.lm, pretrained.tokenizer.eos_token_id, "load_model_path")
+    check_model(pretrained.lm, pretrained.tokenizer.eos_token_id, pretrained.source)
     model = Coconut.wrap(pretrained.lm, pretrained.tokenizer)
     model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     checkpoint = OpenedCheckpoint(path, pretrained, model, config, evaluation_stage(config, description))

@@ -40,7 +40,7 @@ from components.distributed import Processes, destroy_distributed, init_distribu
 from components.errors import exit_code, message
 from components.lora import add_lora
 from components.parallelize import replicate
-from components.pretrained import Pretrained, load_on_rank0, model_source
+from components.pretrained import Pretrained, load_on_rank0
 from components.run_directory import Claim, check_directory, check_writable, follow, locate
 from config import Config, listed, load_config
 from curriculum import METHODS, stage_of
@@ -149,11 +149,10 @@ def load(config: Config, checkpoint: Path | None, processes: Processes) -> Pretr
     if path is None or path != checkpoint:  # find_checkpoint has verified its own
         processes.run_on_rank0(lambda: check_intact(config, path))
     pretrained = load_on_rank0(config, path, processes)
-    origin, key, _ = model_source(config, path)
     eos = pretrained.tokenizer.eos_token_id
-    processes.run_on_rank0(lambda: check_model(pretrained.lm, eos, key))
+    processes.run_on_rank0(lambda: check_model(pretrained.lm, eos, pretrained.source))
     if not config.only_eval and not config.debug:
-        processes.run_on_rank0(lambda: check_saving(pretrained, config, f"{key}: {origin!r}"))
+        processes.run_on_rank0(lambda: check_saving(pretrained, config))
     if config.lora_rank and not config.only_eval:
         new_ids = [pretrained.token_id(token) for token in METHODS[config.method].tokens]
         add_lora(pretrained.lm, config.lora_rank, new_ids, config.bf16)

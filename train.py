@@ -184,9 +184,10 @@ class Trainer:
         except Interrupted:
             self.save()
             self.display.end_steps()
-            processes.print("stopped by a signal; the same command resumes this run")
+            processes.print("stopped by a signal" + ("" if config.debug else "; the same command resumes this run"))
             raise
         finally:
+            self.display.end_steps()  # an error's message begins a line
             self.log.close()
 
     def introduce(self) -> None:

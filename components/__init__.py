@@ -1,1 +1,1 @@
-"""What any trainer of language models has: nothing here knows of thoughts, runs or validation."""
+"""What any trainer of language models has. It imports config and curriculum, and nothing else of the core."""

@@ -19,7 +19,7 @@ from components.files import MANIFEST, atomic_directory, read_manifest, saving, 
 from components.lora import check_frozen, frozen_checksum, merge_adapters, trainable_weights
 from components.parallelize import full_tensors, tensor_from_rank0
 from components.pretrained import Pretrained, read_tensors
-from config import FREE_KEYS, REMEDIES, Config, UserError, read_yaml
+from config import BATCH_KEYS, FREE_KEYS, REMEDIES, Config, UserError, read_yaml
 
 TRAINING_STATE = "training_state.pt"
 
@@ -87,8 +87,8 @@ def save_checkpoint(
     processes.run_on_rank0(link)
 
 
-def check_saving(pretrained: Pretrained, config: Config, origin: str) -> None:
-    """Raise UserError for a model or tokenizer that cannot be saved, which would show after an epoch; from `origin`."""
+def check_saving(pretrained: Pretrained, config: Config) -> None:
+    """Raise UserError for a model or tokenizer that cannot be saved, which would show after an epoch."""
     with suppress(OSError), tempfile.TemporaryDirectory() as folder:  # without room there, nothing is checked
         try:
             export(pretrained.lm, Path(folder), describe(config, pretrained.tokenizer, 0), weights={})
@@ -96,7 +96,8 @@ def check_saving(pretrained: Pretrained, config: Config, origin: str) -> None:
         except OSError:
             raise
         except Exception as error:  # the libraries raise all kinds for settings that they refuse to write
-            raise UserError(f"{origin}: the model can be loaded, but not saved: {reason(error)}") from error
+            what = f"{pretrained.source}: the model can be loaded, but not saved"
+            raise UserError(f"{what}: {reason(error)}") from error
 
 
 def unique_weights(lm: nn.Module) -> dict[str, Tensor]:
@@ -156,17 +157,17 @@ def check_same_training(saved: dict, config: Config, checkpoint: Path, processes
     before = read_description(checkpoint).get("problems_per_step")
     now = config.problems_per_step(processes.world_size)
     if before == now:
-        for key in ("batch_size_training", "gradient_accumulation_steps", "global_batch_size"):
+        for key in BATCH_KEYS:
             changed.pop(key, None)
     elif before and config.group_by_length and "_step_" in checkpoint.name:
         changed["group_by_length"] = f"  - group_by_length ties the order to {before} problems per step, now {now}"
-    elif before:
-        processes.print(f"warning: the effective batch was {before} problems so far, and is {now} from now on")
     if changed:
         raise UserError(
             f"{checkpoint.parent} holds a run that was trained differently:\n" + "\n".join(changed.values()) + "\n"
             "change them back to resume it, or choose another name for a new run"
         )
+    if before not in (None, now):
+        processes.print(f"warning: the effective batch was {before} problems so far, and is {now} from now on")
 
 
 def with_origin(saved: dict, config: Config, processes: Processes) -> Config:

@@ -31,7 +31,7 @@ GROUPS = {  # the first key of each group
     "model_id": "Model",
     "train_path": "Data",
     "seed": "Training",
-    "batch_size_eval": "Validation and checkpoints",
+    "eval_every_epochs": "Validation and checkpoints",
 }
 
 
@@ -43,7 +43,7 @@ class Display:
 
     def __init__(self, config: Config, processes: Processes):
         self.config, self.processes = config, processes
-        self.started, self.after_steps, self.has_header = time.monotonic(), 0.0, False
+        self.started, self.after_steps, self.has_header, self.line = time.monotonic(), 0.0, False, None
 
     def header(self, lm: PreTrainedModel, train: int, valid: int) -> None:
         """Show what is trained, on what and where; train, valid: numbers of problems."""
@@ -79,8 +79,9 @@ class Display:
             self.line.update()
 
     def end_steps(self) -> None:
-        """Remove the progress line: what follows are validation and saving."""
-        self.line.close()
+        """Remove the progress line, if there is one: what follows are validation and saving."""
+        if self.line is not None:
+            self.line.close()
 
     def end_epoch(self, stage: int, metrics: dict[str, float], saved: str) -> None:
         """Show a row with an epoch's training loss and the metrics of its validation ({}: none); saved: last column."""

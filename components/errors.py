@@ -57,7 +57,7 @@ def message(error: Exception) -> str | None:
     """Return what this rank prints about an error, None where another rank of the node prints the same."""
     if isinstance(error, torch.OutOfMemoryError):
         advice = " ".join(getattr(error, "__notes__", [TRAINING_MEMORY_ADVICE]))
-        resume = "Earlier checkpoints are intact; the same command resumes from the newest one"
+        resume = "Checkpoints are intact; a training run resumes from its newest one with the same command"
         return f"out of GPU memory: {location(error)}; {advice}. {resume}"
     if is_lost_peer(error):
         return f"lost another rank, see its own message: {location(error)}; earlier checkpoints are intact"

@@ -33,11 +33,15 @@ OLD_BUFFERS = (".attn.bias", ".attn.masked_bias")  # GPT-2's causal mask, which 
 
 @dataclass
 class Pretrained:
-    """A language model with the rows its method needs, its tokenizer, and its coconut.json ({} if it has none)."""
+    """A language model with the rows its method needs, its tokenizer, and its coconut.json ({} if it has none).
+
+    source: the config key and the folder or hub name that the architecture and tokenizer are from, for messages.
+    """
 
     lm: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     description: dict
+    source: str
 
     def token_id(self, token: str) -> int:
         """Return the id of an added token."""
@@ -87,8 +91,9 @@ def load_pretrained(config: Config, load_path: str | Path | None) -> Pretrained:
             check_coconut_file(config, str(load_path), known)
     if METHODS[config.method].markers:
         add_rows(lm, tokenizer, known, config.new_token_init)
-    check_special_tokens(tokenizer, len(lm.get_input_embeddings().weight), f"{key}: {folder!r}")
-    return Pretrained(lm, tokenizer, description)
+    source = f"{key}: {folder!r}"
+    check_special_tokens(tokenizer, len(lm.get_input_embeddings().weight), source)
+    return Pretrained(lm, tokenizer, description, source)
 
 
 def check_special_tokens(tokenizer: PreTrainedTokenizerBase, rows: int, source: str) -> None:
@@ -131,7 +136,7 @@ def build_on_meta(config: Config, load_path: str | Path | None, rows: int, tied:
             lm.resize_token_embeddings(rows, mean_resizing=False)
         description = read_description(folder, revision="main")
     add_tokens(tokenizer, config.method)
-    return Pretrained(lm, tokenizer, description)
+    return Pretrained(lm, tokenizer, description, f"{key}: {folder!r}")
 
 
 def model_source(config: Config, load_path: str | Path | None) -> tuple[str, str, bool]:
@@ -224,7 +229,7 @@ def check_coconut_file(config: Config, path: str, known: set[str]) -> None:
     elif config.only_eval and not config.resume:
         stage = evaluation_stage(config, {})
         thoughts = num_placeholders(stage, ALL_STEPS, config, training=False)
-        remedy = "set resume to the number of epochs after which it was saved"
+        remedy = "for one that was saved after N epochs, set resume to N - 1"
         print(f"warning: {what}, which holds no stage: stage {stage}, {thoughts} thoughts; {remedy}", flush=True)
 
 

@@ -104,7 +104,7 @@ def check_types(run_directory: Path) -> None:
 
 def follow(path: Path) -> Path:
     """Return the checkpoint that a file named best or last names on a file system without links; else the path."""
-    if path.is_file() and path.stat().st_size < 100:
+    if os.path.isfile(path) and path.stat().st_size < 100:  # False, not an error, for a name that no file can have
         name = path.read_text("utf-8", "replace").strip()
         return path.with_name(name) if CHECKPOINT.fullmatch(name) else path
     return path
@@ -116,10 +116,10 @@ def locate(given: str | Path) -> Path:
     Raises UserError if a hub name cannot be loaded. Other paths that do not exist are returned as they are.
     """
     path = Path(given).expanduser()
-    if (path / METRICS).exists() and os.path.lexists(path / "best"):
+    if os.path.exists(path / METRICS) and os.path.lexists(path / "best"):
         say_once(f"note: {path} is a run's directory, so its best checkpoint is taken")
         path = path / "best"
-    if not path.exists() and is_hub_name(str(given)):
+    if not os.path.exists(path) and is_hub_name(str(given)):
         from huggingface_hub import snapshot_download
 
         try:

@@ -59,14 +59,14 @@ def default_cache() -> str:
 def find_or_tokenize(sources: list, tokenizer, folder: str | None, temporary: ExitStack) -> list[Path]:
     """Return the Arrow file of each source, in a temporary folder if there is no cache or it cannot be used."""
     if folder is not None:
-        reason = "a tokenizer that is not a fast one has no fingerprint"
+        why = "a tokenizer that is not a fast one has no fingerprint"
         try:
             if tokenizer.is_fast:
                 return cached_files(sources, tokenizer, Path(folder) / "coconut")
         except OSError as error:
-            reason = str(error)
-        advice = "so this run continues without it; set data_cache to another folder"
-        print(f"warning: the cache of tokenized data in {folder} cannot be used ({reason}), {advice}", flush=True)
+            why = f"{error}; set data_cache to another folder"
+        what = f"the cache of tokenized data in {folder} cannot be used, so this run continues without it"
+        print(f"warning: {what}: {why}", flush=True)
     try:
         return cached_files(sources, tokenizer, Path(temporary.enter_context(tempfile.TemporaryDirectory())))
     except OSError as error:
@@ -155,7 +155,7 @@ def tokenize_problems(problems: list[dict], tokenizer, file: Path | None = None,
 
 
 def check_tokens(data: Dataset, tokenizer, rows: int, source: str, path: str) -> None:
-    """Hold the tokenized problems of a path against the tokenizer and the `rows` of the model's embedding.
+    """Check the tokenized problems of a path against the tokenizer and the `rows` of the model's embedding.
 
     Raises UserError for a token without a row, and if half of the characters or more do not come back from the
     tokenizer, as with one whose files are missing; a thousandth is a warning. source: names the model in messages.

@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    for question in [args.question] if args.question else read_questions():
+    for question in [args.question] if args.question is not None else read_questions():
         try:
             result = ask(checkpoint, question, args.show_thoughts)
         except UserError as error:

@@ -52,6 +52,8 @@ def to_official(folder: Path, file: Path) -> None:
     vocabulary layout).
     """
     check_free(file)
+    if not file.absolute().parent.is_dir():
+        raise UserError(f"{file.parent} does not exist; create it first")
     folder = locate(folder)
     description = require_description(folder, "method")
     method = METHODS[description["method"]]

@@ -27,6 +27,7 @@ from huggingface_hub.utils import validate_repo_id
 from record import tests_of
 from runs import FinishedRun, UserError, display_value, read_file, read_run
 
+from components.checkpoint import TRAINING_STATE
 from components.checkpoint_manager import OPTIMIZER_STATE
 from components.errors import reason
 from components.export import require_description
@@ -34,7 +35,7 @@ from components.files import MANIFEST
 from components.run_directory import locate
 from curriculum import METHODS
 
-NOT_UPLOADED = ("training_state.pt", OPTIMIZER_STATE, MANIFEST)  # needed only to resume the run
+NOT_UPLOADED = (TRAINING_STATE, OPTIMIZER_STATE, MANIFEST)  # needed only to resume the run
 LOCAL_KEYS = ("save_path", "data_cache", "name", "project", "logger")  # specific to a machine or account
 USAGE = """\
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -158,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
             files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
             print(f"{args.repository}: {', '.join(files)}")
             print(f"wrote {folder}" if args.dry_run else push(folder, args.repository, args.private))
-    except (UserError, HFValidationError) as error:
+    except (UserError, HFValidationError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -38,6 +38,8 @@ class CoconutLM(TemplateLM):
 
     def __init__(self, pretrained: str, batch_size=16, thoughts: int | None = None, **options):
         super().__init__()
+        if not str(batch_size).isdecimal():
+            raise UserError(f"batch_size: expected a number, got {batch_size!r}")
         self.checkpoint = open_checkpoint(pretrained, thoughts)
         self.model, self.tokenizer = self.checkpoint.model, self.checkpoint.pretrained.tokenizer
         self.collate = MyCollator(self.tokenizer, self.model.latent_token_id)

@@ -72,7 +72,7 @@ def make_model(sources: list[str], folder: Path, layers: int, width: int, bpe: i
         raise UserError(f"--layers {layers} --width {width}: expected 1 layer or more, and a multiple of {HEAD}")
     problems = [pieces(problem) for source in sources for problem in read_problems(source, need_steps=False)]
     texts = [text for problem in problems for text in problem]
-    write_bpe(folder, texts, bpe) if bpe else write_words(folder, texts)
+    write_bpe(folder, texts, bpe) if bpe is not None else write_words(folder, texts)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     longest = max(sum(len(tokenizer.encode(text).ids) for text in problem) for problem in problems)
     eos = tokenizer.token_to_id(EOS)

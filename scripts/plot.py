@@ -61,6 +61,9 @@ def draw_line(axes, seeds: list[FinishedRun], curve: str, percent: bool, **style
     """
     curves = [run.curves[curve] for run in seeds]
     epochs = sorted(set.intersection(*map(set, curves)))
+    if not epochs:
+        names = ", ".join(str(run.directory) for run in seeds)
+        raise UserError(f"{names}: no epoch that all of these seeds have validated; plot them one by one")
     values = [[(100 if percent else 1) * each[epoch] for each in curves] for epoch in epochs]
     means = [statistics.mean(each) for each in values]
     axes.plot(epochs, means, marker=".", **style)

@@ -10,12 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from config import FREE_KEYS, Config, UserError, listed  # noqa: E402
+from config import BATCH_KEYS, FREE_KEYS, Config, UserError, listed, read_yaml  # noqa: E402
 
 CURVES = {"accuracy": "eval/acc", "validation loss": "eval/loss"}  # of each epoch's validation
 DATA_KEYS = ("train_path", "val_path")
@@ -67,13 +65,13 @@ def read_run(directory: Path) -> FinishedRun:
     """
     text, metrics = map(read_file, files(directory))
     try:
-        config = Config(yaml.safe_load(text)).resolved()
+        config = Config(read_yaml(files(directory)[0])).resolved()
         complete, _, _ = metrics.rpartition("\n")  # the last line of a running job may be incomplete
         lines = [json.loads(line) for line in complete.splitlines()]
         validations = {line["eval/epoch"]: line for line in lines if "eval/epoch" in line}
         curves = {name: {epoch: line[key] for epoch, line in validations.items()} for name, key in CURVES.items()}
         curves["training loss"] = {epoch: loss for epoch, loss in training_losses(lines) if epoch in validations}
-    except (TypeError, KeyError, ValueError, yaml.YAMLError) as error:
+    except (TypeError, KeyError, ValueError) as error:
         raise UserError(
             f"{directory}: invalid config or metrics ({type(error).__name__}: {error}); pass a run directory"
         ) from error
@@ -110,7 +108,7 @@ def differences(one: FinishedRun, other: FinishedRun) -> dict[str, tuple]:
     pairs = {key: (display_value(key, one.config[key]), display_value(key, other.config[key])) for key in keys}
     common = one.steps.keys() & other.steps.keys()
     if all(one.steps[epoch] == other.steps[epoch] for epoch in common):
-        for key in ("batch_size_training", "gradient_accumulation_steps", "global_batch_size"):
+        for key in BATCH_KEYS:
             del pairs[key]
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 

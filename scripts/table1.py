@@ -25,6 +25,8 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from analyze import positive_int  # noqa: E402
+
 from components.data_sources import content_digest  # noqa: E402
 from components.display import print_without_errors  # noqa: E402
 from components.export import read_description  # noqa: E402
@@ -132,7 +134,8 @@ def train_and_test(dataset: str, method: str, seed: int, processes: int, overrid
 
     def tests() -> list[dict]:
         """Return the metrics of the best checkpoint on the test set, as it was trained; the latest last."""
-        files = sorted(best.parent.glob(f"eval_{best.name}/metrics_*.yaml"), key=lambda path: path.stat().st_mtime)
+        files = best.parent.glob(f"eval_{best.name}/metrics_*.yaml")
+        files = sorted(files, key=lambda path: (len(path.stem), path.stem))  # NAME, NAME_2, ... NAME_10
         found = (yaml.safe_load(file.read_text(encoding="utf-8")) for file in files)
         return [metrics for metrics in found if {key: metrics.get(key) for key in expected} == expected]
 
@@ -173,13 +176,15 @@ def expected_time(epochs: int, rates: list[float]) -> str:
 def main() -> None:
     """Train, test and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", help="prefix of the configs in args/: gsm, prontoqa, prosqa, ring")
+    parser.add_argument("dataset", help="prefix of the configs in args/, such as gsm, prosqa, mini or ring")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--seeds", type=int, default=1, help="number of seeds, from 0")
-    parser.add_argument("--processes", type=int, default=1, help="processes per run (torchrun if more than one)")
+    parser.add_argument("--seeds", type=positive_int, default=1, help="number of seeds, from 0")
+    parser.add_argument(
+        "--processes", type=positive_int, default=1, help="processes per run (torchrun if more than one)"
+    )
     overrides = [arg for arg in sys.argv[1:] if "=" in arg and not arg.startswith("-")]
     args = parser.parse_args([arg for arg in sys.argv[1:] if arg not in overrides])
-    methods = sorted(args.methods, key=list(METHODS).index)  # cot first: other runs may start from it
+    methods = sorted({*args.methods}, key=list(METHODS).index)  # cot first: other runs may start from it
     results = {method: [] for method in methods}
     rates = []  # seconds per epoch
     runs = list(itertools.product(range(args.seeds), methods))

@@ -225,17 +225,17 @@ COCONUT = {"method": "coconut", "max_latent_stage": 2, "epochs_per_stage": 3, "n
         (COCONUT, None),
         (
             COCONUT | {"num_epochs": 3},
-            "never inserts a thought or pause in these 3 epochs; check num_epochs, epochs_per",
+            "never inserts a thought or pause in 3 epochs; check num_epochs, epochs_per",
         ),
         (COCONUT | {"num_epochs": 3, "uniform_prob": 0.1}, None),
-        (COCONUT | {"c_thought": 0, "uniform_prob": 0.1}, "never inserts a thought or pause in these 4 epochs"),
-        (COCONUT | {"max_latent_stage": 0}, "never inserts a thought or pause in these 4 epochs"),
-        (COCONUT | {"method": "no_thoughts", "num_epochs": 3}, "never removes a step in these 3 epochs"),
+        (COCONUT | {"c_thought": 0, "uniform_prob": 0.1}, "never inserts a thought or pause in 4 epochs"),
+        (COCONUT | {"max_latent_stage": 0}, "never inserts a thought or pause in 4 epochs"),
+        (COCONUT | {"method": "no_thoughts", "num_epochs": 3}, "never removes a step in 3 epochs"),
         (COCONUT | {"method": "no_curriculum", "num_epochs": 1}, None),
         (COCONUT | {"method": "pause_token", "max_latent_stage": 0}, "never inserts a thought or pause"),
         (
             {"method": "icot", "remove_per_epoch": 0, "num_epochs": 9},
-            "never removes a step in these 9 epochs; check num_e",
+            "never removes a step in 9 epochs; check num_e",
         ),
         ({"method": "icot", "remove_per_epoch": 2, "num_epochs": 1}, None),  # within the epoch
         ({"method": "cot"}, None),

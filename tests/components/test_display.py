@@ -5,13 +5,17 @@ import os
 import subprocess
 import sys
 from functools import partialmethod
+from unittest.mock import Mock
 
 import pytest
 from tqdm import tqdm
 
+import run
+import train
 from components import display
 from components.display import Display
 from components.distributed import Processes
+from components.errors import NotFiniteError
 from config import Config
 from helpers import REPOSITORY, make_problems, save_model, words, write_json
 
@@ -75,6 +79,20 @@ def test_terminal_has_one_redrawn_line_and_a_table_with_one_header(monkeypatch):
     assert [row[:7] for row in table[1:]] == [[e, "0", "10.500", "0.250", "50.0%", "75.0%", "6.0k"] for e in "12"]
     assert terminal.getvalue().count("\n") == 3
     assert f"\repoch 1/2 stage 0  {'━' * 10 + '─' * 10}  10/20  loss 5.500  6.0k tok/s  " in terminal.getvalue()
+
+
+def test_message_of_an_error_within_an_epoch_begins_a_line_in_a_terminal(monkeypatch, tmp_path):
+    values = {"save_path": tmp_path, "name": "run", "logger": "none", "method": "cot", "batch_size_training": 2}
+    values |= {name: write_json(tmp_path / f"{name}.json", make_problems(8)) for name in ("train_path", "val_path")}
+    values["model_id"] = save_model(tmp_path / "model")
+    (tmp_path / "config.yaml").write_text("{}")
+    monkeypatch.setattr(train.Trainer, "optimizer_step", Mock(side_effect=NotFiniteError("loss nan")))
+    monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(tqdm, "__init__", partialmethod(tqdm.__init__, mininterval=0))
+    assert run.main([str(tmp_path / "config.yaml"), *words(values)]) == 3
+    *_, before, message = terminal.getvalue().replace("\n", "\r").removesuffix("\r").split("\r")
+    assert message == "error: loss nan" and not before.strip()
 
 
 def test_other_ranks_show_nothing(capsys, monkeypatch):

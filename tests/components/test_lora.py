@@ -308,6 +308,7 @@ def test_lora_with_zero_and_four_new_tokens(place, method):
     assert start(place, "name=a", "bf16=True", f"method={method}") == 0
 
 
+@pytest.mark.slow
 def test_lora_resume_on_two_ranks_is_bit_identical(place):
     options = ["bf16=True", "batch_size_training=2"]
     for words in (["name=a", "num_epochs=1"], ["name=a", "num_epochs=2"], ["name=b", "num_epochs=2"]):

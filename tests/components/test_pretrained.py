@@ -47,6 +47,12 @@ def tables(lm):
     return [lm.get_input_embeddings().weight, lm.get_output_embeddings().weight]
 
 
+def test_source_names_the_key_and_folder_that_were_loaded(folders):
+    folder = folders["gpt2"]
+    for path, key in ((None, "model_id"), (folder, "load_model_path")):
+        assert load(folder, path).source == f"{key}: {str(folder)!r}"
+
+
 def random_state(lm, rows=None, seed=5):
     """A random state dict of the model, with its embeddings resized to `rows`."""
     torch.manual_seed(seed)
@@ -188,8 +194,16 @@ def test_official_cot_checkpoint_with_spare_rows_initializes_markers(folders, tm
         ("no_cot", {"only_eval": True}, "method no_cot uses it without thoughts"),
         ("no_thoughts", {"only_eval": True, "resume": 9}, "method no_thoughts uses it without thoughts"),
         ("icot", {}, "method icot uses it without thoughts"),
-        ("coconut", {"only_eval": True}, "which holds no stage: stage 0, 0 thoughts; set resume"),
-        ("no_curriculum", {"only_eval": True}, "which holds no stage: stage 4, 6 thoughts; set resume"),
+        (
+            "coconut",
+            {"only_eval": True},
+            "which holds no stage: stage 0, 0 thoughts; for one that was saved after N epochs, set resume to N - 1",
+        ),
+        (
+            "no_curriculum",
+            {"only_eval": True},
+            "which holds no stage: stage 4, 6 thoughts; for one that was saved after N epochs, set resume to N - 1",
+        ),
         ("coconut", {"only_eval": True, "resume": 9}, None),
         ("coconut", {}, None),
         ("pause_token", {}, None),

@@ -140,6 +140,8 @@ def test_ask_takes_a_question_as_text_and_survives_what_is_none(save_path, capsy
         (["cot/best", "1+2", "--thoughts", "2"], "cot"),
         (["gpt2/best", "1+2", "--thoughts", "-1"], "--thoughts"),
         (["gpt2/best", "1+" * 80], "128"),
+        (["gpt2/best", ""], "empty"),
+        (["a question in place of the checkpoint? " * 9], "does not exist"),
     ],
 )
 def test_ask_rejects_invalid_arguments(save_path, capsys, argv, message):

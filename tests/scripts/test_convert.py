@@ -148,3 +148,5 @@ def test_convert_never_overwrites(save_path, tmp_path, capsys):
     assert "already exists" in convert_error(capsys, "to-official", save_path / "gpt2" / "best", taken)
     assert "already exists" in convert_error(capsys, "from-official", tmp_path / "file", taken, *model, *STAGES)
     assert taken.read_text() == "kept"
+    missing = tmp_path / "nowhere" / "file"
+    assert "nowhere does not exist" in convert_error(capsys, "to-official", save_path / "gpt2" / "best", missing)

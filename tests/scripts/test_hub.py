@@ -38,6 +38,13 @@ def test_hub_dry_run_writes_model_and_card(save_path, tmp_path, capsys):
     assert "already exists" in capsys.readouterr().err
 
 
+def test_hub_dry_run_names_a_folder_that_cannot_be_made(save_path, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    command = ["push", str(save_path / "gpt2" / "best"), "owner/name", "--dry-run", str(tmp_path / "file" / "dry")]
+    assert hub.main(command) == 2
+    assert f"{tmp_path}/file" in capsys.readouterr().err
+
+
 def test_model_card_has_test_accuracy_of_its_checkpoint(save_path, tmp_path):
     shutil.copytree(save_path / "gpt2", tmp_path / "gpt2", symlinks=True)
     run = read_run(tmp_path / "gpt2")

@@ -65,7 +65,9 @@ def test_lm_eval_task_scores_answers_as_validation(save_path, tmp_path, monkeypa
     assert actual["results"]["prosqa_thoughts"]["exact_match,answer"] == 0.5
 
 
-def test_lm_eval_rejects_sampling_and_perplexity(save_path):
+def test_lm_eval_rejects_sampling_perplexity_and_an_automatic_batch_size(save_path):
+    with pytest.raises(UserError, match="batch_size: expected a number, got 'auto'"):
+        lm_eval_coconut.CoconutLM(str(save_path / "gpt2" / "best"), batch_size="auto")
     model = lm_eval_coconut.CoconutLM(str(save_path / "gpt2" / "best"))
     with pytest.raises(UserError, match="do_sample"):
         model.generate_until(instances((PROMPTS[0], {"do_sample": True})))

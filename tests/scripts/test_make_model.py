@@ -48,6 +48,7 @@ def test_shape_and_room_for_thoughts(tmp_path):
     [
         ("two  spaces", [], "--bpe"),
         ("fine", ["--bpe", "100"], "--bpe 100"),
+        ("fine", ["--bpe", "0"], "--bpe 0"),
         ("fine", ["--width", "50"], "--width 50"),
         (7, [], "problem 0"),
     ],

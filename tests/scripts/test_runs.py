@@ -114,6 +114,20 @@ def test_compare_and_plot_reject_invalid_or_unfinished_runs(train, capsys, tmp_p
     assert not (tmp_path / "no.svg").exists()
 
 
+def test_config_that_is_no_mapping_is_rejected(train, capsys, tmp_path):
+    shutil.copytree(train("seed0"), tmp_path / "list", symlinks=True)
+    (tmp_path / "list" / "config.yaml").write_text("- method\n")
+    assert compare.main([str(tmp_path / "list"), str(train("seed0"))]) == 2
+    assert "config.yaml: expected lines of 'key: value', got list" in capsys.readouterr().err
+
+
+def test_plot_rejects_seeds_without_a_common_epoch(seeds, capsys, tmp_path):
+    for seed, kept in (("0", (1, 3)), ("1", (2, 4))):
+        rewrite_metrics(seeds / seed, lambda line, kept=kept: line if line.get("eval/epoch", kept[0]) in kept else {})
+    assert plot.main([str(seeds / "0"), str(seeds / "1"), "--out", str(tmp_path / "no.svg")]) == 2
+    assert "no epoch that all of these seeds have validated" in capsys.readouterr().err
+
+
 def test_read_run_ignores_incomplete_last_line(train, tmp_path):
     shutil.copytree(train("seed0"), tmp_path / "running", symlinks=True)
     with open(tmp_path / "running" / "metrics.jsonl", "a") as metrics:

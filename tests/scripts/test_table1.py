@@ -154,6 +154,13 @@ def test_ctrl_c_lets_the_run_save_and_exits_with_130(place, monkeypatch, capsys)
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.parametrize("option", ["--seeds", "--processes"])
+def test_table1_refuses_no_seeds_and_no_processes(monkeypatch, capsys, option):
+    with pytest.raises(SystemExit, match="2"):
+        table_of(monkeypatch, capsys, option, "0")
+    assert f"{option}: expected an integer >= 1" in capsys.readouterr().err
+
+
 def test_expected_time_is_that_of_the_slowest_run_so_far():
     assert table1.expected_time(9, []) == ""
     assert table1.expected_time(9, [2.0, 0.1]) == ", about 18 s"  # the second had finished before
