@@ -86,7 +86,7 @@ def test_message_of_an_error_within_an_epoch_begins_a_line_in_a_terminal(monkeyp
     values |= {name: write_json(tmp_path / f"{name}.json", make_problems(8)) for name in ("train_path", "val_path")}
     values["model_id"] = save_model(tmp_path / "model")
     (tmp_path / "config.yaml").write_text("{}")
-    monkeypatch.setattr(train.Trainer, "optimizer_step", Mock(side_effect=NotFiniteError("loss nan")))
+    monkeypatch.setattr(train.Trainer, "optimizer_step", Mock(side_effect=[0.1, NotFiniteError("loss nan")]))
     monkeypatch.setattr(sys, "stdout", terminal := Terminal())
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setattr(tqdm, "__init__", partialmethod(tqdm.__init__, mininterval=0))
