@@ -183,7 +183,6 @@ class Trainer:
                 self.display.finish(state.best_accuracy)
         except Interrupted:
             self.save()
-            self.display.end_steps()
             processes.print("stopped by a signal" + ("" if config.debug else "; the same command resumes this run"))
             raise
         finally:

@@ -354,14 +354,16 @@ def launched(event: FunctionEvent) -> Iterator[str]:
     if "cpp_fused" in event.name:
         yield "fused"
         return
-    operation = getattr(torch.ops.aten, event.name.removeprefix("aten::")) if event.name.startswith("aten::") else None
-    overload = operation and getattr(operation, operation.overloads()[0])
-    composite = overload is None or overload.has_kernel_for_dispatch_key(DispatchKey.CompositeImplicitAutograd)
-    if composite or any(child.name == event.name for child in event.cpu_children):  # autocast calls it again
-        for child in event.cpu_children:
-            yield from launched(child)
-    elif launches(overload._schema):
-        yield event.name.removeprefix("aten::")
+    namespace, _, name = event.name.rpartition("::")
+    if namespace == "aten" and all(child.name != event.name for child in event.cpu_children):  # autocast calls it again
+        operation = getattr(torch.ops.aten, name)
+        overload = getattr(operation, operation.overloads()[0])
+        if not overload.has_kernel_for_dispatch_key(DispatchKey.CompositeImplicitAutograd):
+            if launches(overload._schema):
+                yield name
+            return
+    for child in event.cpu_children:
+        yield from launched(child)
 
 
 def show_compiled_launches(thoughts: Sequence[int] = (0, 1, 6)) -> None:

@@ -45,6 +45,12 @@ class Setting:
         return cls(checkpoint, data_name(metrics["val_path"]), *map(metrics.get, keys))
 
 
+def metrics_files(directory: Path, checkpoint: str = "*") -> list[Path]:
+    """List the metrics of a run's evaluations, of one checkpoint or all, in the order written: NAME, NAME_2, ..."""
+    files = directory.glob(f"eval_{checkpoint}/metrics_*.yaml")
+    return sorted(files, key=lambda path: (len(path.stem), path.stem))
+
+
 def read_evaluations(directory: Path) -> dict[Setting, dict]:
     """Read the evaluations of a run: {setting: latest metrics}."""
     found = {}
@@ -53,8 +59,8 @@ def read_evaluations(directory: Path) -> dict[Setting, dict]:
             if "val_path" in line:
                 found[Setting.of(line, line["checkpoint"])] = line
         return found
-    for path in sorted(directory.glob("eval_*/metrics_*.yaml"), key=lambda path: (len(path.stem), path.stem)):
-        metrics = yaml.safe_load(read_file(path))  # in the order written: NAME, NAME_2, ... NAME_10
+    for path in metrics_files(directory):
+        metrics = yaml.safe_load(read_file(path))
         if "problems" not in metrics:  # an older file
             predictions = path.with_name(f"{path.stem.replace('metrics', 'predictions', 1)}.jsonl")
             metrics["problems"] = len(read_file(predictions).splitlines())

@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from analyze import positive_int  # noqa: E402
+from evaluations import metrics_files  # noqa: E402
 
 from components.data_sources import content_digest  # noqa: E402
 from components.display import print_without_errors  # noqa: E402
@@ -134,8 +135,7 @@ def train_and_test(dataset: str, method: str, seed: int, processes: int, overrid
 
     def tests() -> list[dict]:
         """Return the metrics of the best checkpoint on the test set, as it was trained; the latest last."""
-        files = best.parent.glob(f"eval_{best.name}/metrics_*.yaml")
-        files = sorted(files, key=lambda path: (len(path.stem), path.stem))  # NAME, NAME_2, ... NAME_10
+        files = metrics_files(best.parent, best.name)
         found = (yaml.safe_load(file.read_text(encoding="utf-8")) for file in files)
         return [metrics for metrics in found if {key: metrics.get(key) for key in expected} == expected]
 

@@ -7,7 +7,6 @@ import random
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ from helpers import REPOSITORY
 from helpers.faults import Fault
 from helpers.setting import Setting, assert_same
 
-slow_case = partial(pytest.param, marks=pytest.mark.slow)
+slow = pytest.mark.slow
 
 
 def make(item: int) -> tuple[int, list[dict]]:
@@ -147,7 +146,9 @@ def ended(pids: set[int]) -> bool:
     return False
 
 
-@pytest.mark.parametrize("number", [STOP_SIGNALS[0], *(slow_case(signal) for signal in STOP_SIGNALS[1:])])
+@pytest.mark.parametrize(
+    "number", [STOP_SIGNALS[0], *(pytest.param(signal, marks=slow) for signal in STOP_SIGNALS[1:])]
+)
 def test_workers_ignore_a_signal_to_the_process_group(number):
     with start("go on") as process:
         workers = {int(process.stdout.readline()) for _ in range(4)}
@@ -158,10 +159,11 @@ def test_workers_ignore_a_signal_to_the_process_group(number):
     assert len(workers) == 2 and ended(workers)
 
 
-ENDS = [("kill", -9), ("raise", 1), ("keep the error", 0), ("sys.exit", 3), ("os._exit", 4), ("worker raises", 1)]
+ENDS = [("kill", -9), ("raise", 1), ("keep the error", 0), ("sys.exit", 3), ("os._exit", 4)]
+ENDS += [("worker raises", 1), ("worker hangs", 3)]
 
 
-@pytest.mark.parametrize(("action", "code"), [ENDS[0], *(slow_case(*end) for end in (*ENDS[1:], ("worker hangs", 3)))])
+@pytest.mark.parametrize(("action", "code"), [ENDS[0], *(pytest.param(*end, marks=slow) for end in ENDS[1:])])
 def test_no_worker_outlives_its_parent_or_makes_its_exit_hang(action, code):
     with start(action) as process:
         workers = {int(process.stdout.readline()) for _ in range(6)}
@@ -201,7 +203,7 @@ def test_training_with_workers_is_bit_for_bit_the_same(setting, workers, fault):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"method": "icot", "remove_per_epoch": 5}, slow_case({"group_by_length": True})], ids=str
+    "changes", [{"method": "icot", "remove_per_epoch": 5}, pytest.param({"group_by_length": True}, marks=slow)], ids=str
 )
 def test_two_ranks_with_workers_train_with_stages_within_an_epoch_and_grouping(setting, changes):
     name = "-".join(changes)
